@@ -1,0 +1,57 @@
+# Every target does its own set-up: the first one that needs it makes .venv/.
+SHELL := /bin/bash
+VENV := .venv
+PY := $(VENV)/bin/python
+# The version that the GPU machines carry; `make test-newest` takes the newest release.
+JAX_VERSION ?= 0.11.2
+STAMP := $(VENV)/.installed
+
+.PHONY: help setup demo test test-fast test-newest lint clean
+help:
+	@echo "make demo         run a real batch file through the shipped model"
+	@echo "make test         lint, types and all tests"
+	@echo "make test-fast    tests that take under ten seconds each"
+	@echo "make test-newest  all tests with the newest JAX, in .venv-newest/"
+	@echo "make lint         ruff and mypy"
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml
+	@set -e; found=""; \
+	for candidate in "$$PYTHON" python3.12 python3.13 python3.14 python3 \
+	    $$(ls -d $$HOME/.pyenv/versions/3.1[2-9]*/bin/python3 2>/dev/null); do \
+	  [ -n "$$candidate" ] || continue; \
+	  if "$$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 12))' >/dev/null 2>&1; then \
+	    found="$$candidate"; break; \
+	  fi; \
+	done; \
+	if [ -z "$$found" ]; then \
+	  echo "jaxdual needs Python 3.12 or newer with venv; none found on PATH or under ~/.pyenv/versions." >&2; \
+	  echo "Install one, or name it: make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)" >&2; exit 1; \
+	fi; \
+	echo "setting up $(VENV)/ with $$($$found --version) ..."; \
+	$$found -m venv $(VENV); \
+	$(PY) -m pip install --quiet --disable-pip-version-check --upgrade pip; \
+	if [ "$(JAX_VERSION)" = newest ]; then jax=jax; else jax="jax==$(JAX_VERSION)"; fi; \
+	$(PY) -m pip install --quiet --disable-pip-version-check "$$jax" -e '.[test,dev]'
+	@touch $@
+
+demo: $(STAMP)
+	$(PY) -m jaxdual.offline -i examples/batch.jsonl -o build/demo.jsonl --report build/demo-report.json --overwrite --show
+
+test: lint
+	$(PY) -m pytest
+
+test-fast: $(STAMP)
+	$(PY) -m pytest -m "not slow"
+
+test-newest:
+	$(MAKE) test VENV=.venv-newest JAX_VERSION=newest
+
+lint: $(STAMP)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+clean:
+	rm -rf build .mypy_cache .ruff_cache .hypothesis
