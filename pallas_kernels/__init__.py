@@ -1,0 +1,1 @@
+"""Array functions for serving: reference implementations and GPU kernels."""
