@@ -1,0 +1,25 @@
+"""Decoder models in Flax nnx: configuration, layers, and weights in the Hugging Face layout."""
+
+from models.checkpoint import init, load, save
+from models.config import ModelConfig, MoEConfig, RopeConfig
+from models.decoder import Decoder
+from models.errors import ModelError
+from models.families import load_config, to_hf
+from models.generation import GenerationConfig, load_generation_config
+from models.hub import resolve
+
+__all__ = [
+    "Decoder",
+    "GenerationConfig",
+    "MoEConfig",
+    "ModelConfig",
+    "ModelError",
+    "RopeConfig",
+    "init",
+    "load",
+    "load_config",
+    "load_generation_config",
+    "resolve",
+    "save",
+    "to_hf",
+]

@@ -1,0 +1,135 @@
+"""Layers that the families share: projection, norm, attention around a caller's cache, MLP, decoder layer.
+
+Every array has tokens as its leading axis: rows of different sequences lie side by side, and only the caller's
+`attend` knows which row belongs to which sequence.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from models.config import ModelConfig
+from models.rope import Rope, rotate
+
+# Attention of one layer over the caller's cache: (q [T Hq d], k [T Hkv d], v [T Hkv d], cache) -> (out [T Hq d], cache)
+type LayerAttend = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
+# The same for any layer, its index (from 0) first.
+type Attend = Callable[[int, jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
+
+INIT_STDDEV = 0.02
+
+
+@partial(jax.jit, static_argnums=(1, 2))
+def _normal(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
+    return INIT_STDDEV * jax.random.normal(key, shape, dtype)
+
+
+def random_weights(rngs: nnx.Rngs, shape: tuple[int, ...], dtype: DTypeLike) -> nnx.Param:
+    """A parameter with normal values of standard deviation `INIT_STDDEV`; equal shapes share one compiled program."""
+    return nnx.Param(_normal(rngs.params(), shape, jnp.dtype(dtype)))
+
+
+def matmul_precision(dtype: DTypeLike) -> jax.lax.Precision | None:
+    """Full float32 products for float32 inputs (accelerators would round them to TF32), the default otherwise."""
+    return jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else None
+
+
+class Linear(nnx.Module):
+    """Projection `x @ kernel + bias`, kernel stored `[in, out]`."""
+
+    def __init__(self, inputs: int, outputs: int, *, bias: bool, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        self.kernel = random_weights(rngs, (inputs, outputs), dtype)
+        self.bias = nnx.Param(jnp.zeros((outputs,), dtype)) if bias else None
+
+    def __call__(self, x: Float[Array, "T inputs"]) -> Float[Array, "T outputs"]:
+        """Project every row."""
+        out: jax.Array = jnp.dot(x, self.kernel[...], precision=matmul_precision(x.dtype))
+        return out if self.bias is None else out + self.bias[...]
+
+
+class RMSNorm(nnx.Module):
+    """Root mean square norm over the last axis, in float32."""
+
+    def __init__(self, width: int, *, eps: float, dtype: DTypeLike) -> None:
+        self.scale = nnx.Param(jnp.ones((width,), dtype))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*rows width"]) -> Float[Array, "*rows width"]:
+        """Normalise every row; the result has the type of `x`."""
+        wide = x.astype(jnp.float32)
+        wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
+        normalized: jax.Array = self.scale[...] * wide.astype(x.dtype)
+        return normalized
+
+
+class Attention(nnx.Module):
+    """Projections of grouped-query attention; the attention itself is the caller's."""
+
+    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        hidden, head_dim = config.hidden_size, config.head_dim
+        queries, keys = config.num_heads * head_dim, config.num_kv_heads * head_dim
+        self.q = Linear(hidden, queries, bias=config.qkv_bias, dtype=dtype, rngs=rngs)
+        self.k = Linear(hidden, keys, bias=config.qkv_bias, dtype=dtype, rngs=rngs)
+        self.v = Linear(hidden, keys, bias=config.qkv_bias, dtype=dtype, rngs=rngs)
+        self.o = Linear(queries, hidden, bias=config.o_bias, dtype=dtype, rngs=rngs)
+        self.q_norm = RMSNorm(head_dim, eps=config.rms_norm_eps, dtype=dtype) if config.qk_norm else None
+        self.k_norm = RMSNorm(head_dim, eps=config.rms_norm_eps, dtype=dtype) if config.qk_norm else None
+        self.head_dim = head_dim
+
+    def project(
+        self, x: Float[Array, "T D"], rope: Rope
+    ) -> tuple[Float[Array, "T Hq d"], Float[Array, "T Hkv d"], Float[Array, "T Hkv d"]]:
+        """Rotated queries, rotated keys, and values of every token."""
+        q, k, v = (linear(x).reshape(x.shape[0], -1, self.head_dim) for linear in (self.q, self.k, self.v))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return rotate(q, rope), rotate(k, rope), v
+
+    def __call__(
+        self, x: Float[Array, "T D"], rope: Rope, attend: LayerAttend, cache: Any
+    ) -> tuple[Float[Array, "T D"], Any]:
+        """Project, let the caller attend, project back."""
+        q, k, v = self.project(x, rope)
+        out, cache = attend(q, k, v, cache)
+        return self.o(out.reshape(x.shape[0], -1)), cache
+
+
+class MLP(nnx.Module):
+    """Gated MLP: `down(silu(gate(x)) * up(x))`."""
+
+    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate = Linear(hidden, inner, bias=bias, dtype=dtype, rngs=rngs)
+        self.up = Linear(hidden, inner, bias=bias, dtype=dtype, rngs=rngs)
+        self.down = Linear(inner, hidden, bias=bias, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
+        """Apply to every token."""
+        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+
+
+class DecoderLayer(nnx.Module):
+    """Pre-norm residual layer: attention, then an MLP of any kind.
+
+    It does not know its index, so layers of equal shape share one compiled program.
+    """
+
+    def __init__(self, config: ModelConfig, mlp: nnx.Module, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        self.attention_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
+        self.attention = Attention(config, dtype=dtype, rngs=rngs)
+        self.mlp_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
+        self.mlp = mlp
+
+    def __call__(
+        self, x: Float[Array, "T D"], rope: Rope, attend: LayerAttend, cache: Any
+    ) -> tuple[Float[Array, "T D"], Any]:
+        """The residual stream after this layer, and the cache that `attend` returned."""
+        mixed, cache = self.attention(self.attention_norm(x), rope, attend, cache)
+        x = x + mixed
+        return x + self.mlp(self.mlp_norm(x)), cache

@@ -1,0 +1,61 @@
+"""Mixture of experts: a softmax router, the top experts of each token, their weighted sum."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Float32, Int32
+
+from models.config import MoEConfig
+from models.layers import Linear, random_weights
+from pallas_kernels.grouped_matmul import combine, dispatch, grouped_matmul
+
+
+class Experts(nnx.Module):
+    """Gated MLPs side by side: gate and up `[experts, hidden, inner]`, down `[experts, inner, hidden]`."""
+
+    def __init__(self, moe: MoEConfig, hidden: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        count, inner = moe.num_experts, moe.intermediate_size
+
+        def weights(inputs: int, outputs: int) -> nnx.Param:
+            return random_weights(rngs, (count, inputs, outputs), dtype)
+
+        self.gate = weights(hidden, inner)
+        self.up = weights(hidden, inner)
+        self.down = weights(inner, hidden)
+
+    def __call__(
+        self, rows: Float[Array, "M D"], group_sizes: Int32[Array, "E"], implementation: str
+    ) -> Float[Array, "M D"]:
+        """Apply expert `e` to its `group_sizes[e]` rows; rows are sorted by expert."""
+        gate = grouped_matmul(rows, self.gate[...], group_sizes, implementation=implementation)
+        up = grouped_matmul(rows, self.up[...], group_sizes, implementation=implementation)
+        return grouped_matmul(jax.nn.silu(gate) * up, self.down[...], group_sizes, implementation=implementation)
+
+
+class MoE(nnx.Module):
+    """Sparse replacement of the MLP. No capacity limit: no token is dropped, and none changes another's result.
+
+    `implementation` is that of `grouped_matmul`: "auto" to serve, "dense" where gradients are wanted.
+    """
+
+    def __init__(self, moe: MoEConfig, hidden: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        self.router = Linear(hidden, moe.num_experts, bias=False, dtype=dtype, rngs=rngs)
+        self.experts = Experts(moe, hidden, dtype=dtype, rngs=rngs)
+        self.top_k = moe.num_experts_per_tok
+        self.normalize = moe.norm_topk_prob
+        self.implementation = "auto"
+
+    def route(self, x: Float[Array, "T D"]) -> tuple[Int32[Array, "T k"], Float32[Array, "T k"]]:
+        """The experts of each token, best first, and their weights: softmax over all experts, in float32."""
+        probabilities = jax.nn.softmax(self.router(x).astype(jnp.float32), axis=-1)
+        weights, experts = jax.lax.top_k(probabilities, self.top_k)
+        if self.normalize:
+            weights = weights / weights.sum(axis=-1, keepdims=True)
+        return experts, weights
+
+    def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
+        """Route, compute each chosen expert, and add up."""
+        experts, weights = self.route(x)
+        rows, group_sizes, order = dispatch(x, experts, self.experts.gate.shape[0])
+        return combine(self.experts(rows, group_sizes, self.implementation), order, weights.astype(x.dtype))

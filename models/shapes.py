@@ -1,0 +1,55 @@
+"""A decoder's parameters before they have values: shapes, names, and where each shall live."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Sharding, SingleDeviceSharding
+
+from models.config import ModelConfig
+from models.decoder import Decoder
+
+# Chooses where a parameter lives: (dotted path, shape) -> sharding.
+type ShardingRule = Callable[[str, tuple[int, ...]], Sharding]
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def check_dtype(dtype: str) -> None:
+    """Refuse a type that parameters cannot have.
+
+    Raises:
+      ValueError: not one of `DTYPES`.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; known: {', '.join(DTYPES)}")
+
+
+def abstract(config: ModelConfig, dtype: str) -> Decoder:
+    """A decoder whose parameters are shapes and types only.
+
+    Raises:
+      ValueError: an unknown dtype.
+    """
+    check_dtype(dtype)
+    model: Decoder = nnx.eval_shape(lambda: Decoder(config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(params=0)))
+    return model
+
+
+def target_shardings(state: nnx.State, rule: ShardingRule | None) -> nnx.State:
+    """The sharding of each parameter, in the structure of `state`; without a rule, the default device's."""
+    if rule is None:
+        single = SingleDeviceSharding(_default_device())
+        return jax.tree.map(lambda _: single, state)
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: rule(parameter_path(path), leaf.shape), state)
+
+
+def parameter_path(path: tuple[object, ...]) -> str:
+    """The dotted name of a key path of a parameter tree, as in "layers.0.attention.q.kernel"."""
+    return ".".join(str(entry.key) for entry in path if isinstance(entry, jax.tree_util.DictKey))
+
+
+def _default_device() -> jax.Device:
+    device = jax.config.jax_default_device
+    return device if isinstance(device, jax.Device) else jax.local_devices()[0]

@@ -1,0 +1,162 @@
+"""Grouped matrix product and expert permutation against loops in float64."""
+
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pallas_kernels.grouped_matmul import IMPLEMENTATIONS, combine, dispatch, grouped_matmul
+from pallas_kernels.grouped_matmul.xla import MAX_BLOCK_ROWS, block_rows
+
+ROWS, DEPTH, WIDTH = 40, 5, 3
+
+
+@pytest.fixture
+def unchecked_shapes() -> Iterator[None]:
+    """What a caller sees outside the tests, where the annotations are not checked."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+def product(lhs: jax.Array, rhs: jax.Array, sizes: list[int]) -> np.ndarray:
+    lhs, rhs = np.asarray(lhs, np.float64), np.asarray(rhs, np.float64)
+    out = np.zeros((lhs.shape[0], rhs.shape[2]))
+    row = 0
+    for group, size in enumerate(sizes):
+        for _ in range(size):
+            out[row] = lhs[row] @ rhs[group]
+            row += 1
+    return out
+
+
+def inputs(rows: int, groups: int, seed: int = 0) -> tuple[jax.Array, jax.Array]:
+    rng = np.random.default_rng(seed)
+    shapes = ((rows, DEPTH), (groups, DEPTH, WIDTH))
+    lhs, rhs = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
+    return lhs, rhs
+
+
+@pytest.mark.parametrize("implementation", ["auto", *IMPLEMENTATIONS])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        [10, 10, 10, 10],
+        [40, 0, 0, 0],
+        [0, 0, 0, 40],
+        [0, 17, 0, 23],
+        [0, 0, 0, 0],
+        [1, 2, 3, 4],
+        [0, 11, 12, 0],
+    ],
+)
+def test_each_row_meets_the_matrix_of_its_group(implementation: str, sizes: list[int]) -> None:
+    lhs, rhs = inputs(ROWS, len(sizes))
+    found = grouped_matmul(lhs, rhs, jnp.array(sizes, jnp.int32), implementation=implementation)
+    np.testing.assert_allclose(found, product(lhs, rhs, sizes), atol=1e-5)
+    assert not np.asarray(found)[sum(sizes) :].any()
+
+
+_jitted = jax.jit(grouped_matmul, static_argnames="implementation")
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 12), min_size=3, max_size=3), st.integers(0, 100))
+def test_any_group_sizes(sizes: list[int], seed: int) -> None:
+    lhs, rhs = inputs(37, 3, seed)
+    found = _jitted(lhs, rhs, jnp.array(sizes, jnp.int32))
+    np.testing.assert_allclose(found, product(lhs, rhs, sizes), atol=1e-5)
+
+
+@pytest.mark.parametrize(("rows", "groups"), [(1, 1), (1, 8), (7, 3), (130, 1), (300, 2), (0, 4)])
+def test_rows_that_are_no_multiple_of_the_block(rows: int, groups: int) -> None:
+    lhs, rhs = inputs(rows, groups)
+    sizes = np.bincount(np.random.default_rng(1).integers(0, groups, rows), minlength=groups)
+    found = grouped_matmul(lhs, rhs, jnp.array(sizes, jnp.int32))
+    np.testing.assert_allclose(found, product(lhs, rhs, list(sizes)), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("rows", "groups", "block"), [(1, 64, 1), (16, 64, 1), (64, 8, 8), (65, 8, 16), (10_000, 2, MAX_BLOCK_ROWS)]
+)
+def test_a_block_is_an_even_share_up_to_the_maximum(rows: int, groups: int, block: int) -> None:
+    assert block_rows(rows, groups) == block
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_bad_row_spoils_no_other(implementation: str) -> None:
+    lhs, rhs = inputs(ROWS, 4)
+    sizes = jnp.array([9, 0, 20, 5], jnp.int32)
+    clean = np.asarray(grouped_matmul(lhs, rhs, sizes, implementation=implementation))
+    lhs = lhs.at[12].set(np.nan).at[36].set(np.inf)
+    spoilt = np.asarray(grouped_matmul(lhs, rhs, sizes, implementation=implementation))
+    others = np.arange(ROWS) != 12
+    np.testing.assert_array_equal(spoilt[others], clean[others])
+    assert np.isnan(spoilt[12]).all()
+
+
+def test_bfloat16_stays_bfloat16() -> None:
+    lhs, rhs = (jnp.asarray(x, jnp.bfloat16) for x in inputs(ROWS, 4))
+    sizes = jnp.array([9, 0, 20, 5], jnp.int32)
+    for implementation in IMPLEMENTATIONS:
+        found = grouped_matmul(lhs, rhs, sizes, implementation=implementation)
+        assert found.dtype == jnp.bfloat16
+        np.testing.assert_allclose(found.astype(np.float32), product(lhs, rhs, [9, 0, 20, 5]), atol=0.1)
+
+
+def test_the_dense_implementation_has_the_gradients_of_the_formula() -> None:
+    lhs, rhs = inputs(6, 2)
+    sizes = jnp.array([2, 3], jnp.int32)
+
+    def total(lhs, rhs):
+        return grouped_matmul(lhs, rhs, sizes, implementation="dense").sum()
+
+    to_lhs, to_rhs = jax.grad(total, (0, 1))(lhs, rhs)
+    np.testing.assert_allclose(
+        to_lhs, np.stack([rhs[g].sum(1) for g in (0, 0, 1, 1, 1)] + [np.zeros(DEPTH)]), atol=1e-5
+    )
+    wanted = np.stack([lhs[:2].sum(0), lhs[2:5].sum(0)])
+    np.testing.assert_allclose(to_rhs, np.broadcast_to(wanted[:, :, None], rhs.shape), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("lhs", "rhs", "sizes", "implementation", "message"),
+    [
+        (jnp.zeros((4, 2)), jnp.zeros((3, 5, 2)), jnp.zeros(3, jnp.int32), "auto", "do not fit"),
+        (jnp.zeros((4, 2)), jnp.zeros((2, 2)), jnp.zeros(2, jnp.int32), "auto", "do not fit"),
+        (jnp.zeros((4, 2)), jnp.zeros((3, 2, 5)), jnp.zeros(2, jnp.int32), "auto", r"int32\[3\] is expected"),
+        (jnp.zeros((4, 2)), jnp.zeros((3, 2, 5)), jnp.zeros(3), "auto", "group_sizes is float32"),
+        (jnp.zeros((4, 2)), jnp.zeros((3, 2, 5), jnp.bfloat16), jnp.zeros(3, jnp.int32), "auto", "one type"),
+        (jnp.zeros((4, 2)), jnp.zeros((3, 2, 5)), jnp.zeros(3, jnp.int32), "cuda", "known: auto, xla, dense"),
+    ],
+)
+@pytest.mark.usefixtures("unchecked_shapes")
+def test_wrong_arguments_are_refused(lhs, rhs, sizes, implementation, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        grouped_matmul(lhs, rhs, sizes, implementation=implementation)
+
+
+def test_dispatch_sorts_by_expert_and_combine_undoes_it() -> None:
+    x = jnp.arange(6, dtype=jnp.float32).reshape(3, 2)
+    experts = jnp.array([[2, 0], [0, 1], [2, 1]])
+    rows, sizes, order = dispatch(x, experts, 4)
+    np.testing.assert_array_equal(sizes, [2, 2, 2, 0])
+    np.testing.assert_array_equal(order, [1, 2, 3, 5, 0, 4])
+    np.testing.assert_array_equal(rows, x[np.array([0, 1, 1, 2, 0, 2])])
+    weights = jnp.array([[0.25, 0.5], [1.0, 2.0], [3.0, 0.0]])
+    scaled = rows * np.repeat([1.0, 10.0, 100.0], 2)[:, None]
+    wanted = x * np.array([[0.25 * 100 + 0.5 * 1], [1.0 * 1 + 2.0 * 10], [3.0 * 100]])
+    np.testing.assert_allclose(combine(scaled, order, weights), wanted)
+
+
+@pytest.mark.usefixtures("unchecked_shapes")
+def test_misshapen_choices_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"\[3, choices\]"):
+        dispatch(jnp.zeros((3, 2)), jnp.zeros((2, 2), int), 4)
+    with pytest.raises(ValueError, match="6 entries"):
+        combine(jnp.zeros((6, 2)), jnp.arange(6), jnp.zeros((2, 2)))
