@@ -1,0 +1,1 @@
+"""KV memory: layouts, pages, prefix tree, tiers."""

@@ -1,0 +1,1 @@
+"""Policies: pure functions and small state machines over plain data, without I/O, clock or JAX."""

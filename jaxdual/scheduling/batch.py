@@ -1,0 +1,411 @@
+"""The batch scheduler: which tokens of which sequences the next step computes.
+
+A state machine over plain data. `plan` moves sequences on as if the step had run; `complete` brings the tokens that it
+sampled. A second `plan` may come before the `complete` of the first: a sequence then goes on from a token that only
+the device knows yet.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Literal
+
+from jaxdual.kv.keys import KeyChain
+from jaxdual.kv.manager import KVManager, PageCopy
+from jaxdual.kv.slots import IntegrityError
+
+
+class Phase(Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+@dataclass(slots=True, eq=False)
+class SequenceState:
+    """What the scheduler knows of one sequence.
+
+    Attributes:
+      seq_id: unique for ever.
+      tokens: prompt and known output tokens.
+      prompt_length: tokens of the prompt.
+      max_output: output tokens at most, at least 1.
+      stop_token_ids: tokens that end the sequence once `min_output` tokens are there; they are part of the output.
+      min_output: output tokens before which no stop token ends it.
+      keys: hash chain of its blocks.
+      priority: smaller goes first.
+      arrival: seconds; earlier goes first within a priority.
+      use_cache: False computes the whole prompt anew.
+      leader: a sequence with the same prompt; this one waits until that one's prompt is in the cache.
+      computed: tokens whose keys and values are there once all planned steps have run.
+      pending: tokens sampled by planned steps and not known yet.
+      cached: tokens of the prompt that came from the prefix cache at first admission, in tokens.
+      slot: its row of the per-sequence device state while running.
+    """
+
+    seq_id: int
+    tokens: list[int]
+    prompt_length: int
+    max_output: int
+    stop_token_ids: frozenset[int]
+    keys: KeyChain
+    min_output: int = 0
+    priority: int = 0
+    arrival: float = 0.0
+    use_cache: bool = True
+    leader: SequenceState | None = None
+    computed: int = 0
+    pending: int = 0
+    cached: int | None = None
+    slot: int = -1
+    phase: Phase = Phase.WAITING
+    finish_reason: FinishReason | None = None
+
+    @property
+    def num_output(self) -> int:
+        """Known output tokens."""
+        return len(self.tokens) - self.prompt_length
+
+    @property
+    def wants_decode(self) -> bool:
+        """All tokens but the newest, known or pending, are computed."""
+        return self.computed == len(self.tokens) + self.pending - 1
+
+    @property
+    def order(self) -> tuple[int, float, int]:
+        return (self.priority, self.arrival, self.seq_id)
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Part of a prompt (or of a preempted sequence's tokens) to compute.
+
+    Attributes:
+      seq_id, slot: the sequence and its row of the per-sequence device state.
+      start: position of the first token.
+      tokens: the tokens.
+      pages: pages of the sequence up to the last token of the chunk.
+      samples: whether this is the last chunk, whose last position gives a token.
+      output_index: number of the output token that it gives, from 0.
+    """
+
+    seq_id: int
+    slot: int
+    start: int
+    tokens: Sequence[int]
+    pages: Sequence[int]
+    samples: bool
+    output_index: int
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One sequence's decode step.
+
+    Attributes:
+      seq_id, slot: the sequence and its row of the per-sequence device state.
+      position: of the input token.
+      token: the input token; None if the step before sampled it and only the device knows it.
+      output_index: number of the output token that this step samples, from 0.
+      pages: pages of the sequence in token order.
+    """
+
+    seq_id: int
+    slot: int
+    position: int
+    token: int | None
+    output_index: int
+    pages: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One step: copies first, in order, then chunks and rows.
+
+    Attributes:
+      copies: pages to move between tiers.
+      admitted: sequences that run from this step on, whose device state must be set before.
+      chunks, rows: what to compute.
+      preempted: sequences that had to give way.
+    """
+
+    copies: tuple[PageCopy, ...]
+    admitted: tuple[int, ...]
+    chunks: tuple[Chunk, ...]
+    rows: tuple[Row, ...]
+    preempted: tuple[int, ...]
+
+    @property
+    def is_empty(self) -> bool:
+        return not (self.copies or self.admitted or self.chunks or self.rows)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.rows) + sum(len(chunk.tokens) for chunk in self.chunks)
+
+
+@dataclass(frozen=True, slots=True)
+class BatchLimits:
+    """Limits of a step.
+
+    Attributes:
+      max_num_seqs: sequences that run at once.
+      max_num_batched_tokens: tokens computed in a step.
+      max_chunk: tokens of one sequence's chunk.
+      preemption: what happens to a sequence that must give way: its pages are dropped and computed again, or moved to
+        the host tier (where that is full, dropped).
+    """
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_chunk: int
+    preemption: Literal["recompute", "swap"] = "recompute"
+
+
+@dataclass(slots=True)
+class BatchStats:
+    """Counters since start."""
+
+    steps: int = 0
+    prefill_tokens: int = 0
+    decode_tokens: int = 0
+    preemptions_recompute: int = 0
+    preemptions_swap: int = 0
+
+
+@dataclass(slots=True)
+class _Plan:
+    """A step being planned."""
+
+    budget: int
+    admitted: list[int] = field(default_factory=list)
+    chunks: list[Chunk] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
+    preempted: list[int] = field(default_factory=list)
+
+
+class BatchScheduler:
+    """Continuous batching: decode first, then prompts in order, in chunks.
+
+    A prompt's pages are reserved as a whole at admission; a decoding sequence takes a page at a time, and if none is to
+    be had, the sequence last in order gives way. The first in order is never asked to while another one runs, and KV
+    memory holds at least one sequence of the greatest length, so something always goes on.
+
+    Args:
+      limits: of a step.
+      kv: page accounting.
+    """
+
+    def __init__(self, limits: BatchLimits, kv: KVManager) -> None:
+        self.limits = limits
+        self.stats = BatchStats()
+        self._kv = kv
+        self._waiting: list[SequenceState] = []
+        self._running: list[SequenceState] = []
+        self._slots = list(range(limits.max_num_seqs - 1, -1, -1))
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    def add(self, sequence: SequenceState) -> None:
+        """Queues a new sequence."""
+        bisect.insort(self._waiting, sequence, key=lambda s: s.order)
+
+    def finish(self, sequence: SequenceState, reason: FinishReason) -> None:
+        """Ends a sequence at once, whatever it is doing; results still under way for it are ignored."""
+        if sequence.phase is Phase.FINISHED:
+            return
+        if sequence.phase is Phase.RUNNING:
+            self._stop_running(sequence)
+        else:
+            self._waiting.remove(sequence)
+        self._kv.release(sequence.seq_id)
+        sequence.phase = Phase.FINISHED
+        sequence.finish_reason = reason
+
+    def plan(self, now: float) -> StepPlan:
+        """Chooses the work of the next step and moves the sequences on as if it had run.
+
+        Args:
+          now: present time, in the unit of `SequenceState.arrival`.
+        """
+        step = _Plan(budget=self.limits.max_num_batched_tokens)
+        self._plan_rows(step)
+        for sequence in self._running:
+            if not sequence.wants_decode:
+                self._plan_chunk(step, sequence)
+        if not step.preempted:
+            self._admit(step, now)
+        plan = StepPlan(
+            copies=self._kv.take_copies(),
+            admitted=tuple(step.admitted),
+            chunks=tuple(step.chunks),
+            rows=tuple(step.rows),
+            preempted=tuple(step.preempted),
+        )
+        if not plan.is_empty:
+            self.stats.steps += 1
+        return plan
+
+    def complete(self, sampled: Iterable[tuple[SequenceState, int]]) -> None:
+        """Takes the tokens that a planned step sampled.
+
+        Args:
+          sampled: sequence and token; those of sequences finished meanwhile are ignored.
+        """
+        for sequence, token in sampled:
+            if sequence.phase is Phase.FINISHED:
+                continue
+            sequence.pending -= 1
+            sequence.tokens.append(token)
+            if sequence.phase is Phase.RUNNING:
+                self._publish(sequence)
+            if token in sequence.stop_token_ids and sequence.num_output > sequence.min_output:
+                self.finish(sequence, "stop")
+            elif sequence.num_output >= sequence.max_output:
+                self.finish(sequence, "length")
+
+    def publish_prompt(self, sequence: SequenceState) -> None:
+        """Shares the blocks of a chunk whose step has run, while more of the prompt is still to come."""
+        if sequence.phase is Phase.RUNNING:
+            self._publish(sequence)
+
+    def check_integrity(self) -> None:
+        """Raises `IntegrityError` unless queues, slots and KV accounting agree."""
+        self._kv.check_integrity()
+        taken = sorted(sequence.slot for sequence in self._running)
+        if sorted(self._slots + taken) != list(range(self.limits.max_num_seqs)):
+            raise IntegrityError(f"slots {taken} taken and {self._slots} free are not all slots once")
+        if any(s.phase is not Phase.RUNNING for s in self._running) or any(
+            s.phase is not Phase.WAITING for s in self._waiting
+        ):
+            raise IntegrityError("a sequence is in the wrong queue")
+        if not self._running and not self._waiting and self._kv.num_held:
+            raise IntegrityError(f"{self._kv.num_held} sequences hold pages, but none is there")
+
+    # Rows.
+
+    def _plan_rows(self, step: _Plan) -> None:
+        position = 0
+        while position < len(self._running):
+            sequence = self._running[position]
+            position += 1
+            if not sequence.wants_decode or sequence.num_output + sequence.pending >= sequence.max_output:
+                continue
+            if step.budget == 0:
+                return
+            while not self._kv.grow(sequence.seq_id, sequence.computed + 1):
+                victim = self._running[-1]
+                self._preempt(step, victim)
+                if victim is sequence:
+                    return
+            step.rows.append(
+                Row(
+                    seq_id=sequence.seq_id,
+                    slot=sequence.slot,
+                    position=sequence.computed,
+                    token=None if sequence.pending else sequence.tokens[-1],
+                    output_index=sequence.num_output + sequence.pending,
+                    pages=tuple(self._kv.pages_of(sequence.seq_id)),
+                )
+            )
+            sequence.computed += 1
+            sequence.pending += 1
+            step.budget -= 1
+            self.stats.decode_tokens += 1
+
+    def _preempt(self, step: _Plan, victim: SequenceState) -> None:
+        step.preempted.append(victim.seq_id)
+        if self.limits.preemption == "swap" and self._kv.swap_out(victim.seq_id, victim.computed):
+            self.stats.preemptions_swap += 1
+        else:
+            self._kv.release(victim.seq_id)
+            self.stats.preemptions_recompute += 1
+        victim.computed = 0
+        self._stop_running(victim)
+        victim.phase = Phase.WAITING
+        self.add(victim)
+
+    # Chunks.
+
+    def _plan_chunk(self, step: _Plan, sequence: SequenceState) -> None:
+        length = min(len(sequence.tokens) - sequence.computed, step.budget, self.limits.max_chunk)
+        if length <= 0:
+            return
+        end = sequence.computed + length
+        samples = end == len(sequence.tokens)
+        step.chunks.append(
+            Chunk(
+                seq_id=sequence.seq_id,
+                slot=sequence.slot,
+                start=sequence.computed,
+                tokens=sequence.tokens[sequence.computed : end],
+                pages=tuple(self._kv.pages_of(sequence.seq_id)[: self._kv.pages_for(end)]),
+                samples=samples,
+                output_index=sequence.num_output,
+            )
+        )
+        sequence.computed = end
+        sequence.pending += samples
+        step.budget -= length
+        self.stats.prefill_tokens += length
+
+    def _admit(self, step: _Plan, now: float) -> None:
+        del now  # first come, first served needs no clock; other orders do
+        position = 0
+        while position < len(self._waiting) and step.budget > 0 and self._slots:
+            sequence = self._waiting[position]
+            if self._follows(sequence) or sequence.pending:
+                position += 1
+                continue
+            length = len(sequence.tokens)
+            admission = self._kv.admit(
+                sequence.seq_id,
+                sequence.keys.upto(sequence.tokens, (length - 1) // self._kv.page_size),
+                length,
+                reserve=len(self._running),
+                use_cache=sequence.use_cache,
+            )
+            if admission is None:
+                return
+            del self._waiting[position]
+            sequence.phase = Phase.RUNNING
+            sequence.slot = self._slots.pop()
+            sequence.computed = admission.computed
+            if sequence.cached is None:
+                sequence.cached = admission.cached
+            bisect.insort(self._running, sequence, key=lambda s: s.order)
+            step.admitted.append(sequence.seq_id)
+            if not sequence.wants_decode:
+                self._plan_chunk(step, sequence)
+
+    def _follows(self, sequence: SequenceState) -> bool:
+        leader = sequence.leader
+        if leader is None:
+            return False
+        if leader.phase is Phase.FINISHED or leader.num_output > 0:
+            sequence.leader = None
+            return False
+        return True
+
+    # Both.
+
+    def _stop_running(self, sequence: SequenceState) -> None:
+        self._running.remove(sequence)
+        self._slots.append(sequence.slot)
+        sequence.slot = -1
+
+    def _publish(self, sequence: SequenceState) -> None:
+        blocks = min(sequence.computed, len(sequence.tokens)) // self._kv.page_size
+        self._kv.publish(sequence.seq_id, sequence.keys.upto(sequence.tokens, blocks))
