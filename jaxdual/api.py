@@ -1,0 +1,291 @@
+"""The public Python API: `LLM`, in vLLM's offline names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxdual.config import EngineConfig
+from jaxdual.engine.build import BuiltEngine, build_engine
+from jaxdual.front import Front, Prompt
+from jaxdual.outputs import EngineStats, RequestOutput
+from jaxdual.sampling_params import SamplingParams
+from jaxdual.tokenizer import Tokenizer, TokenizerError
+from models import resolve
+
+SHIPPED_MODEL = "base"
+
+
+def shipped_model(name: str = SHIPPED_MODEL) -> Path:
+    """Folder of a model that ships with jaxdual.
+
+    Args:
+      name: "small", "base" or "moe".
+
+    Raises:
+      ValueError: no model of that name.
+    """
+    import models
+
+    root = Path(models.__file__).parent / "shipped"
+    if not (root / name / "config.json").is_file():
+        known = sorted(path.parent.name for path in root.glob("*/config.json"))
+        raise ValueError(f"no model {name!r} ships with jaxdual; there are {known}")
+    return root / name
+
+
+class LLM:
+    """A model, its engine and its tokenizer, in this process.
+
+    All of it belongs to one thread; for concurrent callers there is `jaxdual.AsyncLLM`.
+
+    Args:
+      model: folder in Hugging Face layout, or a hub name; None for the model that ships with jaxdual.
+      settings: further fields of `EngineConfig`, such as `dtype`, `max_model_len`, `block_size`, `max_num_seqs`.
+
+    Raises:
+      ConfigError: a setting that is unknown, out of range or doesn't fit the model.
+      ModelError, TokenizerError: files of the model that can't be used.
+    """
+
+    def __init__(self, model: str | Path | None = None, **settings: Any) -> None:
+        self._init(EngineConfig.from_mapping({"model": None if model is None else str(model), **settings}))
+
+    @classmethod
+    def from_config(cls, config: EngineConfig) -> LLM:
+        """An `LLM` with this configuration."""
+        llm = cls.__new__(cls)
+        llm._init(config)
+        return llm
+
+    def _init(self, config: EngineConfig) -> None:
+        folder = shipped_model() if config.model is None else resolve(config.model)
+        self.config = config
+        self.served_model_name = config.served_model_name or folder.resolve().name
+        tokenizer = Tokenizer.from_dir(folder) if Tokenizer.exists(folder) else None
+        self._folder = folder
+        self._built: BuiltEngine = build_engine(config, folder)
+        self._engine = self._built.engine
+        self._front = Front(
+            self._engine,
+            tokenizer,
+            vocab_size=self._built.model.vocab_size,
+            max_model_len=self._built.max_model_len,
+        )
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens of prompt and output together."""
+        return self._built.max_model_len
+
+    def get_tokenizer(self) -> Tokenizer:
+        """The model's tokenizer.
+
+        Raises:
+          TokenizerError: the model folder has none.
+        """
+        if self._front.tokenizer is None:
+            raise TokenizerError(f"{self._folder}: no tokenizer.json: this model takes and gives token ids only")
+        return self._front.tokenizer
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """Parameters that the model's `generation_config.json` recommends, `SamplingParams()` where it is silent."""
+        generation = self._built.generation
+        values = {name: getattr(generation, name) for name in ("temperature", "top_p", "top_k", "min_p")}
+        values["repetition_penalty"] = generation.repetition_penalty
+        return SamplingParams(**{name: value for name, value in values.items() if value is not None})
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = False,
+    ) -> list[RequestOutput]:
+        """Completes prompts.
+
+        Args:
+          prompts: one or several, each text or `{"prompt_token_ids": [...]}`.
+          sampling_params: for all, or one for each; the model's defaults if left out.
+          use_tqdm: shows a progress bar.
+
+        Returns:
+          Outputs in the order of the prompts.
+
+        Raises:
+          ValueError: a prompt or parameter that can't be used; no prompt is run then.
+        """
+        several = _as_list(prompts)
+        params = self._params_for(sampling_params, len(several))
+        outputs: list[RequestOutput] = []
+        try:
+            for prompt, one in zip(several, params, strict=True):
+                outputs.append(self._front.submit(prompt, one))
+        except ValueError:
+            for output in outputs:
+                self._front.abort(output.request_id)
+            self._drain(outputs)
+            raise
+        self._drain(outputs, show=use_tqdm)
+        return outputs
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        add_generation_prompt: bool = True,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        use_tqdm: bool = False,
+    ) -> list[RequestOutput]:
+        """Answers one conversation, or several; see `generate`.
+
+        Args:
+          messages: the messages of a conversation, or a list of conversations.
+          sampling_params: as for `generate`.
+          add_generation_prompt: opens the assistant's turn.
+          chat_template_kwargs: further variables of the model's template.
+          use_tqdm: shows a progress bar.
+
+        Raises:
+          ValueError: as for `generate`, or messages that the template refuses.
+        """
+        conversations = [messages] if not messages or isinstance(messages[0], Mapping) else messages
+        tokenizer = self.get_tokenizer()
+        prompts = [
+            {
+                "prompt_token_ids": tokenizer.apply_chat_template(
+                    conversation,  # type: ignore[arg-type]
+                    add_generation_prompt=add_generation_prompt,
+                    tokenize=True,
+                    **(chat_template_kwargs or {}),
+                )
+            }
+            for conversation in conversations
+        ]
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+
+    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
+        """Completes one prompt, and yields its output each time that it has grown.
+
+        It is the same object each time. Leaving the loop early ends the request.
+
+        Raises:
+          ValueError: a prompt or parameter that can't be used.
+        """
+        output = self._front.submit(prompt, self._params_for(sampling_params, 1)[0])
+        try:
+            while not output.finished:
+                if any(changed is output for changed in self.step()):
+                    yield output
+        finally:
+            if not output.finished:
+                self._front.abort(output.request_id)
+                self._drain([output])
+
+    # One step at a time, for callers with a loop of their own.
+
+    def submit(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        request_id: str | None = None,
+        *,
+        priority: int = 0,
+    ) -> RequestOutput:
+        """Queues a prompt; `step` works on it.
+
+        Args:
+          prompt: text or `{"prompt_token_ids": [...]}`.
+          sampling_params: the model's defaults if left out.
+          request_id: unique among unfinished requests; made if left out.
+          priority: smaller goes first.
+
+        Raises:
+          ValueError: a prompt, parameter or id that can't be used.
+        """
+        return self._front.submit(prompt, self._params_for(sampling_params, 1)[0], request_id, priority=priority)
+
+    def step(self) -> list[RequestOutput]:
+        """Runs one engine step; returns the outputs that changed."""
+        return self._front.take(self._engine.step())
+
+    def abort(self, request_id: str) -> None:
+        """Ends a request; its output finishes with "abort" at the next `step`. Unknown ids are ignored."""
+        self._front.abort(request_id)
+
+    @property
+    def has_unfinished(self) -> bool:
+        """Whether `step` has anything to do."""
+        return self._engine.has_work
+
+    @property
+    def num_unfinished(self) -> int:
+        """Requests that have not finished."""
+        return self._front.num_unfinished
+
+    def warmup(self, report: Callable[[str, float], None] = lambda name, seconds: None) -> None:
+        """Compiles every program in every padded shape; afterwards no request compiles anything.
+
+        Without it, programs compile when a request first needs them.
+
+        Args:
+          report: called with the name of each shape and the seconds that it took.
+        """
+        self._engine.runner.warm_up(report)
+
+    def stats(self) -> EngineStats:
+        """Counters since the start."""
+        kv, batch, built = self._engine.kv, self._engine.scheduler.stats, self._built
+        return EngineStats(
+            prompt_tokens=self._front.prompt_tokens,
+            generation_tokens=self._front.generation_tokens,
+            computed_prompt_tokens=batch.prefill_tokens,
+            prefix_cache_queries=kv.stats.prefix_queries,
+            prefix_cache_hits=kv.stats.prefix_hits,
+            host_cache_hits=kv.stats.host_hits,
+            preemptions=batch.preemptions_recompute + batch.preemptions_swap,
+            steps=batch.steps,
+            kv_blocks=kv.num_pages,
+            kv_blocks_cached=kv.num_cached,
+            kv_blocks_free=kv.num_available,
+            load_seconds=built.load_seconds,
+            compile_seconds=built.compiles.seconds,
+            compilations=built.compiles.compilations,
+        )
+
+    def check_integrity(self) -> None:
+        """Raises `IntegrityError` if pages, queues or requests contradict each other."""
+        self._engine.check_integrity()
+
+    def _drain(self, outputs: Iterable[RequestOutput], *, show: bool = False) -> None:
+        from tqdm import tqdm
+
+        waiting = [output for output in outputs if not output.finished]
+        with tqdm(total=len(waiting), unit="request", disable=not show) as bar:
+            while waiting:
+                self.step()
+                still = [output for output in waiting if not output.finished]
+                bar.update(len(waiting) - len(still))
+                waiting = still
+
+    def _params_for(
+        self, params: SamplingParams | Sequence[SamplingParams] | None, count: int
+    ) -> Sequence[SamplingParams]:
+        if params is None:
+            params = self.get_default_sampling_params()
+        if isinstance(params, SamplingParams):
+            return [params] * count
+        if len(params) != count:
+            raise ValueError(f"{len(params)} sampling_params for {count} prompts: give one, or one for each")
+        return params
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, (str, Mapping)):
+        return [prompts]
+    listed = list(prompts)
+    if listed and all(isinstance(item, int) for item in listed):
+        return [listed]  # type: ignore[list-item]
+    return listed  # type: ignore[return-value]

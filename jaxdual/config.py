@@ -1,0 +1,201 @@
+"""Configuration of an engine, and the one place that makes it from flags, environment and files."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+ENVIRONMENT_PREFIX = "JAXDUAL_"
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+class ConfigError(ValueError):
+    """A setting that can't be used; the message names it, its value and what is accepted."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """Settings of one engine. Names are vLLM's where the meaning is the same.
+
+    Attributes:
+      model: folder in Hugging Face layout, or a hub name; None for the model that ships with jaxdual.
+      served_model_name: name in responses; the folder's name if None.
+      dtype: of weights, activations and KV cache; "auto" is float32 on a CPU, else the checkpoint's.
+      max_model_len: tokens of prompt and output together; None for what the model was made for (at most 8192 on a CPU).
+      block_size: tokens of a KV page, which is also the unit of prefix sharing.
+      max_num_seqs: sequences that run at once.
+      max_num_batched_tokens: tokens computed in a step.
+      num_kv_blocks: pages of KV memory; None to derive it from the memory settings below.
+      kv_cache_memory_bytes: bytes of KV memory; None for `gpu_memory_utilization` of a GPU, or on a CPU what
+        `max_num_seqs` sequences of full length need, up to 1 GiB.
+      gpu_memory_utilization: part of a GPU's memory that weights and KV memory may take together.
+      host_cache_bytes: bytes of host memory that hold evicted and swapped blocks.
+      enable_prefix_caching: shares blocks of equal prefixes between requests.
+      preemption_mode: "recompute" or "swap", for sequences that must give way.
+      async_scheduling: plans the next step while the device works on this one; False is the plain loop that it must
+        agree with.
+      seed: of the seeds drawn for requests that bring none; None for a random one.
+      compilation_cache_dir: JAX's persistent compilation cache; None for `$JAX_COMPILATION_CACHE_DIR`, else
+        `jaxdual/xla` in the user's cache folder; "" for none.
+    """
+
+    model: str | None = None
+    served_model_name: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    max_model_len: int | None = None
+    block_size: int = 64
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 512
+    num_kv_blocks: int | None = None
+    kv_cache_memory_bytes: int | None = None
+    gpu_memory_utilization: float = 0.9
+    host_cache_bytes: int = 0
+    enable_prefix_caching: bool = True
+    preemption_mode: Literal["recompute", "swap"] = "recompute"
+    async_scheduling: bool = True
+    seed: int | None = None
+    compilation_cache_dir: str | None = None
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for field in fields(self):
+            object.__setattr__(self, field.name, _typed(field.name, getattr(self, field.name), hints[field.name]))
+        for name, low in (
+            ("max_model_len", 1),
+            ("block_size", 1),
+            ("max_num_seqs", 1),
+            ("max_num_batched_tokens", 1),
+            ("num_kv_blocks", 1),
+            ("kv_cache_memory_bytes", 1),
+            ("host_cache_bytes", 0),
+        ):
+            value = getattr(self, name)
+            if value is not None and value < low:
+                raise ConfigError(f"{name}={value} must be at least {low}")
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ConfigError(f"gpu_memory_utilization={self.gpu_memory_utilization} must be in (0, 1]")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ConfigError(
+                f"max_num_batched_tokens={self.max_num_batched_tokens} must be at least "
+                f"max_num_seqs={self.max_num_seqs}, since each running sequence takes one token a step"
+            )
+        if self.preemption_mode == "swap" and not self.host_cache_bytes:
+            raise ConfigError('preemption_mode="swap" needs host_cache_bytes above 0')
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> EngineConfig:
+        """A configuration from names and values; unknown names are errors.
+
+        Raises:
+          ConfigError: an unknown name, or a value that can't be used.
+        """
+        known = [field.name for field in fields(cls)]
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise ConfigError(f"unknown setting {unknown[0]!r}; known are {', '.join(known)}")
+        return cls(**values)
+
+    @classmethod
+    def from_args(cls, namespace: argparse.Namespace, environment: Mapping[str, str] | None = None) -> EngineConfig:
+        """A configuration from flags (`add_arguments`), then `JAXDUAL_*` variables, then the file of `--config`.
+
+        Raises:
+          ConfigError: an unknown name, a value that can't be used, or an unreadable file.
+        """
+        environment = os.environ if environment is None else environment
+        values = read_config_file(namespace.config) if namespace.config else {}
+        for field in fields(cls):
+            variable = ENVIRONMENT_PREFIX + field.name.upper()
+            if variable in environment:
+                values[field.name] = environment[variable]
+            flag = getattr(namespace, field.name, None)
+            if flag is not None:
+                values[field.name] = flag
+        return cls.from_mapping(values)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds a flag for every setting of `EngineConfig`, and `--config FILE`.
+
+    Values are checked by `EngineConfig`, so that a bad one has the same message from a flag, a variable and a file.
+    """
+    group = parser.add_argument_group(
+        "engine",
+        f"each setting can also come from an environment variable ({ENVIRONMENT_PREFIX}MODEL, ...) or --config",
+    )
+    group.add_argument("--config", metavar="FILE", help="TOML file with settings; flags and variables win over it")
+    hints = get_type_hints(EngineConfig)
+    helps = _attribute_docs(EngineConfig)
+    for field in fields(EngineConfig):
+        flag = "--" + field.name.replace("_", "-")
+        text = f"{helps[field.name]} (default: {field.default})".replace("%", "%%")
+        if hints[field.name] is bool:
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
+        else:
+            group.add_argument(flag, default=None, metavar="VALUE", help=text)
+
+
+def read_config_file(path: str | Path) -> dict[str, Any]:
+    """Settings of a TOML file; dashes in names stand for underscores.
+
+    Raises:
+      ConfigError: no such file, or not TOML.
+    """
+    try:
+        with open(path, "rb") as file:
+            values = tomllib.load(file)
+    except OSError as error:
+        raise ConfigError(f"{path}: can't be read: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not a TOML file: {error}") from error
+    return {name.replace("-", "_"): value for name, value in values.items()}
+
+
+def _typed(name: str, value: Any, hint: Any) -> Any:
+    """`value` as `hint` says, read from text where it is text."""
+    options = get_args(hint)
+    if type(None) in options:
+        if value is None:
+            return None
+        hint = next(option for option in options if option is not type(None))
+    if get_origin(hint) is Literal:
+        if value not in get_args(hint):
+            raise ConfigError(f"{name}={value!r} must be one of {', '.join(get_args(hint))}")
+        return value
+    try:
+        if hint is bool:
+            return (
+                value
+                if isinstance(value, bool)
+                else {"true": True, "1": True, "false": False, "0": False}[value.lower()]
+            )
+        if hint is str and isinstance(value, (str, Path)):
+            return str(value)
+        if hint in (int, float) and not isinstance(value, bool):
+            number = hint(value)
+            if number == value or isinstance(value, str):
+                return number
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
+        pass
+    kind = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[hint]
+    raise ConfigError(f"{name}={value!r} must be {kind}")
+
+
+def _attribute_docs(config: type) -> dict[str, str]:
+    """The lines of a docstring's "Attributes:" part, by name."""
+    docs: dict[str, str] = {}
+    names = {field.name for field in fields(config)}
+    current = None
+    for line in (config.__doc__ or "").split("Attributes:")[-1].splitlines():
+        name, colon, text = line.strip().partition(": ")
+        if colon and name in names:
+            current = name
+            docs[name] = text
+        elif current and line.strip():
+            docs[current] += " " + line.strip()
+    return docs

@@ -1,0 +1,1 @@
+"""One engine: requests, padded shapes, jitted step functions, sampling, the step loop."""

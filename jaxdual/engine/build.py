@@ -1,0 +1,164 @@
+"""Makes an engine from its configuration: model, sizes, memory."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from jaxdual.config import ConfigError, EngineConfig
+from jaxdual.engine.buckets import Buckets
+from jaxdual.engine.engine import Engine
+from jaxdual.engine.runner import Runner
+from jaxdual.kv.layout import KVLayout
+from jaxdual.kv.manager import KVManager
+from jaxdual.scheduling.batch import BatchLimits, BatchScheduler
+from jaxdual.telemetry import CompileCounter
+from models import Decoder, GenerationConfig, ModelConfig, load, load_config, load_generation_config
+from models.fingerprint import model_fingerprint
+
+_CPU_KV_BYTES = 1 << 30
+_CPU_MODEL_LEN = 8192
+_HIDDEN_COPIES = 8  # activations of a step, in residual streams of its widest batch: room left beside the KV memory
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltEngine:
+    """An engine and what its front needs to know of it.
+
+    Attributes:
+      engine: ready for requests; nothing is compiled yet.
+      model: the model's configuration.
+      generation: its sampling defaults and end-of-sequence tokens.
+      max_model_len: tokens of prompt and output together.
+      load_seconds: time that loading took.
+      compiles: counts compilations from here on.
+    """
+
+    engine: Engine
+    model: ModelConfig
+    generation: GenerationConfig
+    max_model_len: int
+    load_seconds: float
+    compiles: CompileCounter
+
+
+def build_engine(config: EngineConfig, folder: Path) -> BuiltEngine:
+    """Loads the model of `folder` and makes an engine for it.
+
+    Raises:
+      ModelError: the folder's files can't be used.
+      ConfigError: settings that don't fit the model or the machine.
+    """
+    use_compilation_cache(config.compilation_cache_dir)
+    compiles = CompileCounter()
+    start = time.perf_counter()
+    model_config = load_config(folder)
+    generation = load_generation_config(folder)
+    max_model_len = _max_model_len(config, model_config)
+    model = load(folder, dtype=config.dtype)
+    load_seconds = time.perf_counter() - start
+
+    dtype = jnp.dtype(jax.tree.leaves(model_arrays(model))[0].dtype)
+    layout = KVLayout(
+        num_layers=model_config.num_layers,
+        kv_heads=model_config.num_kv_heads,
+        head_dim=model_config.head_dim,
+        page_size=config.block_size,
+        dtype=dtype.name,
+        itemsize=dtype.itemsize,
+    )
+    max_pages = layout.pages_for(max_model_len)
+    num_pages = _num_pages(config, layout, max_pages, model_config)
+    host_pages = config.host_cache_bytes // layout.full_block_bytes
+    max_chunk = min(config.max_num_batched_tokens, max_model_len)
+    kv = KVManager(num_pages, config.block_size, host_pages=host_pages, prefix_caching=config.enable_prefix_caching)
+    limits = BatchLimits(
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_chunk=max_chunk,
+        preemption=config.preemption_mode,
+    )
+    runner = Runner(
+        model,
+        layout,
+        num_pages=num_pages,
+        host_pages=host_pages,
+        max_num_seqs=config.max_num_seqs,
+        buckets=Buckets(config.max_num_seqs, max_pages, max_chunk, config.block_size),
+    )
+    engine = Engine(
+        runner,
+        BatchScheduler(limits, kv),
+        kv,
+        eos_token_ids=generation.eos_token_ids or model_config.eos_token_ids,
+        model_fingerprint=model_fingerprint(folder, dtype.name),
+        overlap=config.async_scheduling,
+        seed=config.seed,
+    )
+    return BuiltEngine(engine, model_config, generation, max_model_len, load_seconds, compiles)
+
+
+def use_compilation_cache(folder: str | None) -> None:
+    """Turns on JAX's persistent compilation cache for programs of any size.
+
+    Args:
+      folder: where it lies; None for `$JAX_COMPILATION_CACHE_DIR`, else `jaxdual/xla` in the user's cache folder;
+        "" leaves JAX's settings alone.
+    """
+    if folder == "":
+        return
+    cache_home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    chosen = folder or os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(Path(cache_home) / "jaxdual" / "xla")
+    jax.config.update("jax_compilation_cache_dir", chosen)
+    # JAX's defaults skip programs that compile in under a second, which is most of a small model's.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def model_arrays(model: Decoder) -> list[jax.Array]:
+    """The parameters of a model."""
+    from flax import nnx
+
+    return list(jax.tree.leaves(nnx.state(model, nnx.Param)))
+
+
+def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:
+    limit = model.max_position_embeddings
+    if config.max_model_len is None:
+        return min(limit, _CPU_MODEL_LEN) if jax.default_backend() == "cpu" else limit
+    if config.max_model_len > limit:
+        raise ConfigError(f"max_model_len={config.max_model_len} must be at most {limit}, for which the model was made")
+    return config.max_model_len
+
+
+def _num_pages(config: EngineConfig, layout: KVLayout, max_pages: int, model: ModelConfig) -> int:
+    if config.num_kv_blocks is not None:
+        num_pages, source = config.num_kv_blocks, "num_kv_blocks"
+    else:
+        if config.kv_cache_memory_bytes is not None:
+            memory, source = config.kv_cache_memory_bytes, "kv_cache_memory_bytes"
+        elif jax.default_backend() == "cpu":
+            memory, source = max(_CPU_KV_BYTES, max_pages * layout.full_block_bytes), "the default KV memory"
+        else:
+            memory, source = _free_device_memory(config, layout, model), "gpu_memory_utilization"
+        num_pages = min(memory // layout.full_block_bytes, config.max_num_seqs * max_pages)
+    if num_pages < max_pages:
+        raise ConfigError(
+            f"{source} gives {num_pages} KV pages, but one sequence of {max_pages * layout.page_size} tokens needs "
+            f"{max_pages} ({max_pages * layout.full_block_bytes} bytes): give more memory or a smaller max_model_len"
+        )
+    return num_pages
+
+
+def _free_device_memory(config: EngineConfig, layout: KVLayout, model: ModelConfig) -> int:
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "bytes_limit" not in stats:
+        raise ConfigError("this device does not tell its memory: set kv_cache_memory_bytes or num_kv_blocks")
+    logits = config.max_num_seqs * model.vocab_size * 4 * _HIDDEN_COPIES
+    streams = config.max_num_batched_tokens * model.hidden_size * layout.itemsize * _HIDDEN_COPIES
+    return int(stats["bytes_limit"] * config.gpu_memory_utilization) - int(stats["bytes_in_use"]) - logits - streams

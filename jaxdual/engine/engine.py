@@ -1,0 +1,265 @@
+"""The engine: takes requests, runs steps, gives tokens. One thread owns it."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from jaxdual.engine.request import Request, TokenEvent
+from jaxdual.engine.runner import Launch, Runner, ScoreTargets, SlotBinding, StepResult, TokenLogprobs
+from jaxdual.engine.sampler import SlotSampling
+from jaxdual.kv.keys import KeyChain, root_key
+from jaxdual.kv.manager import KVManager
+from jaxdual.scheduling.batch import BatchScheduler, Phase, SequenceState, StepPlan
+
+
+@dataclass(slots=True, eq=False)
+class _Output:
+    """One output of a request: its sequence and what sampling needs of it."""
+
+    request: Request
+    index: int
+    sequence: SequenceState
+    sampling: SlotSampling
+    wants_prompt_logprobs: bool
+    num_scored: int = 0
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class _Flight:
+    """A step under way."""
+
+    plan: StepPlan
+    launch: Launch
+
+
+class Engine:
+    """Continuous batching over one runner.
+
+    `step` is the whole loop. With `overlap`, it dispatches the next step before it waits for the one before, so that
+    planning and output handling run while the device computes; without, it is the specification of that loop.
+
+    Args:
+      runner: the device side.
+      scheduler: chooses the work of each step.
+      kv: page accounting; the same object that the scheduler asks.
+      eos_token_ids: the model's end-of-sequence tokens.
+      model_fingerprint: identifies the weights in block keys.
+      overlap: see above.
+      seed: of the seeds drawn for requests without one; None for a random one.
+      clock: seconds, monotonic.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        scheduler: BatchScheduler,
+        kv: KVManager,
+        *,
+        eos_token_ids: Sequence[int],
+        model_fingerprint: bytes,
+        overlap: bool = True,
+        seed: int | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.runner = runner
+        self.scheduler = scheduler
+        self.kv = kv
+        self._eos = tuple(eos_token_ids)
+        self._fingerprint = model_fingerprint
+        self._overlap = overlap
+        self._random = random.Random(seed)
+        self._clock = clock
+        self._ids = itertools.count()
+        self._outputs: dict[int, _Output] = {}
+        self._requests: dict[str, list[_Output]] = {}
+        self._events: list[TokenEvent] = []
+        self._flight: _Flight | None = None
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` has anything to do: requests, events to hand out, or a step under way."""
+        return bool(self._requests or self._events or self._flight)
+
+    @property
+    def num_unfinished(self) -> int:
+        return len(self._requests)
+
+    def add(self, request: Request) -> None:
+        """Queues a request.
+
+        Raises:
+          ValueError: its id is in use, its prompt is empty, or it has no `max_tokens`.
+        """
+        if request.request_id in self._requests:
+            raise ValueError(f"request_id={request.request_id!r} is in use")
+        params, max_output = request.params, request.params.max_tokens
+        if not request.prompt_token_ids or max_output is None:
+            raise ValueError("a request needs at least one prompt token and a limit of output tokens")
+        root = root_key(self._fingerprint, self.runner.layout.fingerprint(), request.salt)
+        base_seed = self._random.getrandbits(64) if params.seed is None else params.seed % 2**64
+        stops = frozenset(params.stop_token_ids or ()) | (frozenset() if params.ignore_eos else frozenset(self._eos))
+        outputs: list[_Output] = []
+        for index in range(params.n):
+            # The first output keeps the seed itself: n=1 and the first of n=2 agree.
+            seed = (base_seed + index * 0x9E3779B97F4A7C15) % 2**64
+            wants_prompt = params.prompt_logprobs is not None and index == 0
+            sequence = SequenceState(
+                seq_id=next(self._ids),
+                tokens=list(request.prompt_token_ids),
+                prompt_length=len(request.prompt_token_ids),
+                max_output=max_output,
+                stop_token_ids=stops,
+                min_output=params.min_tokens,
+                keys=KeyChain(root, self.kv.page_size),
+                priority=request.priority,
+                arrival=request.arrival,
+                use_cache=not wants_prompt,
+                leader=outputs[0].sequence if index and self.kv.prefix_caching else None,
+            )
+            sampling = SlotSampling(params, (seed & 0xFFFFFFFF, seed >> 32), tuple(sorted(stops)))
+            outputs.append(_Output(request, index, sequence, sampling, wants_prompt))
+        self._requests[request.request_id] = outputs
+        for output in outputs:
+            self._outputs[output.sequence.seq_id] = output
+            self.scheduler.add(output.sequence)
+
+    def abort(self, request_id: str, index: int | None = None) -> None:
+        """Ends a request, or one of its outputs, now; unknown ids are ignored, since it may just have ended.
+
+        The next `step` hands out an event with `finish_reason` "abort" for each output that was still going.
+        """
+        for output in list(self._requests.get(request_id, ())):
+            if index is None or output.index == index:
+                self.scheduler.finish(output.sequence, "abort")
+                self._emit_end(output, None)
+
+    def step(self) -> list[TokenEvent]:
+        """Runs one step of the loop, and returns what has happened since the last call.
+
+        Raises:
+          Exception: the device failed; every request has ended, its error event comes with the next call.
+        """
+        try:
+            if self._overlap:
+                self._step_overlapped()
+            else:
+                self._step_plain()
+        except Exception as error:
+            self._fail(error)
+            raise
+        events, self._events = self._events, []
+        return events
+
+    def check_integrity(self) -> None:
+        """Raises `IntegrityError` if KV accounting, queues or requests contradict each other."""
+        self.scheduler.check_integrity()
+        self.runner.check_arena()
+
+    # The two loops.
+
+    def _step_plain(self) -> None:
+        plan = self.scheduler.plan(self._clock())
+        if not plan.is_empty:
+            self._retire(self._dispatch(plan))
+
+    def _step_overlapped(self) -> None:
+        plan = self.scheduler.plan(self._clock())
+        before, self._flight = self._flight, None if plan.is_empty else self._dispatch(plan)
+        if before is not None:
+            self._retire(before)
+
+    def _dispatch(self, plan: StepPlan) -> _Flight:
+        bindings = []
+        for seq_id in plan.admitted:
+            output = self._outputs[seq_id]
+            sequence = output.sequence
+            bindings.append(
+                SlotBinding(
+                    slot=sequence.slot,
+                    sampling=output.sampling,
+                    prompt=sequence.tokens[: sequence.prompt_length],
+                    output=sequence.tokens[sequence.prompt_length :],
+                )
+            )
+        targets: dict[int, ScoreTargets] = {}
+        for chunk in plan.chunks:
+            output = self._outputs[chunk.seq_id]
+            if output.wants_prompt_logprobs:
+                prompt = output.request.prompt_token_ids
+                end = min(chunk.start + len(chunk.tokens), len(prompt) - 1)
+                # A preempted sequence computes positions again that were scored before.
+                if chunk.start <= output.num_scored < end:
+                    targets[chunk.seq_id] = ScoreTargets(
+                        skip=output.num_scored - chunk.start, tokens=tuple(prompt[output.num_scored + 1 : end + 1])
+                    )
+                    output.num_scored = end
+        return _Flight(plan, self.runner.dispatch(plan, bindings, targets))
+
+    def _retire(self, flight: _Flight) -> None:
+        result = self.runner.fetch(flight.launch)
+        for chunk in flight.plan.chunks:
+            output = self._outputs.get(chunk.seq_id)
+            if output is not None and not chunk.samples:
+                self.scheduler.publish_prompt(output.sequence)
+        for seq_id, scores in result.prompt_logprobs.items():
+            if seq_id in self._outputs:
+                self._outputs[seq_id].prompt_logprobs.extend(scores)
+        self._take_tokens(result)
+
+    def _take_tokens(self, result: StepResult) -> None:
+        for sampled in result.sampled:
+            output = self._outputs.get(sampled.seq_id)
+            if output is None:
+                continue
+            sequence = output.sequence
+            self.scheduler.complete([(sequence, sampled.token)])
+            self._events.append(
+                TokenEvent(
+                    request_id=output.request.request_id,
+                    index=output.index,
+                    token=sampled.token,
+                    logprobs=sampled.logprobs,
+                    finish_reason=sequence.finish_reason,
+                    stop_token=sampled.token if sequence.finish_reason == "stop" else None,
+                    cached_tokens=sequence.cached or 0,
+                    prompt_logprobs=tuple(output.prompt_logprobs)
+                    if output.wants_prompt_logprobs and sequence.num_output == 1
+                    else None,
+                )
+            )
+            if sequence.phase is Phase.FINISHED:
+                self._forget(output)
+
+    # Ends.
+
+    def _emit_end(self, output: _Output, error: str | None) -> None:
+        sequence = output.sequence
+        self._events.append(
+            TokenEvent(
+                request_id=output.request.request_id,
+                index=output.index,
+                token=None,
+                finish_reason=sequence.finish_reason,
+                cached_tokens=sequence.cached or 0,
+                error=error,
+            )
+        )
+        self._forget(output)
+
+    def _forget(self, output: _Output) -> None:
+        del self._outputs[output.sequence.seq_id]
+        outputs = self._requests[output.request.request_id]
+        outputs.remove(output)
+        if not outputs:
+            del self._requests[output.request.request_id]
+
+    def _fail(self, error: Exception) -> None:
+        self._flight = None
+        for output in list(self._outputs.values()):
+            self.scheduler.finish(output.sequence, "error")
+            self._emit_end(output, f"{type(error).__name__}: {error}")

@@ -1,0 +1,57 @@
+"""Messages between a front and an engine: plain data, tokens only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from jaxdual.engine.runner import TokenLogprobs
+from jaxdual.sampling_params import SamplingParams
+from jaxdual.scheduling.batch import FinishReason
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A prompt to complete.
+
+    Attributes:
+      request_id: unique among unfinished requests.
+      prompt_token_ids: at least one token.
+      params: how to sample; `max_tokens` is set.
+      arrival: seconds of the monotonic clock.
+      priority: smaller goes first.
+      salt: keeps its cached blocks apart from those of requests with another salt.
+    """
+
+    request_id: str
+    prompt_token_ids: Sequence[int]
+    params: SamplingParams
+    arrival: float
+    priority: int = 0
+    salt: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """One step forward of one output of a request.
+
+    Attributes:
+      request_id, index: the output.
+      token: the new token; None if the output ends without one.
+      logprobs: of the token, if wanted.
+      finish_reason: set on the last event of the output.
+      stop_token: the stop token that ended it, which is the last token.
+      cached_tokens: tokens of the prompt that came from the prefix cache.
+      prompt_logprobs: on the first event of a request that wants them: of all prompt tokens but the first.
+      error: what went wrong, where `finish_reason` is "error".
+    """
+
+    request_id: str
+    index: int
+    token: int | None
+    logprobs: TokenLogprobs | None = None
+    finish_reason: FinishReason | None = None
+    stop_token: int | None = None
+    cached_tokens: int = 0
+    prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
+    error: str | None = None

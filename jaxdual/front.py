@@ -1,0 +1,217 @@
+"""The text side of an engine: prompts to tokens, token events to outputs."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from jaxdual.detokenizer import IncrementalDetokenizer
+from jaxdual.engine.request import Request, TokenEvent
+from jaxdual.engine.runner import TokenLogprobs
+from jaxdual.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+from jaxdual.sampling_params import SamplingParams
+from jaxdual.tokenizer import Tokenizer
+
+type Prompt = str | Mapping[str, Any] | Sequence[int]
+
+
+class TokenEngine(Protocol):
+    """What a front needs of an engine, wherever it runs."""
+
+    def add(self, request: Request) -> None: ...
+
+    def abort(self, request_id: str, index: int | None = None) -> None: ...
+
+
+@dataclass(slots=True)
+class _Tracked:
+    """A request under way, and the text of each of its outputs."""
+
+    output: RequestOutput
+    params: SamplingParams
+    detokenizers: list[IncrementalDetokenizer]
+
+
+class Front:
+    """Validates prompts, makes requests of them, and turns the engine's token events into `RequestOutput`s.
+
+    Args:
+      engine: where requests go.
+      tokenizer: None for a model folder without one, which takes token ids only.
+      vocab_size: of the model.
+      max_model_len: tokens of prompt and output together.
+    """
+
+    def __init__(
+        self, engine: TokenEngine, tokenizer: Tokenizer | None, *, vocab_size: int, max_model_len: int
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.prompt_tokens = 0
+        self.generation_tokens = 0
+        self._engine = engine
+        self._vocab_size = vocab_size
+        self._max_model_len = max_model_len
+        self._tracked: dict[str, _Tracked] = {}
+        self._numbers = itertools.count()
+
+    @property
+    def num_unfinished(self) -> int:
+        return len(self._tracked)
+
+    def submit(
+        self, prompt: Prompt, params: SamplingParams, request_id: str | None = None, *, priority: int = 0
+    ) -> RequestOutput:
+        """Sends a prompt to the engine.
+
+        Args:
+          prompt: text, token ids, or `{"prompt": text}` or `{"prompt_token_ids": ids}`.
+          params: how to sample.
+          request_id: unique among unfinished requests; made if left out.
+          priority: smaller goes first.
+
+        Returns:
+          The request's output, which `take` goes on filling.
+
+        Raises:
+          ValueError: a prompt that can't be used, or parameters that don't fit the model.
+        """
+        text, tokens = self._tokens(prompt)
+        params.check_vocabulary(self._vocab_size)
+        room = self._max_model_len - len(tokens)
+        if room < 1:
+            raise ValueError(
+                f"the prompt has {len(tokens)} tokens; with at least one output token it must be at most "
+                f"{self._max_model_len - 1}, since max_model_len is {self._max_model_len}"
+            )
+        if params.stop_strings and self.tokenizer is None:
+            raise ValueError("stop strings need a tokenizer, and this model folder has none; use stop_token_ids")
+        limit = room if params.max_tokens is None else min(room, params.max_tokens)
+        params = dataclasses.replace(params, max_tokens=limit, min_tokens=min(params.min_tokens, limit))
+        request_id = f"request-{next(self._numbers)}" if request_id is None else request_id
+        arrival = time.monotonic()
+        output = RequestOutput(
+            request_id=request_id,
+            prompt=text,
+            prompt_token_ids=tokens,
+            outputs=[
+                CompletionOutput(
+                    index,
+                    logprobs=None if params.logprobs is None else [],
+                    cumulative_logprob=None if params.logprobs is None else 0.0,
+                )
+                for index in range(params.n)
+            ],
+            metrics=RequestMetrics(arrival),
+        )
+        self._engine.add(Request(request_id, tokens, params, arrival, priority))
+        detokenizers = [
+            IncrementalDetokenizer(
+                self.tokenizer,
+                params.stop_strings,
+                include_stop_str=params.include_stop_str_in_output,
+                skip_special_tokens=params.skip_special_tokens,
+                min_tokens=params.min_tokens,
+            )
+            for _ in range(params.n)
+        ]
+        self._tracked[request_id] = _Tracked(output, params, detokenizers)
+        self.prompt_tokens += len(tokens)
+        return output
+
+    def abort(self, request_id: str) -> None:
+        """Ends a request; its output finishes with "abort" at the next `take`. Unknown ids are ignored."""
+        self._engine.abort(request_id)
+
+    def take(self, events: Iterable[TokenEvent]) -> list[RequestOutput]:
+        """Brings outputs up to date, and returns those that changed, each once."""
+        changed: dict[str, RequestOutput] = {}
+        for event in events:
+            tracked = self._tracked.get(event.request_id)
+            if tracked is None or tracked.output.outputs[event.index].finish_reason is not None:
+                continue
+            self._apply(tracked, event)
+            changed[event.request_id] = tracked.output
+        return list(changed.values())
+
+    def _tokens(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+        if isinstance(prompt, Mapping):
+            unknown = set(prompt) - {"prompt", "prompt_token_ids"}
+            if unknown or len(prompt) != 1:
+                raise ValueError(f"a prompt mapping has the key 'prompt' or 'prompt_token_ids', not {sorted(prompt)}")
+            ((key, prompt),) = prompt.items()
+            if isinstance(prompt, str) != (key == "prompt"):
+                raise ValueError(f"{key!r} holds a {type(prompt).__name__}")
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise ValueError("this model folder has no tokenizer.json: give the prompt as token ids")
+            text, tokens = prompt, self.tokenizer.encode(prompt)
+        else:
+            text, tokens = None, self._token_ids(prompt)
+        if not tokens:
+            raise ValueError("the prompt is empty: it must have at least one token")
+        return text, tokens
+
+    def _token_ids(self, prompt: object) -> list[int]:
+        if not isinstance(prompt, Iterable):
+            raise ValueError(f"a prompt is text or token ids, not {type(prompt).__name__}")
+        tokens = []
+        for token in prompt:
+            if isinstance(token, bool) or not hasattr(token, "__index__") or not 0 <= token < self._vocab_size:
+                raise ValueError(f"prompt token {token!r} must be a token id in [0, {self._vocab_size - 1}]")
+            tokens.append(int(token))
+        return tokens
+
+    def _apply(self, tracked: _Tracked, event: TokenEvent) -> None:
+        request, params = tracked.output, tracked.params
+        output, detokenizer = request.outputs[event.index], tracked.detokenizers[event.index]
+        now = time.monotonic()
+        if event.index == 0:
+            request.num_cached_tokens = event.cached_tokens
+        if event.prompt_logprobs is not None:
+            request.prompt_logprobs = [None]
+            request.prompt_logprobs += [
+                self._logprobs(token, scores, params.prompt_logprobs or 0)
+                for token, scores in zip(request.prompt_token_ids[1:], event.prompt_logprobs, strict=True)
+            ]
+        if event.token is not None:
+            if request.metrics.first_token_time is None:
+                request.metrics.first_token_time = now
+            self.generation_tokens += 1
+            output.token_ids.append(event.token)
+            if event.logprobs is not None and output.logprobs is not None and params.logprobs is not None:
+                output.logprobs.append(self._logprobs(event.token, event.logprobs, params.logprobs))
+                output.cumulative_logprob = (output.cumulative_logprob or 0.0) + event.logprobs.chosen
+            # A stop token ends the text without being part of it, as end-of-sequence tokens do.
+            if event.stop_token is None:
+                output.text += detokenizer.push(event.token)
+        reason = event.finish_reason
+        if detokenizer.stopped is not None:
+            output.stop_reason = detokenizer.stopped
+            if reason is None:
+                self._engine.abort(event.request_id, event.index)
+            reason = "stop"
+        elif reason is not None:
+            output.text += detokenizer.finish()
+            if detokenizer.stopped is not None:
+                output.stop_reason, reason = detokenizer.stopped, "stop"
+            elif event.stop_token in (params.stop_token_ids or ()):
+                output.stop_reason = event.stop_token
+        output.finish_reason = reason
+        output.error = event.error
+        if all(one.finish_reason is not None for one in request.outputs):
+            request.finished = True
+            request.metrics.finished_time = now
+            del self._tracked[request.request_id]
+
+    def _logprobs(self, token: int, scores: TokenLogprobs, count: int) -> dict[int, Logprob]:
+        entries = {token: Logprob(scores.chosen, scores.rank, self._piece(token))}
+        for rank, (other, logprob) in enumerate(scores.top[:count], start=1):
+            entries.setdefault(other, Logprob(logprob, rank, self._piece(other)))
+        return entries
+
+    def _piece(self, token: int) -> str | None:
+        return None if self.tokenizer is None else self.tokenizer.decode([token])

@@ -1,0 +1,126 @@
+"""What a request gives back."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+
+from jaxdual.scheduling.batch import FinishReason
+
+
+@dataclass(frozen=True, slots=True)
+class Logprob:
+    """Log-probability of a token at a position of a text, before any sampling parameter.
+
+    Attributes:
+      logprob: natural logarithm.
+      rank: 1 for the likeliest token there.
+      decoded_token: its text; None for a model without a tokenizer.
+    """
+
+    logprob: float
+    rank: int
+    decoded_token: str | None
+
+
+@dataclass(slots=True)
+class CompletionOutput:
+    """One output of a request, so far.
+
+    Attributes:
+      index: its number among the request's `n`.
+      text: final text; stop strings are cut off.
+      token_ids: output tokens, a stop token included.
+      logprobs: for each token, by token id: the chosen one and the likeliest ones; None if not asked for.
+      cumulative_logprob: sum over the chosen tokens; None without `logprobs`.
+      finish_reason: "stop", "length", "abort" or "error" once it has ended.
+      stop_reason: the stop string or stop token id that ended it; None for the model's own end of sequence.
+      error: what went wrong, where `finish_reason` is "error".
+    """
+
+    index: int
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[dict[int, Logprob]] | None = None
+    cumulative_logprob: float | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    error: str | None = None
+
+
+@dataclass(slots=True)
+class RequestMetrics:
+    """Times of a request in seconds of the monotonic clock; None while it has not come to that."""
+
+    arrival_time: float
+    first_token_time: float | None = None
+    finished_time: float | None = None
+
+
+@dataclass(slots=True)
+class RequestOutput:
+    """A request and its outputs so far.
+
+    Attributes:
+      request_id: as given, or made.
+      prompt: the text, if the prompt was one.
+      prompt_token_ids: the prompt.
+      prompt_logprobs: for each prompt token by token id, None for the first; None if not asked for.
+      outputs: `n` of them, by index.
+      finished: whether all have ended.
+      num_cached_tokens: tokens of the prompt that came from the prefix cache.
+      metrics: times.
+    """
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    metrics: RequestMetrics
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    finished: bool = False
+    num_cached_tokens: int = 0
+
+    def snapshot(self) -> RequestOutput:
+        """A copy that later steps don't change."""
+        outputs = [
+            dataclasses.replace(
+                output,
+                token_ids=list(output.token_ids),
+                logprobs=None if output.logprobs is None else list(output.logprobs),
+            )
+            for output in self.outputs
+        ]
+        return dataclasses.replace(self, outputs=outputs, metrics=dataclasses.replace(self.metrics))
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """Counters of an engine since its start; times in seconds, cache figures in tokens.
+
+    Attributes:
+      prompt_tokens, generation_tokens: of finished and running requests: prompt tokens computed or found, tokens given.
+      computed_prompt_tokens: prompt tokens that were computed, those of preempted sequences each time.
+      prefix_cache_queries, prefix_cache_hits: prompt tokens looked up, and found.
+      host_cache_hits: of the found ones, those that had to be copied from host memory.
+      preemptions: sequences that had to give way.
+      steps: steps run.
+      kv_blocks, kv_blocks_cached, kv_blocks_free: pages in all; holding unused cached blocks; available in all.
+      load_seconds, compile_seconds: loading the model; compiling programs, or reading them from the compilation cache.
+      compilations: programs compiled or read from the compilation cache.
+    """
+
+    prompt_tokens: int
+    generation_tokens: int
+    computed_prompt_tokens: int
+    prefix_cache_queries: int
+    prefix_cache_hits: int
+    host_cache_hits: int
+    preemptions: int
+    steps: int
+    kv_blocks: int
+    kv_blocks_cached: int
+    kv_blocks_free: int
+    load_seconds: float
+    compile_seconds: float
+    compilations: int
