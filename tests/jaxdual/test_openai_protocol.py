@@ -229,8 +229,11 @@ ANY_JSON = st.recursive(
     max_leaves=6,
 )
 FIELD = st.sampled_from(
-    "messages prompt n temperature top_p top_k stop seed logprobs top_logprobs logit_bias max_tokens stream tools "
-    "stream_options stop_token_ids chat_template_kwargs response_format min_tokens echo model other".split()
+    [
+        *("messages", "prompt", "n", "temperature", "top_p", "top_k", "stop", "seed", "logprobs", "top_logprobs"),
+        *("logit_bias", "max_tokens", "stream", "tools", "stream_options", "stop_token_ids", "chat_template_kwargs"),
+        *("response_format", "min_tokens", "echo", "model", "other"),
+    ]
 )
 
 

@@ -1,0 +1,144 @@
+"""`python -m jaxdual.offline -i IN -o OUT`: runs a file of OpenAI batch requests through a model.
+
+Exit status: 0 when every line has its row in OUT (rows with an error included), 1 when the run broke off, 2 for a call
+that cannot work, 130 after Ctrl-C. After 1 and 130 the same command continues where it stopped.
+"""
+
+import argparse
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+from jaxdual.api import LLM
+from jaxdual.config import EngineConfig, add_arguments
+from jaxdual.offline.batch_file import BatchError, read_batch
+from jaxdual.offline.display import Progress, format_results
+from jaxdual.offline.output_file import OutputFile
+from jaxdual.offline.report import build_report, format_report, write_report
+from jaxdual.offline.rows import row_id
+from jaxdual.offline.runner import BatchRunner, Totals
+
+_INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    started = time.monotonic()
+    try:
+        _check_paths(options)
+        config = EngineConfig.from_args(options)
+        with OutputFile(options.output_file, options.overwrite) as output:
+            total = _check_input(options.input_file, output)
+            llm = LLM.from_config(config)
+            _check_model(output, llm)
+            if options.warmup:
+                llm.warmup()
+            return _run(options, llm, output, total, time.monotonic() - started)
+    except KeyboardInterrupt:
+        print(f"\nstopped; the same command continues with the rest of {options.input_file}", file=sys.stderr)
+        return _INTERRUPTED
+    except ValueError as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m jaxdual.offline",
+        description="Runs a file of OpenAI batch requests through a model. Started again with the same files, an "
+        "interrupted run continues.",
+    )
+    parser.add_argument("-i", "--input-file", type=Path, required=True, help="requests, one JSON object a line")
+    parser.add_argument("-o", "--output-file", type=Path, required=True, help="where the rows go, one a request")
+    parser.add_argument("--report", type=Path, metavar="FILE.json", help="write counts, times and rates as JSON")
+    parser.add_argument("--overwrite", action="store_true", help="start anew: drop the rows in the output file")
+    parser.add_argument("--show", action="store_true", help="print prompts and completions at the end")
+    parser.add_argument(
+        "--warmup", action="store_true", help="compile everything before the first request, for undisturbed times"
+    )
+    parser.add_argument("--no-progress", action="store_true", help="no progress bar")
+    add_arguments(parser)
+    return parser
+
+
+def _check_paths(options: argparse.Namespace) -> None:
+    source, output, report = options.input_file, options.output_file, options.report
+    if str(source) == "-" or str(output) == "-":
+        raise BatchError(
+            "standard input and output are not supported: an interrupted run could not continue; give files"
+        )
+    if not source.is_file():
+        raise BatchError(f"{source}: {'not a regular file' if source.exists() else 'no such file'}")
+    named = [path.resolve() for path in (source, output, report) if path is not None]
+    if len(set(named)) < len(named):
+        raise BatchError("input, output and report must be different files")
+    if report is not None and report.is_dir():
+        raise BatchError(f"{report}: is a directory")
+
+
+def _check_input(source: Path, output: OutputFile) -> int:
+    """Counts the lines of the batch, and makes sure that the rows already there are rows of this batch."""
+    total = found = 0
+    for line in read_batch(source):
+        total += 1
+        existing = output.done.get(line.key)
+        if existing is None:
+            continue
+        found += 1
+        if existing != row_id(line):
+            raise BatchError(
+                f"{output.path} belongs to another batch: its row for {line.key!r} answers another request than "
+                f"line {line.number} of {source}; give another output file, or --overwrite to replace this one"
+            )
+    if found < len(output.done):
+        raise BatchError(
+            f"{output.path} belongs to another batch: {len(output.done) - found} of its rows are of no line of "
+            f"{source}; give another output file, or --overwrite to replace this one"
+        )
+    return total
+
+
+def _check_model(output: OutputFile, llm: LLM) -> None:
+    others = sorted(output.models - {llm.served_model_name})
+    if others:
+        raise BatchError(
+            f"{output.path} has rows of model {others[0]!r}, not of {llm.served_model_name!r}; "
+            "give another output file, or --overwrite to replace this one"
+        )
+
+
+def _run(options: argparse.Namespace, llm: LLM, output: OutputFile, total: int, startup_seconds: float) -> int:
+    created = int(options.input_file.stat().st_mtime)
+    start = time.monotonic()
+    try:
+        with Progress(total, len(output.done), not options.no_progress) as progress:
+
+            def show(totals: Totals) -> None:
+                progress.show(totals, llm.stats().generation_tokens)
+
+            totals = BatchRunner(llm, output, created, show).run(read_batch(options.input_file))
+    except Exception as error:  # whatever breaks the run, the user is told that a restart continues it
+        traceback.print_exc()
+        print(f"the run broke off: {error}; the same command continues with the remaining requests", file=sys.stderr)
+        return 1
+    report = build_report(llm, totals, time.monotonic() - start, startup_seconds)
+    if options.show:
+        for text in format_results(read_batch(options.input_file), options.output_file):
+            print(text)
+    print(format_report(report))
+    if options.report is not None:
+        write_report(options.report, report)
+    failed = f", {totals.failed} with an error" if totals.failed else ""
+    print(f"{total} rows in {options.output_file}{failed}", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

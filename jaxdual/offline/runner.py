@@ -1,0 +1,178 @@
+"""Runs the lines of a batch through an engine and writes a row for each."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+
+from jaxdual.api import LLM
+from jaxdual.offline.batch_file import BatchLine, RejectedLine
+from jaxdual.offline.output_file import OutputFile
+from jaxdual.offline.rows import engine_params, error_row, parse_body, response_row
+from jaxdual.openai_protocol import ChatRequest, CompletionRequest, ProtocolError
+from jaxdual.outputs import RequestOutput
+from jaxdual.tokenizer import Tokenizer, TokenizerError
+
+# Requests handed to the engine, as a multiple of those that it runs at once: enough to keep it full while the next
+# lines are read, and few enough that a batch of any length fits in memory.
+_WINDOW = 4
+# What a model may recommend for requests that leave it open.
+_MODEL_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+
+
+@dataclass(slots=True)
+class Totals:
+    """What a run has done so far; times are in seconds, one entry for each engine request."""
+
+    ok: int = 0
+    failed: int = 0
+    skipped: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    ttft: list[float] = field(default_factory=list)
+    latency: list[float] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class _Job:
+    """A line in flight: its outputs by prompt, None while a prompt is not finished."""
+
+    line: BatchLine
+    request: ChatRequest | CompletionRequest
+    outputs: list[RequestOutput | None]
+
+
+class BatchRunner:
+    """Keeps a window of requests in the engine, and writes each row when its last choice is finished.
+
+    Args:
+        llm: the engine.
+        output: where rows go; lines that have a row there are skipped.
+        created: the time that responses carry, seconds since the epoch.
+        on_progress: called after each step and each row with the totals.
+    """
+
+    def __init__(
+        self, llm: LLM, output: OutputFile, created: int, on_progress: Callable[[Totals], None] = lambda _: None
+    ) -> None:
+        self.totals = Totals()
+        self._llm = llm
+        self._output = output
+        self._created = created
+        self._on_progress = on_progress
+        self._tokenizer = _tokenizer_of(llm)
+        defaults = llm.get_default_sampling_params()
+        self._default_sampling = {name: getattr(defaults, name) for name in _MODEL_DEFAULTS}
+        self._window = _WINDOW * llm.config.max_num_seqs
+        self._jobs: dict[str, tuple[_Job, int]] = {}
+
+    def run(self, lines: Iterable[BatchLine | RejectedLine]) -> Totals:
+        """Serves all lines."""
+        source = iter(lines)
+        while self._fill(source):
+            for output in self._llm.step():
+                if output.finished:
+                    self._finish_prompt(output)
+            self._on_progress(self.totals)
+        return self.totals
+
+    def _fill(self, source: Iterator[BatchLine | RejectedLine]) -> bool:
+        """Submits lines until the window is full; returns whether the engine has work."""
+        while len(self._jobs) < self._window:
+            line = next(source, None)
+            if line is None:
+                break
+            if line.key in self._output.done:
+                self.totals.skipped += 1
+            elif isinstance(line, RejectedLine):
+                self._fail(line, line.code, line.message, line.param)
+            else:
+                self._submit(line)
+        return bool(self._jobs)
+
+    def _submit(self, line: BatchLine) -> None:
+        submitted: list[str] = []
+        try:
+            request = parse_body(line, self._llm.served_model_name, self._default_sampling)
+            prompts = self._token_ids(request)
+            job = _Job(line, request, [None] * len(prompts))
+            for i, prompt in enumerate(prompts):
+                request_id = f"{line.number}-{i}"
+                self._llm.submit({"prompt_token_ids": prompt}, engine_params(line, request, i), request_id=request_id)
+                self._jobs[request_id] = (job, i)
+                submitted.append(request_id)
+        except ValueError as error:
+            # One prompt of the request was refused: the others are not wanted any more.
+            for request_id in submitted:
+                del self._jobs[request_id]
+                self._llm.abort(request_id)
+            code, param = (error.code, error.param) if isinstance(error, ProtocolError) else ("invalid_value", None)
+            self._fail(line, code, f"line {line.number}: {error}", param)
+
+    def _token_ids(self, request: ChatRequest | CompletionRequest) -> list[list[int]]:
+        """Prompts as token ids."""
+        if isinstance(request, ChatRequest):
+            text = self._text_tokenizer().apply_chat_template(
+                request.messages, request.add_generation_prompt, **request.template_vars
+            )
+            return [self._text_tokenizer().encode(str(text), request.add_special_tokens)]
+        return [
+            self._text_tokenizer().encode(prompt, request.add_special_tokens)
+            if isinstance(prompt, str)
+            else list(prompt)
+            for prompt in request.prompts
+        ]
+
+    def _text_tokenizer(self) -> Tokenizer:
+        if self._tokenizer is None:
+            raise TokenizerError("the model folder has no tokenizer.json: only prompts of token ids can be served")
+        return self._tokenizer
+
+    def _finish_prompt(self, output: RequestOutput) -> None:
+        job, index = self._jobs.pop(output.request_id, (None, 0))
+        if job is None:  # the rest of a request that failed already
+            return
+        broken = [c.error or c.finish_reason for c in output.outputs if c.finish_reason not in ("stop", "length")]
+        if broken:
+            self._abandon(job)
+            self._fail(job.line, "engine_error", f"line {job.line.number}: generation broke off: {broken[0]}", None)
+            return
+        self._measure(output)
+        job.outputs[index] = output
+        outputs = [o for o in job.outputs if o is not None]
+        if len(outputs) == len(job.outputs):
+            row = response_row(
+                job.line,
+                job.request,
+                outputs,
+                model=self._llm.served_model_name,
+                created=self._created,
+                tokenizer=self._tokenizer,
+            )
+            self._output.append(row)
+            self.totals.ok += 1
+
+    def _abandon(self, job: _Job) -> None:
+        for request_id in [request_id for request_id, (other, _) in self._jobs.items() if other is job]:
+            del self._jobs[request_id]
+            self._llm.abort(request_id)
+
+    def _fail(self, line: BatchLine | RejectedLine, code: str | None, message: str, param: str | None) -> None:
+        self._output.append(error_row(line, code, message, param))
+        self.totals.failed += 1
+        self._on_progress(self.totals)
+
+    def _measure(self, output: RequestOutput) -> None:
+        totals = self.totals
+        totals.prompt_tokens += len(output.prompt_token_ids)
+        totals.completion_tokens += sum(len(completion.token_ids) for completion in output.outputs)
+        metrics = output.metrics
+        if metrics.first_token_time is not None:
+            totals.ttft.append(metrics.first_token_time - metrics.arrival_time)
+        if metrics.finished_time is not None:
+            totals.latency.append(metrics.finished_time - metrics.arrival_time)
+
+
+def _tokenizer_of(llm: LLM) -> Tokenizer | None:
+    try:
+        return llm.get_tokenizer()
+    except TokenizerError:
+        return None
