@@ -147,6 +147,6 @@ class Decoder(nnx.Module):
 
 
 @partial(jax.jit, static_argnums=0)
-def _jitted_logits(graphdef: nnx.GraphDef, state: nnx.State, tokens: Int[Array, "B L"]) -> Float32[Array, "B L V"]:
+def _jitted_logits(graphdef: Any, state: Any, tokens: Int[Array, "B L"]) -> Float32[Array, "B L V"]:
     logits: jax.Array = nnx.merge(graphdef, state).dense_logits(tokens)
     return logits

@@ -37,6 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _check_model(output, llm)
             if options.warmup:
                 llm.warmup()
+            output.begin()
             return _run(options, llm, output, total, time.monotonic() - started)
     except KeyboardInterrupt:
         print(f"\nstopped; the same command continues with the rest of {options.input_file}", file=sys.stderr)

@@ -16,7 +16,7 @@ _ROW_START = b'{"id": "batch_req_'
 class OutputFile:
     """An output file, locked against other jobs for as long as it is open.
 
-    Each row is one write. A row torn by a crash is the last one, and is cut off when the file is opened again.
+    Each row is one write. A row torn by a crash is the last one, and is cut off before the next one is written.
 
     Attributes:
         done: for the rows found at opening, by key (custom_id, or line number where there is none) the row's `id`.
@@ -24,7 +24,11 @@ class OutputFile:
     """
 
     def __init__(self, path: Path, overwrite: bool = False) -> None:
-        """Opens `path`, making its folder where needed; with `overwrite` the rows in it are dropped.
+        """Opens `path`, making its folder where needed; nothing in it changes before `begin` or `append`.
+
+        Args:
+            path: the file.
+            overwrite: the rows in it are dropped by `begin`, whatever they are.
 
         Raises:
             BatchError: the file cannot be written, is in use by another job, or holds something else than rows.
@@ -41,7 +45,7 @@ class OutputFile:
             raise BatchError(f"{path}: cannot be written: {error.strerror}") from None
         try:
             self._lock()
-            os.ftruncate(self._descriptor, 0 if overwrite else self._scan())
+            self._kept: int | None = 0 if overwrite else self._scan()
         except BaseException:
             os.close(self._descriptor)
             raise
@@ -54,8 +58,15 @@ class OutputFile:
     ) -> None:
         self.close()
 
+    def begin(self) -> None:
+        """Cuts off what is not kept: a torn last row, or everything with `overwrite`. The first `append` does it too."""
+        if self._kept is not None:
+            os.ftruncate(self._descriptor, self._kept)
+            self._kept = None
+
     def append(self, row: dict[str, Any]) -> None:
         """Writes one row; after the return it survives the end of this process."""
+        self.begin()
         # A lone surrogate, which only a request can bring in, becomes the JSON escape that it was.
         line = memoryview(json.dumps(row, ensure_ascii=False).encode("utf-8", errors="backslashreplace") + b"\n")
         while line:

@@ -63,6 +63,7 @@ def test_torn_only_row_is_cut_off(path, cut):
     path.write_bytes(path.read_bytes()[:cut])
     with OutputFile(path) as output:
         assert output.done == {}
+        output.begin()
     assert path.read_bytes() == b""
 
 
@@ -94,7 +95,9 @@ def test_overwrite_drops_what_is_there(path):
     write(path, row("a"))
     with OutputFile(path, overwrite=True) as output:
         assert output.done == {}
-        assert path.read_bytes() == b""
+        assert path.read_bytes() != b"", "a job that fails before its first row costs nothing"
+        output.append(row("b"))
+    assert path.read_bytes() == (json.dumps(row("b")) + "\n").encode()
 
 
 def test_two_jobs_cannot_write_one_file(path):
