@@ -24,7 +24,7 @@ class SamplingParams:
       min_p: only tokens at least this fraction as likely as the likeliest, in [0, 1].
       presence_penalty, frequency_penalty: subtracted from the logits of tokens in the output, once or for each
         occurrence, in [-2, 2].
-      repetition_penalty: divides positive and multiplies negative logits of tokens in prompt or output, in (0, 2].
+      repetition_penalty: divides positive and multiplies negative logits of tokens in prompt or output, above 0.
       logit_bias: added to the logits of these token ids, in [-100, 100].
       seed: makes the output reproducible whatever else runs, in [-2**63, 2**63); None draws one.
       stop: strings that end the output; they are not part of it unless `include_stop_str_in_output`.
@@ -70,7 +70,7 @@ class SamplingParams:
         _real("min_p", self.min_p, 0.0, 1.0)
         _real("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _real("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
-        _real("repetition_penalty", self.repetition_penalty, 0.0, 2.0, open_low=True)
+        _real("repetition_penalty", self.repetition_penalty, 0.0, None, open_low=True)
         if self.seed is not None:
             _whole("seed", self.seed, -_MAX_SEED, _MAX_SEED - 1)
         _whole("min_tokens", self.min_tokens, 0, self.max_tokens)

@@ -59,7 +59,7 @@ class OutputFile:
         self.close()
 
     def begin(self) -> None:
-        """Cuts off what is not kept: a torn last row, or everything with `overwrite`. The first `append` does it too."""
+        """Cuts off what is not kept: a torn last row, or all with `overwrite`. The first `append` does it too."""
         if self._kept is not None:
             os.ftruncate(self._descriptor, self._kept)
             self._kept = None
