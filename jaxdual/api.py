@@ -62,7 +62,8 @@ class LLM:
     def _init(self, config: EngineConfig) -> None:
         folder = shipped_model() if config.model is None else resolve(config.model)
         self.config = config
-        self.served_model_name = config.served_model_name or folder.resolve().name
+        given = None if config.model is None or Path(config.model).expanduser().is_dir() else config.model
+        self.served_model_name = config.served_model_name or given or folder.resolve().name
         tokenizer = Tokenizer.from_dir(folder) if Tokenizer.exists(folder) else None
         self._folder = folder
         self._built: BuiltEngine = build_engine(config, folder)
@@ -245,6 +246,8 @@ class LLM:
             prefix_cache_queries=kv.stats.prefix_queries,
             prefix_cache_hits=kv.stats.prefix_hits,
             host_cache_hits=kv.stats.host_hits,
+            blocks_copied_out=kv.stats.copied_out,
+            blocks_copied_in=kv.stats.copied_in,
             preemptions=batch.preemptions_recompute + batch.preemptions_swap,
             steps=batch.steps,
             kv_blocks=kv.num_pages,

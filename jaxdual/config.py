@@ -24,7 +24,7 @@ class EngineConfig:
 
     Attributes:
       model: folder in Hugging Face layout, or a hub name; None for the model that ships with jaxdual.
-      served_model_name: name in responses; the folder's name if None.
+      served_model_name: name in responses; the hub name, or the folder's own name, if None.
       dtype: of weights, activations and KV cache; "auto" is float32 on a CPU, else the checkpoint's.
       max_model_len: tokens of prompt and output together; None for what the model was made for (at most 8192 on a CPU).
       block_size: tokens of a KV page, which is also the unit of prefix sharing.

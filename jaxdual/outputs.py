@@ -103,6 +103,7 @@ class EngineStats:
       computed_prompt_tokens: prompt tokens that were computed, those of preempted sequences each time.
       prefix_cache_queries, prefix_cache_hits: prompt tokens looked up, and found.
       host_cache_hits: of the found ones, those that had to be copied from host memory.
+      blocks_copied_out, blocks_copied_in: pages moved to host memory, and back.
       preemptions: sequences that had to give way.
       steps: steps run.
       kv_blocks, kv_blocks_cached, kv_blocks_free: pages in all; holding unused cached blocks; available in all.
@@ -116,6 +117,8 @@ class EngineStats:
     prefix_cache_queries: int
     prefix_cache_hits: int
     host_cache_hits: int
+    blocks_copied_out: int
+    blocks_copied_in: int
     preemptions: int
     steps: int
     kv_blocks: int

@@ -114,6 +114,10 @@ class KVManager:
         """Pages of a running sequence in token order; the manager's own list, not to be changed."""
         return self._held[seq_id].pages
 
+    def num_shared(self, seq_id: int) -> int:
+        """Blocks of a running sequence that lie in the prefix tree: its first ones."""
+        return len(self._held[seq_id].path)
+
     def admit(
         self, seq_id: int, keys: Sequence[BlockKey], num_tokens: int, *, reserve: int = 0, use_cache: bool = True
     ) -> Admission | None:

@@ -174,7 +174,6 @@ class BatchStats:
 
     steps: int = 0
     prefill_tokens: int = 0
-    decode_tokens: int = 0
     preemptions_recompute: int = 0
     preemptions_swap: int = 0
 
@@ -323,7 +322,6 @@ class BatchScheduler:
             sequence.computed += 1
             sequence.pending += 1
             step.budget -= 1
-            self.stats.decode_tokens += 1
 
     def _preempt(self, step: _Plan, victim: SequenceState) -> None:
         step.preempted.append(victim.seq_id)
@@ -408,4 +406,6 @@ class BatchScheduler:
 
     def _publish(self, sequence: SequenceState) -> None:
         blocks = min(sequence.computed, len(sequence.tokens)) // self._kv.page_size
+        if blocks <= self._kv.num_shared(sequence.seq_id) or not self._kv.prefix_caching:
+            return
         self._kv.publish(sequence.seq_id, sequence.keys.upto(sequence.tokens, blocks))
