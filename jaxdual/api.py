@@ -126,7 +126,7 @@ class LLM:
         except ValueError:
             for output in outputs:
                 self._front.abort(output.request_id)
-            self._drain(outputs)
+            self._settle()
             raise
         self._drain(outputs, show=use_tqdm)
         return outputs
@@ -183,7 +183,7 @@ class LLM:
         finally:
             if not output.finished:
                 self._front.abort(output.request_id)
-                self._drain([output])
+                self._settle()
 
     # One step at a time, for callers with a loop of their own.
 
@@ -261,6 +261,11 @@ class LLM:
     def check_integrity(self) -> None:
         """Raises `IntegrityError` if pages, queues or requests contradict each other."""
         self._engine.check_integrity()
+
+    def _settle(self) -> None:
+        """Lets the engine put away what was aborted, if nothing else will make it run."""
+        while self.has_unfinished and not self.num_unfinished:
+            self.step()
 
     def _drain(self, outputs: Iterable[RequestOutput], *, show: bool = False) -> None:
         from tqdm import tqdm

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import queue
 import threading
 from collections.abc import AsyncIterator, Callable
@@ -24,6 +23,9 @@ class EngineDeadError(RuntimeError):
     """The engine has failed or was shut down; its message says why."""
 
 
+type _Listener = Callable[[RequestOutput | EngineDeadError], None]
+
+
 class AsyncLLM:
     """`LLM` for asyncio. Start it inside a running loop or outside; call it from any loop or thread.
 
@@ -37,8 +39,8 @@ class AsyncLLM:
     def __init__(self, model: str | Path | None = None, **settings: Any) -> None:
         self._llm = LLM(model, **settings)
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._listeners: dict[str, Callable[[RequestOutput | EngineDeadError], None]] = {}
-        self._numbers = itertools.count()
+        # By the identity of the output: a caller may use an id again while an aborted request of that id ends.
+        self._listeners: dict[int, tuple[RequestOutput, _Listener]] = {}
         self._stopping = False
         self._dead: EngineDeadError | None = None
         self._thread = threading.Thread(target=self._run, name="jaxdual-engine", daemon=True)
@@ -69,34 +71,30 @@ class AsyncLLM:
         """
         loop = asyncio.get_running_loop()
         outputs: asyncio.Queue[RequestOutput | EngineDeadError] = asyncio.Queue()
-        request_id = f"async-{next(self._numbers)}" if request_id is None else request_id
 
         def listen(output: RequestOutput | EngineDeadError) -> None:
             with contextlib.suppress(RuntimeError):  # the caller's loop was closed: nobody listens any more
                 loop.call_soon_threadsafe(outputs.put_nowait, output)
 
-        def submit() -> None:
-            self._llm.submit(prompt, sampling_params, request_id, priority=priority)
-            self._listeners[request_id] = listen
+        def submit() -> RequestOutput:
+            output = self._llm.submit(prompt, sampling_params, request_id, priority=priority)
+            self._listeners[id(output)] = output, listen
+            return output
 
-        finished = submitted = False
+        submitted = self._call(submit)
+        finished = False
         try:
-            # Shielded: a caller that is cancelled now must still find out whether there is a request to end.
-            sending = self._call(submit)
-            submitted = True
-            await asyncio.shield(asyncio.wrap_future(sending))
+            # Shielded: a caller that is cancelled now still has a request to end.
+            await asyncio.shield(asyncio.wrap_future(submitted))
             while not finished:
                 output = await outputs.get()
                 if isinstance(output, EngineDeadError):
                     raise output
                 finished = output.finished
                 yield output
-        except ValueError:
-            submitted = False
-            raise
         finally:
-            if submitted and not finished:
-                self._commands.put(lambda: self._abort(request_id))
+            if not finished:
+                self._commands.put(lambda: self._end(submitted))
 
     async def abort(self, request_id: str) -> None:
         """Ends a request; its `generate` yields a last output with "abort". Unknown ids are ignored."""
@@ -132,6 +130,8 @@ class AsyncLLM:
         future: Future[T] = Future()
 
         def command() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
             if self._dead is not None:
                 future.set_exception(self._dead)
                 return
@@ -145,9 +145,10 @@ class AsyncLLM:
             self._run_commands(wait=False)
         return future
 
-    def _abort(self, request_id: str) -> None:
-        if self._listeners.pop(request_id, None) is not None:
-            self._llm.abort(request_id)
+    def _end(self, submitted: Future[RequestOutput]) -> None:
+        """Ends a request whose caller has left, unless it was refused or has finished."""
+        if submitted.exception() is None and self._listeners.pop(id(submitted.result()), None) is not None:
+            self._llm.abort(submitted.result().request_id)
 
     def _stop(self) -> None:
         self._stopping = True
@@ -161,7 +162,7 @@ class AsyncLLM:
             self._dead = EngineDeadError("the engine was shut down")
         except Exception as error:
             self._dead = EngineDeadError(f"the engine has failed: {type(error).__name__}: {error}")
-        for listen in self._listeners.values():
+        for _, listen in self._listeners.values():
             listen(self._dead)
         self._listeners.clear()
         self._run_commands(wait=False)
@@ -177,9 +178,9 @@ class AsyncLLM:
 
     def _deliver(self, outputs: list[RequestOutput]) -> None:
         for output in outputs:
-            listen = self._listeners.get(output.request_id)
+            _, listen = self._listeners.get(id(output), (None, None))
             if listen is None:
                 continue
             if output.finished:
-                del self._listeners[output.request_id]
+                del self._listeners[id(output)]
             listen(output.snapshot())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import operator
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,8 +30,13 @@ class TokenEngine(Protocol):
 
 @dataclass(slots=True)
 class _Tracked:
-    """A request under way, and the text of each of its outputs."""
+    """A request under way, and the text of each of its outputs.
 
+    The engine knows it under an id that is never used again, so that events of a request that was aborted can't be
+    taken for those of a later one to which the caller gave the same id.
+    """
+
+    engine_id: str
     output: RequestOutput
     params: SamplingParams
     detokenizers: list[IncrementalDetokenizer]
@@ -55,7 +61,9 @@ class Front:
         self._engine = engine
         self._vocab_size = vocab_size
         self._max_model_len = max_model_len
-        self._tracked: dict[str, _Tracked] = {}
+        self._tracked: dict[str, _Tracked] = {}  # by the caller's id
+        self._by_engine_id: dict[str, _Tracked] = {}
+        self._aborted: list[RequestOutput] = []  # not yet returned by `take`
         self._numbers = itertools.count()
 
     @property
@@ -91,7 +99,13 @@ class Front:
             raise ValueError("stop strings need a tokenizer, and this model folder has none; use stop_token_ids")
         limit = room if params.max_tokens is None else min(room, params.max_tokens)
         params = dataclasses.replace(params, max_tokens=limit, min_tokens=min(params.min_tokens, limit))
-        request_id = f"request-{next(self._numbers)}" if request_id is None else request_id
+        number = next(self._numbers)
+        if request_id is None:
+            request_id = f"request-{number}"
+            while request_id in self._tracked:  # a caller chose such a name
+                request_id += "+"
+        elif request_id in self._tracked:
+            raise ValueError(f"request_id={request_id!r} is in use")
         arrival = time.monotonic()
         output = RequestOutput(
             request_id=request_id,
@@ -107,7 +121,8 @@ class Front:
             ],
             metrics=RequestMetrics(arrival),
         )
-        self._engine.add(Request(request_id, tokens, params, arrival, priority))
+        engine_id = f"{number}"
+        self._engine.add(Request(engine_id, tokens, params, arrival, priority))
         detokenizers = [
             IncrementalDetokenizer(
                 self.tokenizer,
@@ -118,30 +133,41 @@ class Front:
             )
             for _ in range(params.n)
         ]
-        self._tracked[request_id] = _Tracked(output, params, detokenizers)
+        tracked = _Tracked(engine_id, output, params, detokenizers)
+        self._tracked[request_id] = self._by_engine_id[engine_id] = tracked
         self.prompt_tokens += len(tokens)
         return output
 
     def abort(self, request_id: str) -> None:
-        """Ends a request; its output finishes with "abort" at the next `take`. Unknown ids are ignored."""
-        self._engine.abort(request_id)
+        """Ends a request; its output finishes with "abort", and the next `take` returns it. Unknown ids are ignored."""
+        tracked = self._tracked.get(request_id)
+        if tracked is None:
+            return
+        self._engine.abort(tracked.engine_id)
+        for output, detokenizer in zip(tracked.output.outputs, tracked.detokenizers, strict=True):
+            if output.finish_reason is None:
+                output.text += detokenizer.finish()
+                output.finish_reason = "abort"
+        self._finish(tracked)
+        self._aborted.append(tracked.output)
 
     def take(self, events: Iterable[TokenEvent]) -> list[RequestOutput]:
         """Brings outputs up to date, and returns those that changed, each once."""
-        changed: dict[str, RequestOutput] = {}
+        # By identity: an id may be in use again already.
+        changed = {id(output): output for output in self._aborted}
+        self._aborted.clear()
         for event in events:
-            tracked = self._tracked.get(event.request_id)
+            tracked = self._by_engine_id.get(event.request_id)
             if tracked is None or tracked.output.outputs[event.index].finish_reason is not None:
                 continue
             self._apply(tracked, event)
-            changed[event.request_id] = tracked.output
+            changed[id(tracked.output)] = tracked.output
         return list(changed.values())
 
     def _tokens(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         if isinstance(prompt, Mapping):
-            unknown = set(prompt) - {"prompt", "prompt_token_ids"}
-            if unknown or len(prompt) != 1:
-                raise ValueError(f"a prompt mapping has the key 'prompt' or 'prompt_token_ids', not {sorted(prompt)}")
+            if len(prompt) != 1 or not set(prompt) <= {"prompt", "prompt_token_ids"}:
+                raise ValueError(f"a prompt mapping has the key 'prompt' or 'prompt_token_ids', not {list(prompt)}")
             ((key, prompt),) = prompt.items()
             if isinstance(prompt, str) != (key == "prompt"):
                 raise ValueError(f"{key!r} holds a {type(prompt).__name__}")
@@ -156,13 +182,21 @@ class Front:
         return text, tokens
 
     def _token_ids(self, prompt: object) -> list[int]:
-        if not isinstance(prompt, Iterable):
+        try:
+            items = list(prompt) if not isinstance(prompt, bytes) else None  # type: ignore[call-overload]
+        except TypeError:
+            items = None
+        if items is None:
             raise ValueError(f"a prompt is text or token ids, not {type(prompt).__name__}")
         tokens = []
-        for token in prompt:
-            if isinstance(token, bool) or not hasattr(token, "__index__") or not 0 <= token < self._vocab_size:
-                raise ValueError(f"prompt token {token!r} must be a token id in [0, {self._vocab_size - 1}]")
-            tokens.append(int(token))
+        for item in items:
+            try:
+                token = -1 if isinstance(item, bool) else operator.index(item)
+            except TypeError:
+                token = -1
+            if not 0 <= token < self._vocab_size:
+                raise ValueError(f"prompt token {item!r} must be a token id in [0, {self._vocab_size - 1}]")
+            tokens.append(token)
         return tokens
 
     def _apply(self, tracked: _Tracked, event: TokenEvent) -> None:
@@ -203,9 +237,13 @@ class Front:
         output.finish_reason = reason
         output.error = event.error
         if all(one.finish_reason is not None for one in request.outputs):
-            request.finished = True
-            request.metrics.finished_time = now
-            del self._tracked[request.request_id]
+            self._finish(tracked)
+
+    def _finish(self, tracked: _Tracked) -> None:
+        tracked.output.finished = True
+        tracked.output.metrics.finished_time = time.monotonic()
+        del self._tracked[tracked.output.request_id]
+        del self._by_engine_id[tracked.engine_id]
 
     def _logprobs(self, token: int, scores: TokenLogprobs, count: int) -> dict[int, Logprob]:
         entries = {token: Logprob(scores.chosen, scores.rank, self._piece(token))}

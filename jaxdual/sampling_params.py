@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 MAX_LOGPROBS = 20
 MAX_STOP_TOKENS = 16
 _MAX_SEED = 2**63
+_MAX_REAL = 1e38  # of float32, which parameters are on the device
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +131,7 @@ def _whole(name: str, value: object, low: int, high: int | None) -> None:
 
 
 def _real(name: str, value: object, low: float, high: float | None, *, open_low: bool = False) -> None:
-    valid = not isinstance(value, bool) and isinstance(value, (int, float)) and math.isfinite(value)
+    valid = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= _MAX_REAL
     if valid and isinstance(value, (int, float)):
         valid = (value > low if open_low else value >= low) and (high is None or value <= high)
     if not valid:

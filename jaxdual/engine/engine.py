@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from jaxdual.engine.request import Request, TokenEvent
 from jaxdual.engine.runner import Launch, Runner, ScoreTargets, SlotBinding, StepResult, TokenLogprobs
-from jaxdual.engine.sampler import SlotSampling
+from jaxdual.engine.sampler import MAX_SUPPRESSED, SlotSampling
 from jaxdual.kv.keys import KeyChain, root_key
 from jaxdual.kv.manager import KVManager
 from jaxdual.scheduling.batch import BatchScheduler, Phase, SequenceState, StepPlan
@@ -103,6 +103,10 @@ class Engine:
         root = root_key(self._fingerprint, self.runner.layout.fingerprint(), request.salt)
         base_seed = self._random.getrandbits(64) if params.seed is None else params.seed % 2**64
         stops = frozenset(params.stop_token_ids or ()) | (frozenset() if params.ignore_eos else frozenset(self._eos))
+        if len(stops) > MAX_SUPPRESSED:
+            raise ValueError(
+                f"{len(stops)} tokens end this request, the model's own included; at most {MAX_SUPPRESSED} can"
+            )
         outputs: list[_Output] = []
         for index in range(params.n):
             # The first output keeps the seed itself: n=1 and the first of n=2 agree.
@@ -119,7 +123,6 @@ class Engine:
                 priority=request.priority,
                 arrival=request.arrival,
                 use_cache=not wants_prompt,
-                leader=outputs[0].sequence if index and self.kv.prefix_caching else None,
             )
             sampling = SlotSampling(params, (seed & 0xFFFFFFFF, seed >> 32), tuple(sorted(stops)))
             outputs.append(_Output(request, index, sequence, sampling, wants_prompt))

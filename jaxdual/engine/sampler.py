@@ -222,8 +222,9 @@ def _penalise(
 
 def _draw(logits: Float32[Array, "rows vocab"], inputs: SampleInputs) -> Int32[Array, " rows"]:
     vocab_size = logits.shape[-1]
-    scaled = logits / jnp.where(inputs.temperature > 0, inputs.temperature, 1)[:, None]
-    scaled = scaled - jnp.max(scaled, axis=-1, keepdims=True)
+    # The maximum goes first: divided by a tiny temperature, logits themselves would overflow.
+    scaled = logits - jnp.max(logits, axis=-1, keepdims=True)
+    scaled = scaled / jnp.where(inputs.temperature > 0, inputs.temperature, 1)[:, None]
     scaled = jnp.where(jnp.exp(scaled) >= inputs.min_p[:, None], scaled, -jnp.inf)
     narrowed = (inputs.top_k < vocab_size) | (inputs.top_p < 1)
     scaled = jax.lax.cond(jnp.any(narrowed), _top_k_top_p, lambda scaled, _: scaled, scaled, inputs)

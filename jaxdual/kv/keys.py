@@ -40,6 +40,11 @@ class KeyChain:
         self._page_size = page_size
         self._keys: list[BlockKey] = []
 
+    @property
+    def known(self) -> list[BlockKey]:
+        """Keys computed so far; the chain's own list, not to be changed."""
+        return self._keys
+
     def upto(self, token_ids: Sequence[int], blocks: int) -> list[BlockKey]:
         """Keys of the first `blocks` blocks of `token_ids`, which starts with what earlier calls were given.
 

@@ -114,6 +114,10 @@ class KVManager:
         """Pages of a running sequence in token order; the manager's own list, not to be changed."""
         return self._held[seq_id].pages
 
+    def num_cached_blocks(self, keys: Sequence[BlockKey]) -> int:
+        """Blocks of the longest cached prefix of `keys`, in any tier."""
+        return len(self._tree.match(keys)) if self.prefix_caching else 0
+
     def num_shared(self, seq_id: int) -> int:
         """Blocks of a running sequence that lie in the prefix tree: its first ones."""
         return len(self._held[seq_id].path)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Literal
 
-from jaxdual.kv.keys import KeyChain
+from jaxdual.kv.keys import BlockKey, KeyChain
 from jaxdual.kv.manager import KVManager, PageCopy
 from jaxdual.kv.slots import IntegrityError
 
@@ -42,7 +42,6 @@ class SequenceState:
       priority: smaller goes first.
       arrival: seconds; earlier goes first within a priority.
       use_cache: False computes the whole prompt anew.
-      leader: a sequence with the same prompt; this one waits until that one's prompt is in the cache.
       computed: tokens whose keys and values are there once all planned steps have run.
       pending: tokens sampled by planned steps and not known yet.
       cached: tokens of the prompt that came from the prefix cache at first admission, in tokens.
@@ -59,7 +58,6 @@ class SequenceState:
     priority: int = 0
     arrival: float = 0.0
     use_cache: bool = True
-    leader: SequenceState | None = None
     computed: int = 0
     pending: int = 0
     cached: int | None = None
@@ -196,6 +194,9 @@ class BatchScheduler:
     be had, the sequence last in order gives way. The first in order is never asked to while another one runs, and KV
     memory holds at least one sequence of the greatest length, so something always goes on.
 
+    A sequence whose next block another one is about to compute waits for it, and then finds it in the prefix cache: a
+    prompt that many requests share is computed once, also when they come together.
+
     Args:
       limits: of a step.
       kv: page accounting.
@@ -208,6 +209,8 @@ class BatchScheduler:
         self._waiting: list[SequenceState] = []
         self._running: list[SequenceState] = []
         self._slots = list(range(limits.max_num_seqs - 1, -1, -1))
+        # Blocks that running sequences will compute and share, and which sequence each.
+        self._coming: dict[BlockKey, int] = {}
 
     @property
     def num_waiting(self) -> int:
@@ -290,6 +293,9 @@ class BatchScheduler:
             s.phase is not Phase.WAITING for s in self._waiting
         ):
             raise IntegrityError("a sequence is in the wrong queue")
+        running = {sequence.seq_id for sequence in self._running}
+        if not running.issuperset(self._coming.values()):
+            raise IntegrityError("a block is expected of a sequence that does not run")
         if not self._running and not self._waiting and self._kv.num_held:
             raise IntegrityError(f"{self._kv.num_held} sequences hold pages, but none is there")
 
@@ -309,19 +315,22 @@ class BatchScheduler:
                 self._preempt(step, victim)
                 if victim is sequence:
                     return
-            step.rows.append(
-                Row(
-                    seq_id=sequence.seq_id,
-                    slot=sequence.slot,
-                    position=sequence.computed,
-                    token=None if sequence.pending else sequence.tokens[-1],
-                    output_index=sequence.num_output + sequence.pending,
-                    pages=tuple(self._kv.pages_of(sequence.seq_id)),
-                )
+            self._plan_row(step, sequence)
+
+    def _plan_row(self, step: _Plan, sequence: SequenceState) -> None:
+        step.rows.append(
+            Row(
+                seq_id=sequence.seq_id,
+                slot=sequence.slot,
+                position=sequence.computed,
+                token=None if sequence.pending else sequence.tokens[-1],
+                output_index=sequence.num_output + sequence.pending,
+                pages=tuple(self._kv.pages_of(sequence.seq_id)),
             )
-            sequence.computed += 1
-            sequence.pending += 1
-            step.budget -= 1
+        )
+        sequence.computed += 1
+        sequence.pending += 1
+        step.budget -= 1
 
     def _preempt(self, step: _Plan, victim: SequenceState) -> None:
         step.preempted.append(victim.seq_id)
@@ -364,13 +373,14 @@ class BatchScheduler:
         position = 0
         while position < len(self._waiting) and step.budget > 0 and self._slots:
             sequence = self._waiting[position]
-            if self._follows(sequence) or sequence.pending:
+            length = len(sequence.tokens)
+            keys = sequence.keys.upto(sequence.tokens, (length - 1) // self._kv.page_size)
+            if sequence.pending or self._is_coming(sequence, keys):
                 position += 1
                 continue
-            length = len(sequence.tokens)
             admission = self._kv.admit(
                 sequence.seq_id,
-                sequence.keys.upto(sequence.tokens, (length - 1) // self._kv.page_size),
+                keys,
                 length,
                 reserve=len(self._running),
                 use_cache=sequence.use_cache,
@@ -385,22 +395,25 @@ class BatchScheduler:
                 sequence.cached = admission.cached
             bisect.insort(self._running, sequence, key=lambda s: s.order)
             step.admitted.append(sequence.seq_id)
-            if not sequence.wants_decode:
+            for key in keys[self._kv.num_shared(sequence.seq_id) :] if self._kv.prefix_caching else ():
+                self._coming.setdefault(key, sequence.seq_id)
+            if sequence.wants_decode:
+                self._plan_row(step, sequence)
+            else:
                 self._plan_chunk(step, sequence)
 
-    def _follows(self, sequence: SequenceState) -> bool:
-        leader = sequence.leader
-        if leader is None:
+    def _is_coming(self, sequence: SequenceState, keys: Sequence[BlockKey]) -> bool:
+        """Whether a running sequence is about to share the first block that this one would not find in the cache."""
+        if not self._coming or not sequence.use_cache:
             return False
-        if leader.phase is Phase.FINISHED or leader.num_output > 0:
-            sequence.leader = None
-            return False
-        return True
+        cached = self._kv.num_cached_blocks(keys)
+        return cached < len(keys) and keys[cached] in self._coming
 
     # Both.
 
     def _stop_running(self, sequence: SequenceState) -> None:
         self._running.remove(sequence)
+        self._forget_coming(sequence, sequence.keys.known)
         self._slots.append(sequence.slot)
         sequence.slot = -1
 
@@ -408,4 +421,11 @@ class BatchScheduler:
         blocks = min(sequence.computed, len(sequence.tokens)) // self._kv.page_size
         if blocks <= self._kv.num_shared(sequence.seq_id) or not self._kv.prefix_caching:
             return
-        self._kv.publish(sequence.seq_id, sequence.keys.upto(sequence.tokens, blocks))
+        keys = sequence.keys.upto(sequence.tokens, blocks)
+        self._forget_coming(sequence, keys[self._kv.num_shared(sequence.seq_id) :])
+        self._kv.publish(sequence.seq_id, keys)
+
+    def _forget_coming(self, sequence: SequenceState, keys: Sequence[BlockKey]) -> None:
+        for key in keys if self._coming else ():
+            if self._coming.get(key) == sequence.seq_id:
+                del self._coming[key]

@@ -1,0 +1,423 @@
+"""The batch scheduler against a simulated device, whose tokens are a function of the contents that it really reads."""
+
+from __future__ import annotations
+
+import random
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxdual.kv.keys import KeyChain, root_key
+from jaxdual.kv.manager import KVManager
+from jaxdual.kv.slots import IntegrityError
+from jaxdual.scheduling.batch import BatchLimits, BatchScheduler, Phase, SequenceState, StepPlan
+from tests.kv.memory import Memory
+
+VOCAB = 11
+ROOT = root_key(b"model", b"layout")
+
+
+def next_token(tokens: Sequence[int], seed: int) -> int:
+    return zlib.crc32(bytes([seed % 256, *tokens])) % VOCAB
+
+
+@dataclass(eq=False)
+class Job:
+    """A sequence and what it must give."""
+
+    sequence: SequenceState
+    seed: int
+    expected: list[int] = field(default_factory=list)  # prompt and output
+    reason: str = ""
+    aborted: bool = False
+
+    @classmethod
+    def make(cls, sequence: SequenceState, seed: int) -> Job:
+        job = cls(sequence, seed, list(sequence.tokens))
+        while True:
+            token = next_token(job.expected, seed)
+            job.expected.append(token)
+            output = len(job.expected) - sequence.prompt_length
+            if token in sequence.stop_token_ids and output > sequence.min_output:
+                job.reason = "stop"
+            elif output >= sequence.max_output:
+                job.reason = "length"
+            else:
+                continue
+            return job
+
+
+class Simulation:
+    """An engine loop with a device made of dictionaries.
+
+    Each place of a page holds the token prefix that was computed there, so a row that reads a wrong, stale or foreign
+    page is seen at once.
+    """
+
+    def __init__(self, kv: KVManager, limits: BatchLimits, *, late: bool) -> None:
+        self.kv, self.limits, self.late = kv, limits, late
+        self.scheduler = BatchScheduler(limits, kv)
+        self.memory = Memory(kv.page_size)
+        self.jobs: dict[int, Job] = {}
+        self.last_token: dict[int, int | None] = {}
+        self.flight: tuple[StepPlan, list[tuple[int, int]]] | None = None
+
+    def add(self, job: Job) -> None:
+        self.jobs[job.sequence.seq_id] = job
+        self.scheduler.add(job.sequence)
+
+    def abort(self, job: Job) -> None:
+        job.aborted = job.sequence.phase is not Phase.FINISHED
+        self.scheduler.finish(job.sequence, "abort")
+
+    def step(self) -> bool:
+        """One turn of the loop; whether anything was done."""
+        running = [job.sequence for job in self.jobs.values() if job.sequence.phase is Phase.RUNNING]
+        plan = self.scheduler.plan(0.0)
+        self._check_limits(plan, running)
+        before, self.flight = self.flight, None if plan.is_empty else (plan, self._execute(plan))
+        if not self.late and self.flight is not None:
+            before, self.flight = self.flight, None
+        if before is not None:
+            self._retire(*before)
+        self.scheduler.check_integrity()
+        return before is not None or not plan.is_empty
+
+    @property
+    def unfinished(self) -> list[Job]:
+        return [job for job in self.jobs.values() if job.sequence.phase is not Phase.FINISHED]
+
+    def finish(self) -> None:
+        """Runs to the end, which must come, and checks all that the sequences gave."""
+        bound = 50 + 20 * sum(len(job.expected) for job in self.jobs.values())
+        steps = 0
+        while self.unfinished:
+            self.step()
+            steps += 1
+            assert steps < bound, "no progress"
+        self.step()
+        assert self.flight is None
+        self.scheduler.check_integrity()
+        assert (self.scheduler.num_waiting, self.scheduler.num_running) == (0, 0)
+        assert self.kv.num_held == 0
+        assert self.kv.num_available == self.kv.num_pages
+        for job in self.jobs.values():
+            if job.aborted:
+                assert job.sequence.finish_reason == "abort"
+                assert job.sequence.tokens == job.expected[: len(job.sequence.tokens)]
+            else:
+                assert job.sequence.tokens == job.expected
+                assert job.sequence.finish_reason == job.reason
+
+    def _check_limits(self, plan: StepPlan, running: Sequence[SequenceState]) -> None:
+        limits = self.limits
+        assert plan.num_tokens <= limits.max_num_batched_tokens
+        assert self.scheduler.num_running <= limits.max_num_seqs
+        assert all(1 <= len(chunk.tokens) <= limits.max_chunk for chunk in plan.chunks)
+        parts = [*plan.rows, *plan.chunks]
+        assert len({part.seq_id for part in parts}) == len(parts)
+        assert len({part.slot for part in parts}) == len(parts)
+        assert len(set(plan.preempted)) == len(plan.preempted)
+        assert not {part.seq_id for part in parts} & set(plan.preempted)
+        if plan.preempted:
+            # Those last in order give way.
+            before = sorted(running, key=lambda sequence: sequence.order)
+            assert {s.seq_id for s in before[-len(plan.preempted) :]} == set(plan.preempted)
+            if len(before) > 1:
+                assert before[0].seq_id not in plan.preempted
+        for seq_id in plan.admitted:
+            order = self.jobs[seq_id].sequence.order
+            passed = [
+                job.sequence
+                for job in self.jobs.values()
+                if job.sequence.phase is Phase.WAITING and job.sequence.order < order
+            ]
+            assert all(sequence.pending or self.awaits_a_block(sequence) for sequence in passed), "not first come"
+
+    def awaits_a_block(self, sequence: SequenceState) -> bool:
+        """Whether a running sequence has the same first block, and so may be about to share the next one."""
+        size = self.kv.page_size
+        return any(
+            other.tokens[:size] == sequence.tokens[:size]
+            for other in (job.sequence for job in self.jobs.values())
+            if other.phase is Phase.RUNNING and len(sequence.tokens) > size
+        )
+
+    def _execute(self, plan: StepPlan) -> list[tuple[int, int]]:
+        self.memory.execute(plan.copies)
+        for seq_id in plan.admitted:
+            self.last_token[self.jobs[seq_id].sequence.slot] = None
+        size = self.kv.page_size
+        written = [(row.pages[row.position // size], row.seq_id) for row in plan.rows]  # page, sequence
+        written += [
+            (chunk.pages[position // size], chunk.seq_id)
+            for chunk in plan.chunks
+            for position in range(chunk.start, chunk.start + len(chunk.tokens))
+        ]
+        for part in [*plan.rows, *plan.chunks]:
+            foreign = {page for page, seq_id in written if seq_id != part.seq_id}
+            assert not foreign & set(part.pages), "reads a page that another sequence writes in this step"
+        sampled = []
+        for row in plan.rows:
+            job = self.jobs[row.seq_id]
+            assert row.slot == job.sequence.slot
+            assert row.output_index == row.position + 1 - job.sequence.prompt_length
+            token = self.last_token[row.slot] if row.token is None else row.token
+            assert token is not None
+            self.memory.check(row.pages, job.expected, row.position)
+            prefix = self._prefix(row.pages, row.position)
+            self.memory.write(row.pages, row.position, (*prefix, token))
+            sampled.append((row.seq_id, self._sample(row.slot, (*prefix, token), job.seed)))
+        for chunk in plan.chunks:
+            job = self.jobs[chunk.seq_id]
+            assert chunk.slot == job.sequence.slot
+            end = chunk.start + len(chunk.tokens)
+            self.memory.check(chunk.pages, job.expected, chunk.start)
+            prefix = self._prefix(chunk.pages, chunk.start)
+            for offset, token in enumerate(chunk.tokens):
+                prefix = (*prefix, token)
+                self.memory.write(chunk.pages, chunk.start + offset, prefix)
+            if chunk.samples:
+                assert chunk.output_index == end - job.sequence.prompt_length
+                sampled.append((chunk.seq_id, self._sample(chunk.slot, prefix, job.seed)))
+        return sampled
+
+    def _prefix(self, pages: Sequence[int], position: int) -> tuple[int, ...]:
+        cell = self.memory.read(pages, position - 1) if position else ()
+        assert cell is not None
+        return cell
+
+    def _sample(self, slot: int, prefix: tuple[int, ...], seed: int) -> int:
+        token = next_token(prefix, seed)
+        self.last_token[slot] = token
+        return token
+
+    def _retire(self, plan: StepPlan, sampled: list[tuple[int, int]]) -> None:
+        for chunk in plan.chunks:
+            if not chunk.samples:
+                self.scheduler.publish_prompt(self.jobs[chunk.seq_id].sequence)
+        for seq_id, token in sampled:
+            self.scheduler.complete([(self.jobs[seq_id].sequence, token)])
+
+
+def sequence_of(
+    seq_id: int, prompt: Sequence[int], max_output: int, page_size: int = 2, **more: object
+) -> SequenceState:
+    return SequenceState(
+        seq_id=seq_id,
+        tokens=list(prompt),
+        prompt_length=len(prompt),
+        max_output=max_output,
+        stop_token_ids=more.pop("stop_token_ids", frozenset()),  # type: ignore[arg-type]
+        keys=KeyChain(ROOT, page_size),
+        **more,  # type: ignore[arg-type]
+    )
+
+
+def run_random(
+    seed: int,
+    *,
+    late: bool,
+    preemption: Literal["recompute", "swap"],
+    prefix_caching: bool,
+    host_pages: int,
+) -> Simulation:
+    """Requests, groups and aborts at random times, in very little memory."""
+    draw = random.Random(seed)
+    page_size = draw.choice((1, 2, 3))
+    num_pages = draw.randint(3, 9)
+    longest = num_pages * page_size
+    seqs = draw.randint(1, 5)
+    tokens = draw.randint(seqs, seqs + 8)
+    limits = BatchLimits(seqs, tokens, draw.randint(1, tokens), preemption)
+    kv = KVManager(num_pages, page_size, host_pages=host_pages, prefix_caching=prefix_caching)
+    simulation = Simulation(kv, limits, late=late)
+    ids = 0
+    for _ in range(draw.randint(2, 9)):
+        length = min(draw.randint(1, longest - 1) for _ in range(2))
+        prompt = [draw.randrange(2)] * length if draw.random() < 0.6 else [draw.randrange(VOCAB) for _ in range(length)]
+        most = max(draw.randint(1, longest - length) for _ in range(2))
+        priority, use_cache = draw.choice((0, 0, 0, 1, -1)), draw.random() < 0.85
+        stops = frozenset(draw.sample(range(VOCAB), draw.choice((0, 0, 1, 3))))
+        least = draw.choice((0, 0, min(2, most)))
+        group = []
+        for _ in range(draw.choice((1, 1, 1, 3))):
+            sequence = sequence_of(
+                ids,
+                prompt,
+                most,
+                page_size,
+                stop_token_ids=stops,
+                min_output=least,
+                priority=priority,
+                arrival=float(ids),
+                use_cache=use_cache,
+            )
+            group.append(Job.make(sequence, seed=ids))
+            ids += 1
+        for job in group:
+            simulation.add(job)
+        for _ in range(draw.choice((0, 0, 1, 3, 8))):
+            simulation.step()
+            if simulation.unfinished and draw.random() < 0.08:
+                simulation.abort(draw.choice(simulation.unfinished))
+    simulation.finish()
+    return simulation
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize(
+    ("preemption", "prefix_caching", "host_pages"),
+    [
+        ("recompute", True, 0),
+        ("recompute", False, 0),
+        ("recompute", True, 3),
+        ("swap", True, 2),
+        ("swap", True, 12),
+        ("swap", False, 4),
+    ],
+)
+@settings(max_examples=120, derandomize=True, deadline=None)
+@given(seed=st.integers(0, 2**32))
+def test_every_sequence_gets_its_tokens(
+    late: bool, preemption: Literal["recompute", "swap"], prefix_caching: bool, host_pages: int, seed: int
+) -> None:
+    run_random(seed, late=late, preemption=preemption, prefix_caching=prefix_caching, host_pages=host_pages)
+
+
+def test_random_runs_preempt_swap_and_hit_the_cache() -> None:
+    swaps = recomputes = hits = host_hits = 0
+    for seed in range(100):
+        mode: Literal["recompute", "swap"] = "swap" if seed < 50 else "recompute"
+        done = run_random(seed, late=seed % 2 == 1, preemption=mode, prefix_caching=True, host_pages=4)
+        swaps += done.scheduler.stats.preemptions_swap
+        recomputes += done.scheduler.stats.preemptions_recompute
+        hits += done.kv.stats.prefix_hits
+        host_hits += done.kv.stats.host_hits
+    assert min(swaps, recomputes, hits, host_hits) > 10, (swaps, recomputes, hits, host_hits)
+
+
+# Single steps with known results.
+
+
+def scheduler_of(num_pages: int = 16, *, seqs: int = 4, tokens: int = 8, chunk: int = 8) -> BatchScheduler:
+    return BatchScheduler(BatchLimits(seqs, tokens, chunk), KVManager(num_pages, 2))
+
+
+def test_prompt_is_cut_into_chunks_and_only_the_last_one_samples() -> None:
+    scheduler = scheduler_of(tokens=4, chunk=3)
+    scheduler.add(sequence_of(0, [1] * 8, 2))
+    seen = [(chunk.start, len(chunk.tokens), chunk.samples) for _ in range(3) for chunk in scheduler.plan(0.0).chunks]
+    assert seen == [(0, 3, False), (3, 3, False), (6, 2, True)]
+
+
+def test_decode_comes_before_prompts_and_takes_from_their_budget() -> None:
+    scheduler = scheduler_of(tokens=4, chunk=4)
+    first = sequence_of(0, [1, 1], 5)
+    scheduler.add(first)
+    scheduler.plan(0.0)
+    scheduler.complete([(first, 7)])
+    scheduler.add(sequence_of(1, [2] * 8, 1))
+    plan = scheduler.plan(0.0)
+    assert [(row.seq_id, row.position, row.token, row.output_index) for row in plan.rows] == [(0, 2, 7, 1)]
+    assert [(chunk.seq_id, len(chunk.tokens)) for chunk in plan.chunks] == [(1, 3)]
+
+
+def test_the_last_token_of_a_prompt_runs_as_a_row() -> None:
+    scheduler = scheduler_of()
+    scheduler.add(sequence_of(0, [5], 1))
+    plans = [scheduler.plan(0.0) for _ in range(3)]
+    assert not any(plan.chunks for plan in plans)
+    assert [(row.position, row.token, row.output_index) for plan in plans for row in plan.rows] == [(0, 5, 0)]
+
+
+def test_second_plan_before_the_first_result_goes_on_from_the_unknown_token() -> None:
+    scheduler = scheduler_of()
+    first = sequence_of(0, [1, 2], 3)
+    scheduler.add(first)
+    scheduler.plan(0.0)
+    (row,) = scheduler.plan(0.0).rows
+    assert (row.token, row.position, row.output_index) == (None, 2, 1)
+    scheduler.plan(0.0)
+    assert scheduler.plan(0.0).is_empty  # three tokens are under way, and no more are wanted
+
+
+def test_smaller_priority_then_earlier_arrival_goes_first() -> None:
+    scheduler = scheduler_of(seqs=1)
+    scheduler.add(sequence_of(0, [1], 1, priority=1, arrival=0.0))
+    scheduler.add(sequence_of(1, [1], 1, priority=0, arrival=9.0))
+    scheduler.add(sequence_of(2, [1], 1, priority=0, arrival=5.0))
+    assert scheduler.plan(0.0).admitted == (2,)
+
+
+def test_results_of_an_aborted_sequence_are_ignored() -> None:
+    scheduler = scheduler_of()
+    first = sequence_of(0, [1, 2], 3)
+    scheduler.add(first)
+    scheduler.plan(0.0)
+    scheduler.finish(first, "abort")
+    scheduler.finish(first, "error")
+    scheduler.complete([(first, 5)])
+    assert (first.tokens, first.finish_reason) == ([1, 2], "abort")
+    scheduler.check_integrity()
+
+
+def test_equal_prompts_that_come_together_are_computed_once() -> None:
+    scheduler = scheduler_of()
+    first, second = sequence_of(0, [1, 2, 3, 4], 2), sequence_of(1, [1, 2, 3, 4], 2)
+    other = sequence_of(2, [4, 4], 2)
+    for sequence in (first, second, other):
+        scheduler.add(sequence)
+    assert scheduler.plan(0.0).admitted == (0, 2)
+    scheduler.complete([(first, 5), (other, 5)])
+    plan = scheduler.plan(0.0)
+    assert plan.admitted == (1,)
+    assert [(chunk.start, tuple(chunk.tokens)) for chunk in plan.chunks] == [(2, (3, 4))]
+    assert second.cached == 2
+
+
+def test_a_sequence_does_not_wait_for_one_that_was_aborted() -> None:
+    scheduler = scheduler_of()
+    first, second = sequence_of(0, [1, 2, 3], 2), sequence_of(1, [1, 2, 3], 2)
+    scheduler.add(first)
+    scheduler.add(second)
+    assert scheduler.plan(0.0).admitted == (0,)
+    scheduler.finish(first, "abort")
+    assert scheduler.plan(0.0).admitted == (1,)
+    scheduler.check_integrity()
+
+
+def test_a_longer_prompt_waits_only_for_the_blocks_that_it_shares() -> None:
+    scheduler = scheduler_of(chunk=2)
+    first, second = sequence_of(0, [1, 2, 3, 4, 5, 6, 7], 2), sequence_of(1, [1, 2, 9, 9, 9], 2)
+    scheduler.add(first)
+    scheduler.add(second)
+    assert scheduler.plan(0.0).admitted == (0,)
+    scheduler.publish_prompt(first)
+    plan = scheduler.plan(0.0)
+    assert plan.admitted == (1,), "the first block is there; the others are not shared"
+    assert second.cached == 2
+
+
+@pytest.mark.parametrize(("least", "length"), [(0, 1), (1, 2), (5, 4)])
+def test_stop_token_counts_only_after_the_least_output(least: int, length: int) -> None:
+    scheduler = scheduler_of()
+    first = sequence_of(0, [1], 4, stop_token_ids=frozenset({9}), min_output=least)
+    scheduler.add(first)
+    while first.phase is not Phase.FINISHED:
+        scheduler.plan(0.0)
+        scheduler.complete([(first, 9)])
+    assert first.num_output == length
+    assert first.finish_reason == ("stop" if length > least else "length")
+
+
+def test_integrity_check_finds_a_lost_slot() -> None:
+    scheduler = scheduler_of()
+    scheduler._slots.pop()
+    with pytest.raises(IntegrityError, match="slots"):
+        scheduler.check_integrity()
