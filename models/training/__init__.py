@@ -1,0 +1,1 @@
+"""Trains the models that ship with the repository. Needs the optional extra ``train`` (optax)."""

@@ -1,0 +1,132 @@
+"""One training step: loss, gradients, optimiser update."""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+import optax.contrib
+from flax import nnx
+from jaxtyping import Array, Float32, Int32
+
+from models import Decoder, ModelConfig, init
+from models.training.attention import blocked_attend
+from models.training.experts import replace_experts
+from models.training.recipes import Recipe
+
+type Parameters = dict[str, jax.Array]
+
+# Gives Muon's updates about the root mean square of Adam's, so that both take one learning rate (Liu et al. 2025).
+_UPDATE_RMS = 0.2
+
+
+def parameters_of(model: Decoder) -> Parameters:
+    """The model's parameters by dotted path."""
+    return {_name(path): leaf[...] for path, leaf in nnx.to_flat_state(nnx.state(model))}
+
+
+def with_parameters(config: ModelConfig, parameters: Mapping[str, jax.Array]) -> Decoder:
+    """A model that holds ``parameters``; inside a trace they may be tracers."""
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: init(config)))
+    leaves = [parameters[_name(path)] for path, _ in nnx.to_flat_state(state)]
+    model: Decoder = nnx.merge(graphdef, jax.tree.unflatten(jax.tree.structure(state), leaves))
+    return model
+
+
+def optimizer(recipe: Recipe, parameters: Parameters) -> optax.GradientTransformation:
+    """Muon for the matrices inside the layers, AdamW for embedding and norms, after clipping; at learning rate 1."""
+    return optax.chain(
+        optax.clip_by_global_norm(recipe.clip_norm),
+        optax.contrib.muon(
+            learning_rate=1.0,
+            adam_learning_rate=recipe.adam_rate,
+            weight_decay=recipe.weight_decay,
+            adam_b2=0.95,
+            consistent_rms=_UPDATE_RMS,
+            muon_weight_dimension_numbers=_matrices(parameters),
+        ),
+    )
+
+
+def losses(
+    config: ModelConfig, recipe: Recipe, parameters: Mapping[str, jax.Array], windows: Int32[Array, "B L+1"]
+) -> tuple[Float32[Array, ""], Float32[Array, ""]]:
+    """What is minimised (cross-entropy plus z-loss and balancing), and the cross-entropy alone; nats a token."""
+    model = with_parameters(config, parameters)
+    balanced = replace_experts(model)
+    batch, length = windows.shape[0], windows.shape[1] - 1
+    tokens, targets = windows[:, :-1].reshape(-1), windows[:, 1:].reshape(-1)
+    positions = jnp.tile(jnp.arange(length), batch)
+    hidden, _ = model(tokens, positions, blocked_attend(batch, length), None)
+    logits = model.head(hidden)
+    log_partition = jax.nn.logsumexp(logits, axis=-1)
+    correct = jnp.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
+    cross_entropy = jnp.mean(log_partition - correct)
+    total = cross_entropy + recipe.z_loss * jnp.mean(jnp.square(log_partition))
+    if balanced:
+        total += recipe.balance * jnp.mean(jnp.stack([moe.loss for moe in balanced]))
+    return total, cross_entropy
+
+
+@partial(jax.jit, static_argnames=("config", "recipe"), donate_argnames=("parameters", "state"))
+def train_step(
+    config: ModelConfig,
+    recipe: Recipe,
+    parameters: Parameters,
+    state: Any,
+    windows: Int32[Array, "B L+1"],
+    rate: Float32[Array, ""],
+) -> tuple[Parameters, Any, Float32[Array, ""]]:
+    """One update; parameters and optimiser state are donated.
+
+    Args:
+        config, recipe: static; each pair, and each shape of ``windows``, is compiled once.
+        parameters: by dotted path.
+        state: of `optimizer`.
+        windows: tokens, neighbours in a row being input and target.
+        rate: learning rate.
+
+    Returns:
+        New parameters, new state, and the cross-entropy before the update in nats a token.
+    """
+    gradient = jax.grad(lambda values: losses(config, recipe, values, windows), has_aux=True)
+    gradients, cross_entropy = gradient(parameters)
+    updates, state = optimizer(recipe, parameters).update(gradients, state, parameters)
+    updates = jax.tree.map(lambda update: rate * update, updates)
+    return optax.apply_updates(parameters, updates), state, cross_entropy
+
+
+@partial(jax.jit, static_argnames=("config", "recipe"))
+def cross_entropy(
+    config: ModelConfig, recipe: Recipe, parameters: Parameters, windows: Int32[Array, "B L+1"]
+) -> Float32[Array, ""]:
+    """Mean cross-entropy of the windows, nats a token."""
+    return losses(config, recipe, parameters, windows)[1]
+
+
+def learning_rate(recipe: Recipe, step: int, fraction: float) -> float:
+    """Learning rate of a step: linear warm-up by steps, then constant, then linear to zero by share of the budget.
+
+    Args:
+        recipe: the schedule.
+        step: steps done so far.
+        fraction: share of the budget used so far, 0 to 1.
+    """
+    warm = min(1.0, (step + 1) / recipe.warmup_steps)
+    decay = min(1.0, (1 - fraction) / (1 - recipe.decay_from))
+    return recipe.peak_rate * warm * max(0.0, decay)
+
+
+def _name(path: tuple[object, ...]) -> str:
+    return ".".join(str(part) for part in path)
+
+
+def _matrices(parameters: Parameters) -> dict[str, optax.contrib.MuonDimensionNumbers | None]:
+    def numbers(name: str, value: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
+        if value.ndim < 2 or not name.startswith("layers."):
+            return None
+        return optax.contrib.MuonDimensionNumbers(reduction_axis=value.ndim - 2, output_axis=value.ndim - 1)
+
+    return {name: numbers(name, value) for name, value in parameters.items()}
