@@ -8,7 +8,7 @@ from typing import Any
 
 from jaxdual.config import EngineConfig
 from jaxdual.engine.build import BuiltEngine, build_engine
-from jaxdual.front import Front, Prompt
+from jaxdual.front import Front, Prompt, TokenizedPrompt
 from jaxdual.outputs import EngineStats, RequestOutput
 from jaxdual.sampling_params import SamplingParams
 from jaxdual.tokenizer import Tokenizer, TokenizerError
@@ -76,6 +76,11 @@ class LLM:
         )
 
     @property
+    def system_fingerprint(self) -> str:
+        """Identifies weights and number type, in the form of OpenAI's `system_fingerprint`."""
+        return f"fp_{self._built.fingerprint.hex()[:16]}"
+
+    @property
     def max_model_len(self) -> int:
         """Tokens of prompt and output together."""
         return self._built.max_model_len
@@ -123,12 +128,12 @@ class LLM:
         try:
             for prompt, one in zip(several, params, strict=True):
                 outputs.append(self._front.submit(prompt, one))
-        except ValueError:
+            self._drain(outputs, show=use_tqdm)
+        except BaseException:  # an interrupt too must not leave requests behind
             for output in outputs:
                 self._front.abort(output.request_id)
             self._settle()
             raise
-        self._drain(outputs, show=use_tqdm)
         return outputs
 
     def chat(
@@ -152,7 +157,9 @@ class LLM:
         Raises:
           ValueError: as for `generate`, or messages that the template refuses.
         """
-        conversations = [messages] if not messages or isinstance(messages[0], Mapping) else messages
+        if isinstance(messages, (str, Mapping)) or not messages:
+            raise ValueError(f"messages={messages!r} must be a list of messages, or a list of such lists")
+        conversations = [messages] if isinstance(messages[0], Mapping) else messages
         tokenizer = self.get_tokenizer()
         prompts = [
             {
@@ -187,9 +194,17 @@ class LLM:
 
     # One step at a time, for callers with a loop of their own.
 
+    def tokenize(self, prompt: Prompt) -> TokenizedPrompt:
+        """What `submit` makes of a prompt, for callers that do it on another thread.
+
+        Raises:
+          ValueError: a prompt that can't be used.
+        """
+        return self._front.tokenize(prompt)
+
     def submit(
         self,
-        prompt: Prompt,
+        prompt: Prompt | TokenizedPrompt,
         sampling_params: SamplingParams | None = None,
         request_id: str | None = None,
         *,
@@ -294,6 +309,6 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if isinstance(prompts, (str, Mapping)):
         return [prompts]
     listed = list(prompts)
-    if listed and all(isinstance(item, int) for item in listed):
+    if listed and all(hasattr(item, "__index__") for item in listed):
         return [listed]  # type: ignore[list-item]
     return listed  # type: ignore[return-value]

@@ -13,15 +13,11 @@ from types import TracebackType
 from typing import Any, Self
 
 from jaxdual.api import LLM
+from jaxdual.engine.engine import EngineDeadError
 from jaxdual.front import Prompt
 from jaxdual.outputs import EngineStats, RequestOutput
 from jaxdual.sampling_params import SamplingParams
 from jaxdual.tokenizer import Tokenizer
-
-
-class EngineDeadError(RuntimeError):
-    """The engine has failed or was shut down; its message says why."""
-
 
 type _Listener = Callable[[RequestOutput | EngineDeadError], None]
 
@@ -76,8 +72,11 @@ class AsyncLLM:
             with contextlib.suppress(RuntimeError):  # the caller's loop was closed: nobody listens any more
                 loop.call_soon_threadsafe(outputs.put_nowait, output)
 
+        # Away from the engine's thread, where a long text would hold up everybody's tokens.
+        tokenized = await asyncio.to_thread(self._llm.tokenize, prompt)
+
         def submit() -> RequestOutput:
-            output = self._llm.submit(prompt, sampling_params, request_id, priority=priority)
+            output = self._llm.submit(tokenized, sampling_params, request_id, priority=priority)
             self._listeners[id(output)] = output, listen
             return output
 
@@ -161,7 +160,7 @@ class AsyncLLM:
                     self._deliver(self._llm.step())
             self._dead = EngineDeadError("the engine was shut down")
         except Exception as error:
-            self._dead = EngineDeadError(f"the engine has failed: {type(error).__name__}: {error}")
+            self._dead = error if isinstance(error, EngineDeadError) else EngineDeadError(str(error))
         for _, listen in self._listeners.values():
             listen(self._dead)
         self._listeners.clear()

@@ -77,6 +77,8 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and value < low:
                 raise ConfigError(f"{name}={value} must be at least {low}")
+        if self.model == "":
+            raise ConfigError("model='' must be a folder or a hub name")
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ConfigError(f"gpu_memory_utilization={self.gpu_memory_utilization} must be in (0, 1]")
         if self.max_num_batched_tokens < self.max_num_seqs:
@@ -109,6 +111,10 @@ class EngineConfig:
         """
         environment = os.environ if environment is None else environment
         values = read_config_file(namespace.config) if namespace.config else {}
+        known = {ENVIRONMENT_PREFIX + field.name.upper() for field in fields(cls)}
+        unknown = sorted(name for name in environment if name.startswith(ENVIRONMENT_PREFIX) and name not in known)
+        if unknown:
+            raise ConfigError(f"unknown environment variable {unknown[0]}; known are {', '.join(sorted(known))}")
         for field in fields(cls):
             variable = ENVIRONMENT_PREFIX + field.name.upper()
             if variable in environment:

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from jaxdual.detokenizer import IncrementalDetokenizer
-from jaxdual.engine.request import Request, TokenEvent
-from jaxdual.engine.runner import TokenLogprobs
+from jaxdual.engine.request import Request, TokenEvent, TokenLogprobs
 from jaxdual.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from jaxdual.sampling_params import SamplingParams
 from jaxdual.tokenizer import Tokenizer
@@ -26,6 +25,14 @@ class TokenEngine(Protocol):
     def add(self, request: Request) -> None: ...
 
     def abort(self, request_id: str, index: int | None = None) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizedPrompt:
+    """A checked prompt: its text, if it was one, and its tokens."""
+
+    text: str | None
+    tokens: list[int]
 
 
 @dataclass(slots=True)
@@ -71,12 +78,17 @@ class Front:
         return len(self._tracked)
 
     def submit(
-        self, prompt: Prompt, params: SamplingParams, request_id: str | None = None, *, priority: int = 0
+        self,
+        prompt: Prompt | TokenizedPrompt,
+        params: SamplingParams,
+        request_id: str | None = None,
+        *,
+        priority: int = 0,
     ) -> RequestOutput:
         """Sends a prompt to the engine.
 
         Args:
-          prompt: text, token ids, or `{"prompt": text}` or `{"prompt_token_ids": ids}`.
+          prompt: text, token ids, `{"prompt": text}` or `{"prompt_token_ids": ids}`, or what `tokenize` made of one.
           params: how to sample.
           request_id: unique among unfinished requests; made if left out.
           priority: smaller goes first.
@@ -87,7 +99,10 @@ class Front:
         Raises:
           ValueError: a prompt that can't be used, or parameters that don't fit the model.
         """
-        text, tokens = self._tokens(prompt)
+        prompt = prompt if isinstance(prompt, TokenizedPrompt) else self.tokenize(prompt)
+        text, tokens = prompt.text, prompt.tokens
+        if not isinstance(params, SamplingParams):
+            raise ValueError(f"sampling parameters must be SamplingParams, not {type(params).__name__}")
         params.check_vocabulary(self._vocab_size)
         room = self._max_model_len - len(tokens)
         if room < 1:
@@ -164,7 +179,12 @@ class Front:
             changed[id(tracked.output)] = tracked.output
         return list(changed.values())
 
-    def _tokens(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+    def tokenize(self, prompt: Prompt) -> TokenizedPrompt:
+        """Checks a prompt and makes tokens of it. Changes nothing here, so any thread may call it.
+
+        Raises:
+          ValueError: a prompt that can't be used.
+        """
         if isinstance(prompt, Mapping):
             if len(prompt) != 1 or not set(prompt) <= {"prompt", "prompt_token_ids"}:
                 raise ValueError(f"a prompt mapping has the key 'prompt' or 'prompt_token_ids', not {list(prompt)}")
@@ -179,7 +199,7 @@ class Front:
             text, tokens = None, self._token_ids(prompt)
         if not tokens:
             raise ValueError("the prompt is empty: it must have at least one token")
-        return text, tokens
+        return TokenizedPrompt(text, tokens)
 
     def _token_ids(self, prompt: object) -> list[int]:
         try:

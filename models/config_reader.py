@@ -13,6 +13,7 @@ from models.errors import ModelError
 # defaults of text generation (they belong to generation_config.json) and settings of other model classes.
 HARMLESS = frozenset(
     {
+        "add_cross_attention",
         "architectures",
         "attention_dropout",
         "attn_implementation",
@@ -27,8 +28,11 @@ HARMLESS = frozenset(
         "encoder_no_repeat_ngram_size",
         "finetuning_task",
         "hidden_dropout",
+        "gradient_checkpointing",
         "id2label",
         "initializer_range",
+        "is_decoder",
+        "is_encoder_decoder",
         "label2id",
         "length_penalty",
         "max_length",
@@ -57,6 +61,8 @@ HARMLESS = frozenset(
         "router_jitter_noise",
         "sep_token_id",
         "task_specific_params",
+        "tf_legacy_loss",
+        "tie_encoder_decoder",
         "temperature",
         "tokenizer_class",
         "top_k",
@@ -197,7 +203,7 @@ class ConfigReader:
         for key, value in self._values.items():
             if key in self._used or key in harmless or key.startswith("_"):
                 continue
-            if value is None or value is False or value in ([], {}):
+            if value is None or value in ([], {}):
                 continue
             shown = json.dumps(value)
             shown = shown if len(shown) <= 80 else shown[:77] + "..."

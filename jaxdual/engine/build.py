@@ -14,8 +14,10 @@ from jaxdual.config import ConfigError, EngineConfig
 from jaxdual.engine.buckets import Buckets
 from jaxdual.engine.engine import Engine
 from jaxdual.engine.runner import Runner
+from jaxdual.engine.sampler import SAMPLER_BYTES_PER_TOKEN_ID
 from jaxdual.kv.layout import KVLayout
 from jaxdual.kv.manager import KVManager
+from jaxdual.sampling_params import MAX_STOP_TOKENS
 from jaxdual.scheduling.batch import BatchLimits, BatchScheduler
 from jaxdual.telemetry import CompileCounter
 from models import Decoder, GenerationConfig, ModelConfig, load, load_config, load_generation_config
@@ -35,6 +37,7 @@ class BuiltEngine:
       model: the model's configuration.
       generation: its sampling defaults and end-of-sequence tokens.
       max_model_len: tokens of prompt and output together.
+      fingerprint: identifies weights and number type.
       load_seconds: time that loading took.
       compiles: counts compilations from here on.
     """
@@ -43,6 +46,7 @@ class BuiltEngine:
     model: ModelConfig
     generation: GenerationConfig
     max_model_len: int
+    fingerprint: bytes
     load_seconds: float
     compiles: CompileCounter
 
@@ -72,9 +76,16 @@ def build_engine(config: EngineConfig, folder: Path) -> BuiltEngine:
         dtype=dtype.name,
         itemsize=dtype.itemsize,
     )
+    identity = model_fingerprint(folder, dtype.name)
+    eos_token_ids = generation.eos_token_ids or model_config.eos_token_ids
+    if len(eos_token_ids) > MAX_STOP_TOKENS:
+        raise ConfigError(
+            f"{folder}: {len(eos_token_ids)} end-of-sequence tokens; at most {MAX_STOP_TOKENS} are supported"
+        )
     max_pages = layout.pages_for(max_model_len)
     num_pages = _num_pages(config, layout, max_pages, model_config)
     host_pages = config.host_cache_bytes // layout.full_block_bytes
+    _check_host_memory(config, layout, num_pages, host_pages, model_config)
     max_chunk = min(config.max_num_batched_tokens, max_model_len)
     kv = KVManager(num_pages, config.block_size, host_pages=host_pages, prefix_caching=config.enable_prefix_caching)
     limits = BatchLimits(
@@ -95,12 +106,12 @@ def build_engine(config: EngineConfig, folder: Path) -> BuiltEngine:
         runner,
         BatchScheduler(limits, kv),
         kv,
-        eos_token_ids=generation.eos_token_ids or model_config.eos_token_ids,
-        model_fingerprint=model_fingerprint(folder, dtype.name),
+        eos_token_ids=eos_token_ids,
+        model_fingerprint=identity,
         overlap=config.async_scheduling,
         seed=config.seed,
     )
-    return BuiltEngine(engine, model_config, generation, max_model_len, load_seconds, compiles)
+    return BuiltEngine(engine, model_config, generation, max_model_len, identity, load_seconds, compiles)
 
 
 def use_compilation_cache(folder: str | None) -> None:
@@ -153,6 +164,25 @@ def _num_pages(config: EngineConfig, layout: KVLayout, max_pages: int, model: Mo
             f"{max_pages} ({max_pages * layout.full_block_bytes} bytes): give more memory or a smaller max_model_len"
         )
     return num_pages
+
+
+def _check_host_memory(
+    config: EngineConfig, layout: KVLayout, num_pages: int, host_pages: int, model: ModelConfig
+) -> None:
+    """Refuses what this machine can't hold, before an allocation fails somewhere inside."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    on_cpu = jax.default_backend() == "cpu"
+    per_sequence = model.vocab_size * SAMPLER_BYTES_PER_TOKEN_ID
+    for need, setting in (
+        (
+            num_pages * layout.full_block_bytes * on_cpu,
+            f"KV memory of {num_pages} pages of block_size={layout.page_size}",
+        ),
+        (host_pages * layout.full_block_bytes, f"host_cache_bytes={config.host_cache_bytes}"),
+        (config.max_num_seqs * per_sequence * on_cpu, f"max_num_seqs={config.max_num_seqs}"),
+    ):
+        if need > total:
+            raise ConfigError(f"{setting} needs {need} bytes; this machine has {total}")
 
 
 def _free_device_memory(config: EngineConfig, layout: KVLayout, model: ModelConfig) -> int:

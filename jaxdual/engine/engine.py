@@ -8,8 +8,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from jaxdual.engine.request import Request, TokenEvent
-from jaxdual.engine.runner import Launch, Runner, ScoreTargets, SlotBinding, StepResult, TokenLogprobs
+from jaxdual.engine.request import Request, TokenEvent, TokenLogprobs
+from jaxdual.engine.runner import Launch, Runner, ScoreTargets, SlotBinding, StepResult
 from jaxdual.engine.sampler import MAX_SUPPRESSED, SlotSampling
 from jaxdual.kv.keys import KeyChain, root_key
 from jaxdual.kv.manager import KVManager
@@ -35,6 +35,10 @@ class _Flight:
 
     plan: StepPlan
     launch: Launch
+
+
+class EngineDeadError(RuntimeError):
+    """The engine has failed or was shut down; its message says why."""
 
 
 class Engine:
@@ -79,6 +83,7 @@ class Engine:
         self._requests: dict[str, list[_Output]] = {}
         self._events: list[TokenEvent] = []
         self._flight: _Flight | None = None
+        self._dead: str | None = None
 
     @property
     def has_work(self) -> bool:
@@ -94,7 +99,10 @@ class Engine:
 
         Raises:
           ValueError: its id is in use, its prompt is empty, or it has no `max_tokens`.
+          EngineDeadError: a step has failed before.
         """
+        if self._dead is not None:
+            raise EngineDeadError(self._dead)
         if request.request_id in self._requests:
             raise ValueError(f"request_id={request.request_id!r} is in use")
         params, max_output = request.params, request.params.max_tokens
@@ -145,16 +153,21 @@ class Engine:
         """Runs one step of the loop, and returns what has happened since the last call.
 
         Raises:
-          Exception: the device failed; every request has ended, its error event comes with the next call.
+          EngineDeadError: this step failed, or one before. Every request has ended, its error event comes with the call
+            after the failure. What the cache holds is not known any more, so the engine stays dead.
         """
+        if self._dead is not None and not self._events:
+            raise EngineDeadError(self._dead)
         try:
-            if self._overlap:
+            if self._dead is not None:
+                pass
+            elif self._overlap:
                 self._step_overlapped()
             else:
                 self._step_plain()
         except Exception as error:
             self._fail(error)
-            raise
+            raise EngineDeadError(self._dead) from error
         events, self._events = self._events, []
         return events
 
@@ -263,6 +276,7 @@ class Engine:
 
     def _fail(self, error: Exception) -> None:
         self._flight = None
+        self._dead = f"the engine has failed: {type(error).__name__}: {error}"
         for output in list(self._outputs.values()):
             self.scheduler.finish(output.sequence, "error")
-            self._emit_end(output, f"{type(error).__name__}: {error}")
+            self._emit_end(output, self._dead)

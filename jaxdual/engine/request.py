@@ -5,9 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from jaxdual.engine.runner import TokenLogprobs
 from jaxdual.sampling_params import SamplingParams
 from jaxdual.scheduling.batch import FinishReason
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Log-probabilities at one position: of the token there, its rank, and the likeliest tokens with theirs."""
+
+    chosen: float
+    rank: int
+    top: tuple[tuple[int, float], ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxdual.engine import sampler
 from jaxdual.engine.buckets import Buckets, PrefillBatch
+from jaxdual.engine.request import TokenLogprobs
 from jaxdual.engine.sampler import Logprobs, SlotSampling
 from jaxdual.engine.steps import Programs
 from jaxdual.kv.layout import KVLayout
@@ -44,15 +45,6 @@ class ScoreTargets:
 
     skip: int
     tokens: Sequence[int]
-
-
-@dataclass(frozen=True, slots=True)
-class TokenLogprobs:
-    """Log-probabilities at one position: of the token there, its rank, and the likeliest tokens with theirs."""
-
-    chosen: float
-    rank: int
-    top: tuple[tuple[int, float], ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,8 @@ from jaxdual.sampling_params import MAX_LOGPROBS, MAX_STOP_TOKENS, SamplingParam
 
 # Stop tokens of a request and the model's own: what `min_tokens` must keep from being sampled.
 MAX_SUPPRESSED = 2 * MAX_STOP_TOKENS
+# Of `SamplerState`, a sequence: an output count, a prompt flag and a bias.
+SAMPLER_BYTES_PER_TOKEN_ID = 4 + 1 + 4
 
 
 class SamplerState(NamedTuple):

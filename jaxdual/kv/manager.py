@@ -7,7 +7,7 @@ order: a page given back may be handed out at once, since whoever writes it next
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from jaxdual.kv.keys import BlockKey
@@ -47,9 +47,12 @@ class Admission:
 class _Held:
     """Pages of a running sequence: cached blocks first, which it has locked, then pages of its own."""
 
-    path: list[Node] = field(default_factory=list)
-    own: list[int] = field(default_factory=list)
-    pages: list[int] = field(default_factory=list)  # both, in token order
+    path: list[Node]
+    pages: list[int]  # all of them, in token order
+
+    @property
+    def own(self) -> list[int]:
+        return self.pages[len(self.path) :]
 
 
 @dataclass(slots=True)
@@ -195,7 +198,7 @@ class KVManager:
         while len(held.path) < len(keys):
             block = len(held.path)
             key = keys[block]
-            page = held.own.pop(0)
+            page = held.pages[block]
             node = self._tree.get(key)
             if node is None:
                 node = self._tree.insert(held.path[-1] if held.path else None, key)
@@ -261,8 +264,8 @@ class KVManager:
         self._host.check(on_host + [slot for swapped in self._swapped.values() for slot in swapped.slots])
         locks: dict[BlockKey, int] = {}
         for seq_id, held in self._held.items():
-            if held.pages != [node.page for node in held.path] + held.own:
-                raise IntegrityError(f"sequence {seq_id}: its page list is not its cached pages and its own")
+            if held.pages[: len(held.path)] != [node.page for node in held.path]:
+                raise IntegrityError(f"sequence {seq_id}: its first pages are not those of its cached blocks")
             for node in held.path:
                 locks[node.key] = locks.get(node.key, 0) + 1
         for node in self._tree:
@@ -280,9 +283,7 @@ class KVManager:
 
     def _extend(self, held: _Held, num_pages: int) -> None:
         while len(held.pages) < num_pages:
-            page = self._take_page()
-            held.own.append(page)
-            held.pages.append(page)
+            held.pages.append(self._take_page())
 
     def _take_page(self) -> int:
         page = self._pool.take()

@@ -5,6 +5,7 @@ that cannot work, 130 after Ctrl-C. After 1 and 130 the same command continues w
 """
 
 import argparse
+import os
 import sys
 import time
 import traceback
@@ -82,6 +83,10 @@ def _check_paths(options: argparse.Namespace) -> None:
         raise BatchError("input, output and report must be different files")
     if report is not None and report.is_dir():
         raise BatchError(f"{report}: is a directory")
+    if report is not None:
+        folder = next(parent for parent in report.absolute().parents if parent.exists())
+        if not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
+            raise BatchError(f"{report}: cannot be written: {folder} is no folder that takes files")
 
 
 def _check_input(source: Path, output: OutputFile) -> int:
@@ -107,16 +112,18 @@ def _check_input(source: Path, output: OutputFile) -> int:
 
 
 def _check_model(output: OutputFile, llm: LLM) -> None:
-    others = sorted(output.models - {llm.served_model_name})
+    served = (llm.served_model_name, llm.system_fingerprint)
+    others = sorted(output.models - {served})
     if others:
         raise BatchError(
-            f"{output.path} has rows of model {others[0]!r}, not of {llm.served_model_name!r}; "
+            f"{output.path} has rows of model {others[0][0]!r} ({others[0][1]}), not of {served[0]!r} ({served[1]}); "
             "give another output file, or --overwrite to replace this one"
         )
 
 
 def _run(options: argparse.Namespace, llm: LLM, output: OutputFile, total: int, startup_seconds: float) -> int:
-    created = int(options.input_file.stat().st_mtime)
+    # A job that goes on keeps its first part's time, whatever became of the input file's.
+    created = int(options.input_file.stat().st_mtime) if output.created is None else output.created
     start = time.monotonic()
     try:
         with Progress(total, len(output.done), not options.no_progress) as progress:
@@ -136,7 +143,8 @@ def _run(options: argparse.Namespace, llm: LLM, output: OutputFile, total: int, 
     print(format_report(report))
     if options.report is not None:
         write_report(options.report, report)
-    failed = f", {totals.failed} with an error" if totals.failed else ""
+    errors = totals.failed + output.errors
+    failed = f", {errors} with an error; they are not tried again unless --overwrite is given" if errors else ""
     print(f"{total} rows in {options.output_file}{failed}", file=sys.stderr)
     return 0
 

@@ -20,7 +20,9 @@ class OutputFile:
 
     Attributes:
         done: for the rows found at opening, by key (custom_id, or line number where there is none) the row's `id`.
-        models: names of the models that made those rows.
+        models: name and fingerprint of the models that made those rows.
+        created: the time that those rows carry, seconds since the epoch; None without such a row.
+        errors: rows among them that say why a line was not served.
     """
 
     def __init__(self, path: Path, overwrite: bool = False) -> None:
@@ -35,7 +37,9 @@ class OutputFile:
         """
         self.path = path
         self.done: dict[str | int, str] = {}
-        self.models: set[str] = set()
+        self.models: set[tuple[str, str]] = set()
+        self.created: int | None = None
+        self.errors = 0
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.exists() and not path.is_file():
@@ -103,7 +107,9 @@ class OutputFile:
             error, response = row["error"], row["response"]
             key = row["custom_id"] if row["custom_id"] is not None else error["line"]
             row_id = row["id"]
-            model = None if response is None else response["body"]["model"]
+            body = None if response is None else response["body"]
+            model = None if body is None else (body["model"], body["system_fingerprint"])
+            created = None if body is None else body["created"]
         except (ValueError, KeyError, TypeError):
             return False
         if not isinstance(key, str | int) or not isinstance(row_id, str):
@@ -111,8 +117,11 @@ class OutputFile:
         if key in self.done:
             raise BatchError(f"{self.path}: custom_id or line {key!r} has two rows; --overwrite starts anew")
         self.done[key] = row_id
-        if model is not None:
+        if model is None:
+            self.errors += 1
+        else:
             self.models.add(model)
+            self.created = created
         return True
 
 

@@ -55,6 +55,7 @@ def response_row(
     outputs: Sequence[RequestOutput],
     *,
     model: str,
+    system_fingerprint: str,
     created: int,
     tokenizer: Tokenizer | None,
 ) -> dict[str, Any]:
@@ -79,6 +80,7 @@ def response_row(
             tokenizer=tokenizer,
             cached_tokens=False,
         )
+    body["system_fingerprint"] = system_fingerprint
     response = {"status_code": 200, "request_id": f"req_{line.digest}", "body": body}
     facts = {"line": line.number, "seed": engine_params(line, request, 0).seed}
     return {

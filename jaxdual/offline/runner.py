@@ -144,6 +144,7 @@ class BatchRunner:
                 job.request,
                 outputs,
                 model=self._llm.served_model_name,
+                system_fingerprint=self._llm.system_fingerprint,
                 created=self._created,
                 tokenizer=self._tokenizer,
             )

@@ -78,9 +78,9 @@ class WindowStream:
         self._files = _tokenize(tokenizer, list(texts.values()))
         self._transcripts = _tokenize(tokenizer, transcripts)
         self._seed = seed
-        self._cached: tuple[tuple[int, int], Int32[np.ndarray, "windows length+1"]] | None = None
+        self._cached: tuple[tuple[int, int], Int32[np.ndarray, "windows window"]] | None = None
 
-    def batch(self, position: Position, rows: int) -> tuple[Int32[np.ndarray, "rows length+1"], Position]:
+    def batch(self, position: Position, rows: int) -> tuple[Int32[np.ndarray, "rows window"], Position]:
         """The next ``rows`` windows and the position after them; a remainder of an epoch below ``rows`` is skipped.
 
         Raises:
@@ -94,7 +94,7 @@ class WindowStream:
         chosen = windows[position.window : position.window + rows]
         return chosen, Position(position.epoch, position.window + rows, position.length)
 
-    def _epoch(self, epoch: int, length: int) -> Int32[np.ndarray, "windows length+1"]:
+    def _epoch(self, epoch: int, length: int) -> Int32[np.ndarray, "windows window"]:
         if self._cached is None or self._cached[0] != (epoch, length):
             generator = np.random.default_rng([self._seed, epoch])
             documents = self._files + self._transcripts[epoch % _ROTATION :: _ROTATION]

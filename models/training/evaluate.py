@@ -3,14 +3,14 @@
 import lzma
 import math
 from collections.abc import Iterator, Mapping
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float32, Int32
+from jaxtyping import Array, Bool, Float32, Int32
 from tokenizers import Tokenizer
 
-from models import Decoder
 from models.training.tokenizer import END_OF_TEXT, IM_END
 
 WINDOW = 1024
@@ -18,8 +18,16 @@ STRIDE = 512
 _ROWS = 4
 
 
+@runtime_checkable
+class Scorer(Protocol):
+    """What is measured: a `Decoder`, or anything else with its ``logits``."""
+
+    def logits(self, tokens: Int32[np.ndarray, "B L"]) -> Float32[Array, "B L V"]:
+        """Logits at every position of whole sequences."""
+
+
 def bits_per_byte(
-    model: Decoder,
+    model: Scorer,
     tokenizer: Tokenizer,
     texts: Mapping[str, str],
     window: int = WINDOW,
@@ -33,7 +41,7 @@ def bits_per_byte(
     for the beginning of a text. The end of a text is not scored.
 
     Args:
-        model: computes `Decoder.logits`.
+        model: computes the logits.
         tokenizer: the model's.
         texts: path -> text.
         window, stride: in tokens; ``stride`` at most ``window``.
@@ -63,11 +71,11 @@ def bits_per_byte(
     return nats / math.log(2) / size
 
 
-def complete(model: Decoder, tokenizer: Tokenizer, prompt: str, new_tokens: int, pad: int = 192) -> str:
+def complete(model: Scorer, tokenizer: Tokenizer, prompt: str, new_tokens: int, pad: int = 192) -> str:
     """Greedy continuation by full forward passes; stops at ``<|im_end|>`` or ``<|endoftext|>``.
 
     Args:
-        model: computes `Decoder.logits`.
+        model: computes the logits.
         tokenizer: the model's.
         prompt: special-token text in it counts as special tokens.
         new_tokens: most tokens to add.
@@ -123,7 +131,7 @@ def _windows(ids: list[int], window: int, stride: int, pad: int) -> Iterator[tup
 
 @jax.jit
 def _nats(
-    logits: Float32[Array, "B L V"], targets: Int32[Array, "B L"], scored: Int32[Array, "B L"]
+    logits: Float32[Array, "B L V"], targets: Int32[Array, "B L"], scored: Bool[Array, "B L"]
 ) -> Float32[Array, ""]:
     correct = jnp.take_along_axis(logits, targets[:, :, None], axis=2)[:, :, 0]
     return jnp.sum(jnp.where(scored, jax.nn.logsumexp(logits, axis=-1) - correct, 0))

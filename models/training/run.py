@@ -67,7 +67,7 @@ def run(
     recipe: Recipe,
     budget: Budget,
     data: WindowStream,
-    heldout: Int32[np.ndarray, "B L+1"],
+    heldout: Int32[np.ndarray, "B window"],
     folder: Path,
     *,
     resume: bool = False,

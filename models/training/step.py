@@ -51,7 +51,7 @@ def optimizer(recipe: Recipe, parameters: Parameters) -> optax.GradientTransform
 
 
 def losses(
-    config: ModelConfig, recipe: Recipe, parameters: Mapping[str, jax.Array], windows: Int32[Array, "B L+1"]
+    config: ModelConfig, recipe: Recipe, parameters: Mapping[str, jax.Array], windows: Int32[Array, "B window"]
 ) -> tuple[Float32[Array, ""], Float32[Array, ""]]:
     """What is minimised (cross-entropy plus z-loss and balancing), and the cross-entropy alone; nats a token."""
     model = with_parameters(config, parameters)
@@ -76,7 +76,7 @@ def train_step(
     recipe: Recipe,
     parameters: Parameters,
     state: Any,
-    windows: Int32[Array, "B L+1"],
+    windows: Int32[Array, "B window"],
     rate: Float32[Array, ""],
 ) -> tuple[Parameters, Any, Float32[Array, ""]]:
     """One update; parameters and optimiser state are donated.
@@ -100,7 +100,7 @@ def train_step(
 
 @partial(jax.jit, static_argnames=("config", "recipe"))
 def cross_entropy(
-    config: ModelConfig, recipe: Recipe, parameters: Parameters, windows: Int32[Array, "B L+1"]
+    config: ModelConfig, recipe: Recipe, parameters: Parameters, windows: Int32[Array, "B window"]
 ) -> Float32[Array, ""]:
     """Mean cross-entropy of the windows, nats a token."""
     return losses(config, recipe, parameters, windows)[1]

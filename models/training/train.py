@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def heldout_slice(
     entries: Tokenizer, texts: Mapping[str, str], length: int, windows: int = _SLICE_WINDOWS
-) -> tuple[Int32[np.ndarray, "windows length+1"], float]:
+) -> tuple[Int32[np.ndarray, "windows window"], float]:
     """Evenly spread windows of held-out text for progress lines, and the factor from nats a token to bits a byte."""
     ids = [token for encoding in entries.encode_batch_fast(list(texts.values())) for token in encoding.ids]
     count = min(windows, len(ids) // (length + 1))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import models
-from jaxdual import LLM, ConfigError, SamplingParams
+from jaxdual import LLM, ConfigError, EngineDeadError, SamplingParams
 from tests.engine.models import FIXTURES
 
 GREEDY = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
@@ -159,6 +159,7 @@ def test_output_is_cut_at_the_context(llm: LLM) -> None:
         ({"prompt_ids": [5]}, "has the key"),
         ({"prompt": [5]}, "'prompt' holds a list"),
         (7, "not int"),
+        (b"bytes", "not bytes"),
     ],
 )
 def test_bad_prompts_are_refused_and_nothing_is_left(llm: LLM, prompt: object, message: str) -> None:
@@ -199,6 +200,63 @@ def test_a_folder_without_a_tokenizer_takes_ids_only() -> None:
 def test_bad_settings_name_themselves(folder: Path, settings: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         LLM(folder, **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({"num_kv_blocks": 10**8}, "KV memory of 100000000 pages"),
+        ({"num_kv_blocks": 32, "host_cache_bytes": 10**15}, "host_cache_bytes"),
+        ({"max_num_seqs": 10**7, "max_num_batched_tokens": 10**7, "num_kv_blocks": 32}, "max_num_seqs"),
+    ],
+)
+def test_settings_that_this_machine_cannot_hold_name_themselves(
+    folder: Path, settings: dict[str, object], name: str
+) -> None:
+    with pytest.raises(ConfigError, match=rf"{name}.* needs \d+ bytes; this machine has"):
+        LLM(folder, **settings)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_a_call_that_breaks_off_leaves_no_request_behind(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
+    steps = []
+
+    def step() -> list[object]:
+        steps.append(1)
+        if len(steps) == 3:
+            raise error
+        return LLM.step(llm)
+
+    monkeypatch.setattr(llm, "step", step)
+    with pytest.raises(error):
+        llm.generate(["import os", "import sys"], GREEDY)
+    monkeypatch.undo()
+    while llm.has_unfinished:
+        llm.step()
+    with pytest.raises(ValueError, match="must be SamplingParams"):
+        llm.generate(["a", "b"], [GREEDY, None])  # type: ignore[list-item]
+
+
+def test_an_engine_that_failed_stays_dead(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = LLM(folder, max_num_seqs=2)
+    running = llm.submit("import os", GREEDY)
+    monkeypatch.setattr(llm._engine.runner, "dispatch", lambda *_: 1 / 0)
+    with pytest.raises(EngineDeadError, match="ZeroDivisionError"):
+        llm.step()
+    monkeypatch.undo()
+    assert llm.step() == [running]
+    assert running.outputs[0].finish_reason == "error"
+    for call in (llm.step, lambda: llm.generate("x", GREEDY)):
+        with pytest.raises(EngineDeadError, match="ZeroDivisionError"):
+            call()
+    assert not llm.has_unfinished
+
+
+def test_models_differ_in_their_fingerprint(folder: Path, llm: LLM) -> None:
+    other = LLM(FIXTURES / "qwen3", max_num_seqs=2)
+    assert llm.system_fingerprint == LLM(folder, max_num_seqs=2).system_fingerprint != other.system_fingerprint
 
 
 def test_bfloat16_runs(folder: Path) -> None:

@@ -311,7 +311,7 @@ def test_integrity_check_finds_a_lost_page_and_a_wrong_lock() -> None:
     kv.publish(0, keys_of([1, 2, 3]))
     kv.check_integrity()
     broken = copy.deepcopy(kv)
-    broken._held[0].own.pop()
+    broken._held[0].pages.pop()
     with pytest.raises(IntegrityError):
         broken.check_integrity()
     broken = copy.deepcopy(kv)

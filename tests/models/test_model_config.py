@@ -117,13 +117,17 @@ def test_what_a_file_cannot_express_is_not_written(tmp_path: Path) -> None:
         to_hf(ModelConfig(**fields | {"family": "gpt"}))
 
 
+def test_a_switch_that_is_off_may_still_change_the_mathematics(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="'is_causal' is false"):
+        read(tmp_path, QWEN3 | {"is_causal": False})
+
+
 def test_harmless_and_switched_off_keys_are_accepted(tmp_path: Path) -> None:
     more = {
         "_name_or_path": "x",
         "torch_dtype": "bfloat16",
         "attention_dropout": 0.1,
         "use_cache": True,
-        "some_feature": False,
         "other_feature": None,
         "pruned_heads": {},
         "pretraining_tp": 1,

@@ -371,10 +371,10 @@ def test_every_token_is_scored_once(window: int, stride: int, entries: Tokenizer
     texts = {"a": SOURCE, "b": "x = 1\n"}
     count = sum(len(entries.encode(text).ids) for text in texts.values())
     size = sum(len(text.encode()) for text in texts.values())
-    bits = evaluate.bits_per_byte(_Uniform(320), entries, texts, window, stride)  # type: ignore[arg-type]
+    bits = evaluate.bits_per_byte(_Uniform(320), entries, texts, window, stride)
     assert bits == pytest.approx(count * math.log2(320) / size, rel=1e-5)
     with pytest.raises(ValueError, match="stride=17"):
-        evaluate.bits_per_byte(_Uniform(320), entries, texts, 16, 17)  # type: ignore[arg-type]
+        evaluate.bits_per_byte(_Uniform(320), entries, texts, 16, 17)
 
 
 def test_baselines_of_known_text() -> None:

@@ -16,6 +16,8 @@ LONGEST_PROMPT = 500
 class FakeLLM:
     """Runs `max_num_seqs` sequences at once, one token a step; ends a sequence at a token that 7 divides."""
 
+    system_fingerprint = "fp_fake"
+
     def __init__(self, config=None):
         self.config = config or EngineConfig(max_num_seqs=4)
         self.served_model_name = self.config.served_model_name or "fake"

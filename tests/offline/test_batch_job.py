@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -192,7 +193,7 @@ def test_output_of_another_batch_is_refused(job, tmp_path, capsys):
         assert job(*lines) == 2
         assert "belongs to another batch" in capsys.readouterr().err
     assert job(completion("a"), completion("b"), options=["--served-model-name", "big"]) == 2
-    assert "rows of model 'fake', not of 'big'" in capsys.readouterr().err
+    assert "rows of model 'fake' (fp_fake), not of 'big'" in capsys.readouterr().err
     assert (tmp_path / "out.jsonl").read_bytes() == before
     assert job(completion("c"), options=["--overwrite"]) == 0
     assert set(by_id(tmp_path / "out.jsonl")) == {"c"}
@@ -281,13 +282,40 @@ def test_report_has_counts_times_and_settings(job, tmp_path, capsys):
     assert again["ttft_s"] is None
 
 
-def test_report_that_cannot_be_written_is_told_after_the_rows_are_safe(job, tmp_path, capsys):
+def test_report_that_cannot_be_written_is_told_before_the_work(job, tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    assert job(completion("a"), options=["--report", str(tmp_path / "file" / "report.json")]) == 1
+    assert job(completion("a"), options=["--report", str(tmp_path / "file" / "report.json")]) == 2
     error = capsys.readouterr().err
     assert error.startswith("python -m jaxdual.offline: error: ")
     assert str(tmp_path / "file") in error
-    assert set(by_id(tmp_path / "out.jsonl")) == {"a"}
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_a_job_that_goes_on_keeps_the_time_of_its_first_part(job, tmp_path):
+    assert job(completion("a"), completion("b")) == 0
+    whole = rows_of(tmp_path / "out.jsonl")
+    (tmp_path / "out.jsonl").write_text(json.dumps(whole[0]) + "\n")
+    os.utime(tmp_path / "in.jsonl", (1, 1))
+    assert job(completion("a"), completion("b")) == 0
+    assert rows_of(tmp_path / "out.jsonl") == whole
+
+
+def test_rows_of_other_weights_under_the_same_name_are_not_continued(job, tmp_path, capsys, monkeypatch):
+    assert job(completion("a"), completion("b")) == 0
+    first = (tmp_path / "out.jsonl").read_text().splitlines(keepends=True)[0]
+    (tmp_path / "out.jsonl").write_text(first)
+    monkeypatch.setattr(FakeLLM, "system_fingerprint", "fp_other")
+    assert job(completion("a"), completion("b")) == 2
+    assert "(fp_fake), not of 'fake' (fp_other)" in capsys.readouterr().err
+    assert (tmp_path / "out.jsonl").read_text() == first
+
+
+def test_the_last_line_counts_errors_of_earlier_runs_too(job, capsys):
+    lines = [completion("a"), completion("b", temperature="warm")]
+    for _ in range(2):
+        assert job(*lines) == 0
+        assert "2 rows in" in (error := capsys.readouterr().err)
+        assert "1 with an error" in error
 
 
 def test_summary_percentiles():

@@ -7,7 +7,8 @@ from jaxdual.offline.output_file import OutputFile
 
 
 def row(custom_id, row_id="batch_req_1"):
-    return {"id": row_id, "custom_id": custom_id, "response": {"body": {"model": "m"}}, "error": None}
+    body = {"model": "m", "system_fingerprint": "fp", "created": 7}
+    return {"id": row_id, "custom_id": custom_id, "response": {"body": body}, "error": None}
 
 
 def error_row(number, custom_id=None):
@@ -30,7 +31,8 @@ def test_rows_are_found_again_by_key(path):
     write(path, row("a"), error_row(7), error_row(8, "b"))
     with OutputFile(path) as output:
         assert output.done == {"a": "batch_req_1", 7: "batch_req_7", "b": "batch_req_8"}
-        assert output.models == {"m"}
+        assert output.models == {("m", "fp")}
+        assert (output.created, output.errors) == (7, 2)
 
 
 def test_a_row_is_on_its_line_at_once(path):
