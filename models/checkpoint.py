@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -177,6 +178,9 @@ def save(model: Decoder, folder: str | Path, dtype: str = "bfloat16", max_file_b
     if len(shards) > 1:
         write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
     write_json(folder / "config.json", config_json)
+    for file in set(weight_map.values()):
+        # safetensors makes files that only their owner can read.
+        shutil.copymode(folder / "config.json", folder / file)
 
 
 def write_json(file: Path, value: object) -> None:

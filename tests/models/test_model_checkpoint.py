@@ -283,3 +283,12 @@ def test_each_device_reads_its_own_slice() -> None:
         check=False,
     )
     assert done.stdout == "fine\n", done.stderr
+
+
+def test_saved_files_are_as_readable_as_others(tmp_path: Path) -> None:
+    models.save(models.load(HF / "qwen3"), tmp_path, max_file_bytes=300_000)
+    modes = {file.stat().st_mode for file in tmp_path.iterdir()}
+    other = tmp_path / "other"
+    other.touch()
+    assert modes == {other.stat().st_mode}
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
