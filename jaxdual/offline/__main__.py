@@ -6,11 +6,14 @@ that cannot work, 130 after Ctrl-C. After 1 and 130 the same command continues w
 
 import argparse
 import os
+import signal
 import sys
 import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Self
 
 from jaxdual.api import LLM
 from jaxdual.config import EngineConfig, add_arguments
@@ -126,9 +129,10 @@ def _run(options: argparse.Namespace, llm: LLM, output: OutputFile, total: int, 
     created = int(options.input_file.stat().st_mtime) if output.created is None else output.created
     start = time.monotonic()
     try:
-        with Progress(total, len(output.done), not options.no_progress) as progress:
+        with Progress(total, len(output.done), not options.no_progress) as progress, _Interrupt() as interrupt:
 
             def show(totals: Totals) -> None:
+                interrupt.check()
                 progress.show(totals, llm.stats().generation_tokens)
 
             totals = BatchRunner(llm, output, created, show).run(read_batch(options.input_file))
@@ -147,6 +151,36 @@ def _run(options: argparse.Namespace, llm: LLM, output: OutputFile, total: int, 
     failed = f", {errors} with an error; they are not tried again unless --overwrite is given" if errors else ""
     print(f"{total} rows in {options.output_file}{failed}", file=sys.stderr)
     return 0
+
+
+class _Interrupt:
+    """Ctrl-C as a request to stop between two steps.
+
+    Raised wherever it happens to arrive, the exception can be lost in a callback from native code. A second Ctrl-C is
+    raised at once all the same.
+    """
+
+    def __init__(self) -> None:
+        self._asked = False
+
+    def __enter__(self) -> Self:
+        self._before = signal.signal(signal.SIGINT, self._handle)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        signal.signal(signal.SIGINT, self._before)
+
+    def check(self) -> None:
+        """Raises `KeyboardInterrupt` if Ctrl-C was pressed."""
+        if self._asked:
+            raise KeyboardInterrupt
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._asked:
+            raise KeyboardInterrupt
+        self._asked = True
 
 
 if __name__ == "__main__":

@@ -1,0 +1,40 @@
+"""The runner's copies between tiers, within one step and across steps that overlap."""
+
+import numpy as np
+import pytest
+
+from jaxdual.engine.buckets import Buckets
+from jaxdual.engine.runner import Runner
+from jaxdual.kv.layout import KVLayout
+from jaxdual.kv.manager import PageCopy
+from jaxdual.scheduling.batch import StepPlan
+from tests.engine.models import load
+
+LAYOUT = KVLayout(num_layers=4, kv_heads=2, head_dim=16, page_size=4, dtype="float32", itemsize=4)
+PAGES = 24
+
+
+def plan(*copies: PageCopy) -> StepPlan:
+    return StepPlan(copies=copies, admitted=(), chunks=(), rows=(), preempted=())
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_block_that_leaves_and_returns_at_once_keeps_its_contents(steps: int) -> None:
+    """More blocks than one program moves; slots are used again by later blocks, in order."""
+    runner = Runner(load("qwen3"), LAYOUT, num_pages=PAGES, host_pages=10, max_num_seqs=2, buckets=Buckets(2, 4, 8, 4))
+    contents = np.random.default_rng(0).normal(size=(PAGES, *LAYOUT.block_shape())).astype(np.float32)
+    runner.arena = runner.programs.scatter(runner.arena, np.arange(PAGES, dtype=np.int32), contents)
+    out = [PageCopy("out", page, page) for page in range(10)]
+    back = [PageCopy("in", 23 - page, page) for page in range(10)]
+    again = [PageCopy("out", 10, 3), PageCopy("in", 0, 3)]
+    launches = []
+    if steps == 1:
+        launches.append(runner.dispatch(plan(*out, *back, *again), [], {}))
+    else:  # the second is dispatched before the first is fetched, as the overlapped loop does
+        launches += [runner.dispatch(plan(*out), [], {}), runner.dispatch(plan(*back, *again), [], {})]
+    for launch in launches:
+        runner.fetch(launch)
+    arena = np.asarray(runner.arena).reshape(contents.shape)
+    for page in range(10):
+        np.testing.assert_array_equal(arena[23 - page], contents[page])
+    np.testing.assert_array_equal(arena[0], contents[10])
