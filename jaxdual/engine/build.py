@@ -20,7 +20,7 @@ from jaxdual.kv.manager import KVManager
 from jaxdual.sampling_params import MAX_STOP_TOKENS
 from jaxdual.scheduling.batch import BatchLimits, BatchScheduler
 from jaxdual.telemetry import CompileCounter
-from models import Decoder, GenerationConfig, ModelConfig, load, load_config, load_generation_config
+from models import GenerationConfig, ModelConfig, load, load_config, load_generation_config
 from models.fingerprint import model_fingerprint
 
 _CPU_KV_BYTES = 1 << 30
@@ -67,7 +67,7 @@ def build_engine(config: EngineConfig, folder: Path) -> BuiltEngine:
     model = load(folder, dtype=config.dtype)
     load_seconds = time.perf_counter() - start
 
-    dtype = jnp.dtype(jax.tree.leaves(model_arrays(model))[0].dtype)
+    dtype = jnp.dtype(model.embedding[...].dtype)
     layout = KVLayout(
         num_layers=model_config.num_layers,
         kv_heads=model_config.num_kv_heads,
@@ -129,13 +129,6 @@ def use_compilation_cache(folder: str | None) -> None:
     # JAX's defaults skip programs that compile in under a second, which is most of a small model's.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-
-
-def model_arrays(model: Decoder) -> list[jax.Array]:
-    """The parameters of a model."""
-    from flax import nnx
-
-    return list(jax.tree.leaves(nnx.state(model, nnx.Param)))
 
 
 def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:
