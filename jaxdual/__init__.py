@@ -3,7 +3,7 @@
 from jaxdual.api import LLM
 from jaxdual.async_api import AsyncLLM
 from jaxdual.config import ConfigError, EngineConfig
-from jaxdual.engine.engine import EngineDeadError
+from jaxdual.errors import EngineDeadError
 from jaxdual.outputs import CompletionOutput, EngineStats, Logprob, RequestMetrics, RequestOutput
 from jaxdual.sampling_params import SamplingParams
 

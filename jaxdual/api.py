@@ -9,30 +9,9 @@ from typing import Any
 from jaxdual.config import EngineConfig
 from jaxdual.engine.build import BuiltEngine, build_engine
 from jaxdual.front import Front, Prompt, TokenizedPrompt
-from jaxdual.outputs import EngineStats, RequestOutput
+from jaxdual.outputs import EngineInfo, EngineStats, RequestOutput
 from jaxdual.sampling_params import SamplingParams
-from jaxdual.tokenizer import Tokenizer, TokenizerError
-from models import resolve
-
-SHIPPED_MODEL = "base"
-
-
-def shipped_model(name: str = SHIPPED_MODEL) -> Path:
-    """Folder of a model that ships with jaxdual.
-
-    Args:
-      name: "small", "base" or "moe".
-
-    Raises:
-      ValueError: no model of that name.
-    """
-    import models
-
-    root = Path(models.__file__).parent / "shipped"
-    if not (root / name / "config.json").is_file():
-        known = sorted(path.parent.name for path in root.glob("*/config.json"))
-        raise ValueError(f"no model {name!r} ships with jaxdual; there are {known}")
-    return root / name
+from jaxdual.tokenizer import Tokenizer
 
 
 class LLM:
@@ -60,30 +39,35 @@ class LLM:
         return llm
 
     def _init(self, config: EngineConfig) -> None:
-        folder = shipped_model() if config.model is None else resolve(config.model)
         self.config = config
-        given = None if config.model is None or Path(config.model).expanduser().is_dir() else config.model
-        self.served_model_name = config.served_model_name or given or folder.resolve().name
-        tokenizer = Tokenizer.from_dir(folder) if Tokenizer.exists(folder) else None
-        self._folder = folder
-        self._built: BuiltEngine = build_engine(config, folder)
+        self._built: BuiltEngine = build_engine(config)
         self._engine = self._built.engine
         self._front = Front(
             self._engine,
-            tokenizer,
-            vocab_size=self._built.model.vocab_size,
-            max_model_len=self._built.max_model_len,
+            Tokenizer.find(self.info.model_folder),
+            vocab_size=self.info.vocab_size,
+            max_model_len=self.info.max_model_len,
         )
+
+    @property
+    def info(self) -> EngineInfo:
+        """What is served: model, sizes, number type."""
+        return self._built.info
+
+    @property
+    def served_model_name(self) -> str:
+        """The model's name in responses."""
+        return self.info.served_model_name
 
     @property
     def system_fingerprint(self) -> str:
         """Identifies weights and number type, in the form of OpenAI's `system_fingerprint`."""
-        return f"fp_{self._built.fingerprint.hex()[:16]}"
+        return self.info.system_fingerprint
 
     @property
     def max_model_len(self) -> int:
         """Tokens of prompt and output together."""
-        return self._built.max_model_len
+        return self.info.max_model_len
 
     def get_tokenizer(self) -> Tokenizer:
         """The model's tokenizer.
@@ -91,20 +75,15 @@ class LLM:
         Raises:
           TokenizerError: the model folder has none.
         """
-        if self._front.tokenizer is None:
-            raise TokenizerError(f"{self._folder}: no tokenizer.json: this model takes and gives token ids only")
-        return self._front.tokenizer
+        return self._front.text_tokenizer()
 
     def get_default_sampling_params(self) -> SamplingParams:
         """Parameters that the model's `generation_config.json` recommends, `SamplingParams()` where it is silent."""
-        generation = self._built.generation
-        values = {name: getattr(generation, name) for name in ("temperature", "top_p", "top_k", "min_p")}
-        values["repetition_penalty"] = generation.repetition_penalty
-        return SamplingParams(**{name: value for name, value in values.items() if value is not None})
+        return SamplingParams(**self.info.default_sampling)  # type: ignore[arg-type]
 
     def generate(
         self,
-        prompts: Prompt | Sequence[Prompt],
+        prompts: Prompt | TokenizedPrompt | Sequence[Prompt | TokenizedPrompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: bool = False,
@@ -160,16 +139,12 @@ class LLM:
         if isinstance(messages, (str, Mapping)) or not messages:
             raise ValueError(f"messages={messages!r} must be a list of messages, or a list of such lists")
         conversations = [messages] if isinstance(messages[0], Mapping) else messages
-        tokenizer = self.get_tokenizer()
         prompts = [
-            {
-                "prompt_token_ids": tokenizer.apply_chat_template(
-                    conversation,  # type: ignore[arg-type]
-                    add_generation_prompt=add_generation_prompt,
-                    tokenize=True,
-                    **(chat_template_kwargs or {}),
-                )
-            }
+            self.tokenize_chat(
+                conversation,  # type: ignore[arg-type]
+                add_generation_prompt=add_generation_prompt,
+                template_vars=chat_template_kwargs,
+            )
             for conversation in conversations
         ]
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
@@ -194,13 +169,25 @@ class LLM:
 
     # One step at a time, for callers with a loop of their own.
 
-    def tokenize(self, prompt: Prompt) -> TokenizedPrompt:
-        """What `submit` makes of a prompt, for callers that do it on another thread.
+    def tokenize(self, prompt: Prompt, *, add_special_tokens: bool = True) -> TokenizedPrompt:
+        """What `submit` makes of a prompt; see `Front.tokenize`."""
+        return self._front.tokenize(prompt, add_special_tokens=add_special_tokens)
 
-        Raises:
-          ValueError: a prompt that can't be used.
-        """
-        return self._front.tokenize(prompt)
+    def tokenize_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        add_special_tokens: bool = False,
+        template_vars: Mapping[str, Any] | None = None,
+    ) -> TokenizedPrompt:
+        """The prompt that a conversation becomes; see `Front.tokenize_chat`."""
+        return self._front.tokenize_chat(
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            add_special_tokens=add_special_tokens,
+            template_vars=template_vars,
+        )
 
     def submit(
         self,
@@ -253,25 +240,7 @@ class LLM:
 
     def stats(self) -> EngineStats:
         """Counters since the start."""
-        kv, batch, built = self._engine.kv, self._engine.scheduler.stats, self._built
-        return EngineStats(
-            prompt_tokens=self._front.prompt_tokens,
-            generation_tokens=self._front.generation_tokens,
-            computed_prompt_tokens=batch.prefill_tokens,
-            prefix_cache_queries=kv.stats.prefix_queries,
-            prefix_cache_hits=kv.stats.prefix_hits,
-            host_cache_hits=kv.stats.host_hits,
-            blocks_copied_out=kv.stats.copied_out,
-            blocks_copied_in=kv.stats.copied_in,
-            preemptions=batch.preemptions_recompute + batch.preemptions_swap,
-            steps=batch.steps,
-            kv_blocks=kv.num_pages,
-            kv_blocks_cached=kv.num_cached,
-            kv_blocks_free=kv.num_available,
-            load_seconds=built.load_seconds,
-            compile_seconds=built.compiles.seconds,
-            compilations=built.compiles.compilations,
-        )
+        return self._built.stats()
 
     def check_integrity(self) -> None:
         """Raises `IntegrityError` if pages, queues or requests contradict each other."""
@@ -305,8 +274,8 @@ class LLM:
         return params
 
 
-def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, (str, Mapping)):
+def _as_list(prompts: Prompt | TokenizedPrompt | Sequence[Prompt | TokenizedPrompt]) -> list[Prompt | TokenizedPrompt]:
+    if isinstance(prompts, (str, Mapping, TokenizedPrompt)):
         return [prompts]
     listed = list(prompts)
     if listed and all(hasattr(item, "__index__") for item in listed):

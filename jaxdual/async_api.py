@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from jaxdual.api import LLM
-from jaxdual.engine.engine import EngineDeadError
+from jaxdual.errors import EngineDeadError
 from jaxdual.front import Prompt
 from jaxdual.outputs import EngineStats, RequestOutput
 from jaxdual.sampling_params import SamplingParams

@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import operator
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,7 +14,10 @@ from jaxdual.detokenizer import IncrementalDetokenizer
 from jaxdual.engine.request import Request, TokenEvent, TokenLogprobs
 from jaxdual.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from jaxdual.sampling_params import SamplingParams
-from jaxdual.tokenizer import Tokenizer
+from jaxdual.tokenizer import Tokenizer, TokenizerError
+
+# How many characters of a text may become one when a tokenizer normalizes it, at most.
+_LARGEST_SHRINK = 4
 
 type Prompt = str | Mapping[str, Any] | Sequence[int]
 
@@ -63,8 +66,6 @@ class Front:
         self, engine: TokenEngine, tokenizer: Tokenizer | None, *, vocab_size: int, max_model_len: int
     ) -> None:
         self.tokenizer = tokenizer
-        self.prompt_tokens = 0
-        self.generation_tokens = 0
         self._engine = engine
         self._vocab_size = vocab_size
         self._max_model_len = max_model_len
@@ -150,7 +151,6 @@ class Front:
         ]
         tracked = _Tracked(engine_id, output, params, detokenizers)
         self._tracked[request_id] = self._by_engine_id[engine_id] = tracked
-        self.prompt_tokens += len(tokens)
         return output
 
     def abort(self, request_id: str) -> None:
@@ -166,6 +166,21 @@ class Front:
         self._finish(tracked)
         self._aborted.append(tracked.output)
 
+    def fail(self, error: str, keep: Container[str] = ()) -> list[RequestOutput]:
+        """Ends all requests with an error, but those that the engine knows under the ids in `keep`.
+
+        Returns:
+          Their outputs.
+        """
+        lost = [tracked for tracked in self._tracked.values() if tracked.engine_id not in keep]
+        events = [
+            TokenEvent(tracked.engine_id, output.index, None, finish_reason="error", error=error)
+            for tracked in lost
+            for output in tracked.output.outputs
+            if output.finish_reason is None
+        ]
+        return self.take(events)
+
     def take(self, events: Iterable[TokenEvent]) -> list[RequestOutput]:
         """Brings outputs up to date, and returns those that changed, each once."""
         # By identity: an id may be in use again already.
@@ -179,8 +194,22 @@ class Front:
             changed[id(tracked.output)] = tracked.output
         return list(changed.values())
 
-    def tokenize(self, prompt: Prompt) -> TokenizedPrompt:
+    def text_tokenizer(self) -> Tokenizer:
+        """The tokenizer.
+
+        Raises:
+          TokenizerError: there is none.
+        """
+        if self.tokenizer is None:
+            raise TokenizerError("this model folder has no tokenizer.json: it takes and gives token ids only")
+        return self.tokenizer
+
+    def tokenize(self, prompt: Prompt, *, add_special_tokens: bool = True) -> TokenizedPrompt:
         """Checks a prompt and makes tokens of it. Changes nothing here, so any thread may call it.
+
+        Args:
+          prompt: text, token ids, `{"prompt": text}` or `{"prompt_token_ids": ids}`.
+          add_special_tokens: puts around a text what the tokenizer puts around texts.
 
         Raises:
           ValueError: a prompt that can't be used.
@@ -192,14 +221,41 @@ class Front:
             if isinstance(prompt, str) != (key == "prompt"):
                 raise ValueError(f"{key!r} holds a {type(prompt).__name__}")
         if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise ValueError("this model folder has no tokenizer.json: give the prompt as token ids")
-            text, tokens = prompt, self.tokenizer.encode(prompt)
-        else:
-            text, tokens = None, self._token_ids(prompt)
-        if not tokens:
-            raise ValueError("the prompt is empty: it must have at least one token")
-        return TokenizedPrompt(text, tokens)
+            return self._encode(prompt, add_special_tokens)
+        return _not_empty(TokenizedPrompt(None, self._token_ids(prompt)))
+
+    def tokenize_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        add_special_tokens: bool = False,
+        template_vars: Mapping[str, Any] | None = None,
+    ) -> TokenizedPrompt:
+        """The prompt that a conversation becomes. Changes nothing here, so any thread may call it.
+
+        Args:
+          messages: mappings with `role`, `content` and what else the model's template reads.
+          add_generation_prompt: opens the assistant's turn.
+          add_special_tokens: as for `tokenize`; templates usually write them themselves.
+          template_vars: further variables of the template.
+
+        Raises:
+          ValueError: messages that the template refuses, or no template.
+        """
+        rendered = self.text_tokenizer().apply_chat_template(messages, add_generation_prompt, **(template_vars or {}))
+        return self._encode(str(rendered), add_special_tokens)
+
+    def _encode(self, text: str, add_special_tokens: bool) -> TokenizedPrompt:
+        tokenizer = self.text_tokenizer()
+        # What can't fit by any reckoning is refused unread: tokenizing megabytes takes seconds.
+        limit = self._max_model_len * tokenizer.longest_token * _LARGEST_SHRINK
+        if len(text) > limit:
+            raise ValueError(
+                f"the prompt has {len(text)} characters; max_model_len is {self._max_model_len} tokens, which are at "
+                f"most {limit} characters"
+            )
+        return _not_empty(TokenizedPrompt(text, tokenizer.encode(text, add_special_tokens)))
 
     def _token_ids(self, prompt: object) -> list[int]:
         try:
@@ -234,7 +290,6 @@ class Front:
         if event.token is not None:
             if request.metrics.first_token_time is None:
                 request.metrics.first_token_time = now
-            self.generation_tokens += 1
             output.token_ids.append(event.token)
             if event.logprobs is not None and output.logprobs is not None and params.logprobs is not None:
                 output.logprobs.append(self._logprobs(event.token, event.logprobs, params.logprobs))
@@ -273,3 +328,9 @@ class Front:
 
     def _piece(self, token: int) -> str | None:
         return None if self.tokenizer is None else self.tokenizer.decode([token])
+
+
+def _not_empty(prompt: TokenizedPrompt) -> TokenizedPrompt:
+    if not prompt.tokens:
+        raise ValueError("the prompt is empty: it must have at least one token")
+    return prompt

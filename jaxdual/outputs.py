@@ -1,8 +1,9 @@
-"""What a request gives back."""
+"""What requests give back, and what an engine tells of itself."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from jaxdual.scheduling.batch import FinishReason
@@ -95,10 +96,48 @@ class RequestOutput:
 
 
 @dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What an engine serves; all of it is fixed at its start.
+
+    Attributes:
+      model_folder: where the model lies.
+      served_model_name: its name in responses.
+      family: its `model_type`.
+      num_layers, vocab_size: of the model.
+      dtype: of weights, activations and KV cache.
+      device: kind of device that it runs on.
+      max_model_len: tokens of prompt and output together.
+      max_num_seqs: sequences that run at once.
+      block_size: tokens of a KV page.
+      fingerprint: identifies weights and number type, in hexadecimal digits.
+      default_sampling: fields of `SamplingParams` for which the model recommends a value.
+    """
+
+    model_folder: str
+    served_model_name: str
+    family: str
+    num_layers: int
+    vocab_size: int
+    dtype: str
+    device: str
+    max_model_len: int
+    max_num_seqs: int
+    block_size: int
+    fingerprint: str
+    default_sampling: Mapping[str, float]
+
+    @property
+    def system_fingerprint(self) -> str:
+        """`fingerprint` in the form of OpenAI's field of this name."""
+        return f"fp_{self.fingerprint[:16]}"
+
+
+@dataclass(frozen=True, slots=True)
 class EngineStats:
     """Counters of an engine since its start; times in seconds, cache figures in tokens.
 
     Attributes:
+      num_running, num_waiting: sequences that run now, and that wait for their turn.
       prompt_tokens, generation_tokens: of finished and running requests: prompt tokens computed or found, tokens given.
       computed_prompt_tokens: prompt tokens that were computed, those of preempted sequences each time.
       prefix_cache_queries, prefix_cache_hits: prompt tokens looked up, and found.
@@ -111,6 +150,8 @@ class EngineStats:
       compilations: programs compiled or read from the compilation cache.
     """
 
+    num_running: int
+    num_waiting: int
     prompt_tokens: int
     generation_tokens: int
     computed_prompt_tokens: int

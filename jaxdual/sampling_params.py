@@ -8,6 +8,8 @@ from typing import Any
 
 MAX_LOGPROBS = 20
 MAX_STOP_TOKENS = 16
+# What a model may recommend for requests that leave it open.
+RECOMMENDED_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 _MAX_SEED = 2**63
 _MAX_REAL = 1e38  # of float32, which parameters are on the device
 

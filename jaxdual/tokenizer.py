@@ -47,10 +47,10 @@ class Tokenizer:
         self._source = source
         self._byte_level = '"ByteLevel"' in json.dumps(json.loads(plain.to_str())["decoder"])
 
-    @staticmethod
-    def exists(path: str | Path) -> bool:
-        """Whether the folder `path` holds a tokenizer at all."""
-        return (Path(path) / "tokenizer.json").is_file()
+    @classmethod
+    def find(cls, path: str | Path) -> "Tokenizer | None":
+        """The tokenizer of a model folder, None if it holds none at all; raises as `from_dir`."""
+        return cls.from_dir(path) if (Path(path) / "tokenizer.json").is_file() else None
 
     @classmethod
     def from_dir(cls, path: str | Path) -> "Tokenizer":
@@ -151,6 +151,11 @@ class Tokenizer:
         """Number of tokens, added ones included; the model's embedding may be padded to more."""
         size: int = self._plain.get_vocab_size(with_added_tokens=True)
         return size
+
+    @functools.cached_property
+    def longest_token(self) -> int:
+        """Characters of the longest token's spelling in the vocabulary."""
+        return max(map(len, self._plain.get_vocab(with_added_tokens=True)), default=1)
 
     @property
     def eos_token_id(self) -> int | None:

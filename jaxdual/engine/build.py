@@ -17,7 +17,9 @@ from jaxdual.engine.runner import Runner
 from jaxdual.engine.sampler import SAMPLER_BYTES_PER_TOKEN_ID
 from jaxdual.kv.layout import KVLayout
 from jaxdual.kv.manager import KVManager
-from jaxdual.sampling_params import MAX_STOP_TOKENS
+from jaxdual.model_folder import find_model
+from jaxdual.outputs import EngineInfo, EngineStats
+from jaxdual.sampling_params import MAX_STOP_TOKENS, RECOMMENDED_SAMPLING
 from jaxdual.scheduling.batch import BatchLimits, BatchScheduler
 from jaxdual.telemetry import CompileCounter
 from models import GenerationConfig, ModelConfig, load, load_config, load_generation_config
@@ -34,33 +36,52 @@ class BuiltEngine:
 
     Attributes:
       engine: ready for requests; nothing is compiled yet.
-      model: the model's configuration.
-      generation: its sampling defaults and end-of-sequence tokens.
-      max_model_len: tokens of prompt and output together.
-      fingerprint: identifies weights and number type.
+      info: what it serves.
       load_seconds: time that loading took.
       compiles: counts compilations from here on.
     """
 
     engine: Engine
-    model: ModelConfig
-    generation: GenerationConfig
-    max_model_len: int
-    fingerprint: bytes
+    info: EngineInfo
     load_seconds: float
     compiles: CompileCounter
 
+    def stats(self) -> EngineStats:
+        """Counters since the start."""
+        kv, scheduler = self.engine.kv, self.engine.scheduler
+        return EngineStats(
+            num_running=scheduler.num_running,
+            num_waiting=scheduler.num_waiting,
+            prompt_tokens=self.engine.prompt_tokens,
+            generation_tokens=self.engine.generation_tokens,
+            computed_prompt_tokens=scheduler.stats.prefill_tokens,
+            prefix_cache_queries=kv.stats.prefix_queries,
+            prefix_cache_hits=kv.stats.prefix_hits,
+            host_cache_hits=kv.stats.host_hits,
+            blocks_copied_out=kv.stats.copied_out,
+            blocks_copied_in=kv.stats.copied_in,
+            preemptions=scheduler.stats.preemptions_recompute + scheduler.stats.preemptions_swap,
+            steps=scheduler.stats.steps,
+            kv_blocks=kv.num_pages,
+            kv_blocks_cached=kv.num_cached,
+            kv_blocks_free=kv.num_available,
+            load_seconds=self.load_seconds,
+            compile_seconds=self.compiles.seconds,
+            compilations=self.compiles.compilations,
+        )
 
-def build_engine(config: EngineConfig, folder: Path) -> BuiltEngine:
-    """Loads the model of `folder` and makes an engine for it.
+
+def build_engine(config: EngineConfig) -> BuiltEngine:
+    """Loads the configured model and makes an engine for it.
 
     Raises:
-      ModelError: the folder's files can't be used.
+      ModelError: no such model, or its files can't be used.
       ConfigError: settings that don't fit the model or the machine.
     """
     use_compilation_cache(config.compilation_cache_dir)
     compiles = CompileCounter()
     start = time.perf_counter()
+    folder, served_model_name = find_model(config)
     model_config = load_config(folder)
     generation = load_generation_config(folder)
     max_model_len = _max_model_len(config, model_config)
@@ -111,7 +132,21 @@ def build_engine(config: EngineConfig, folder: Path) -> BuiltEngine:
         overlap=config.async_scheduling,
         seed=config.seed,
     )
-    return BuiltEngine(engine, model_config, generation, max_model_len, identity, load_seconds, compiles)
+    info = EngineInfo(
+        model_folder=str(folder),
+        served_model_name=served_model_name,
+        family=model_config.family,
+        num_layers=model_config.num_layers,
+        vocab_size=model_config.vocab_size,
+        dtype=dtype.name,
+        device=jax.devices()[0].device_kind,
+        max_model_len=max_model_len,
+        max_num_seqs=config.max_num_seqs,
+        block_size=config.block_size,
+        fingerprint=identity.hex(),
+        default_sampling=_default_sampling(generation),
+    )
+    return BuiltEngine(engine, info, load_seconds, compiles)
 
 
 def use_compilation_cache(folder: str | None) -> None:
@@ -129,6 +164,11 @@ def use_compilation_cache(folder: str | None) -> None:
     # JAX's defaults skip programs that compile in under a second, which is most of a small model's.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def _default_sampling(generation: GenerationConfig) -> dict[str, float]:
+    values = {name: getattr(generation, name) for name in RECOMMENDED_SAMPLING}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from jaxdual.engine.request import Request, TokenEvent, TokenLogprobs
 from jaxdual.engine.runner import Launch, Runner, ScoreTargets, SlotBinding, StepResult
 from jaxdual.engine.sampler import MAX_SUPPRESSED, SlotSampling
+from jaxdual.errors import EngineDeadError
 from jaxdual.kv.keys import KeyChain, root_key
 from jaxdual.kv.manager import KVManager
 from jaxdual.scheduling.batch import BatchScheduler, Phase, SequenceState, StepPlan
@@ -37,10 +38,6 @@ class _Flight:
     launch: Launch
 
 
-class EngineDeadError(RuntimeError):
-    """The engine has failed or was shut down; its message says why."""
-
-
 class Engine:
     """Continuous batching over one runner.
 
@@ -56,6 +53,9 @@ class Engine:
       overlap: see above.
       seed: of the seeds drawn for requests without one; None for a random one.
       clock: seconds, monotonic.
+
+    Attributes:
+      prompt_tokens, generation_tokens: of all requests since the start.
     """
 
     def __init__(
@@ -84,6 +84,8 @@ class Engine:
         self._events: list[TokenEvent] = []
         self._flight: _Flight | None = None
         self._dead: str | None = None
+        self.prompt_tokens = 0
+        self.generation_tokens = 0
 
     @property
     def has_work(self) -> bool:
@@ -135,6 +137,7 @@ class Engine:
             sampling = SlotSampling(params, (seed & 0xFFFFFFFF, seed >> 32), tuple(sorted(stops)))
             outputs.append(_Output(request, index, sequence, sampling, wants_prompt))
         self._requests[request.request_id] = outputs
+        self.prompt_tokens += len(request.prompt_token_ids)
         for output in outputs:
             self._outputs[output.sequence.seq_id] = output
             self.scheduler.add(output.sequence)
@@ -233,6 +236,7 @@ class Engine:
             if output is None:
                 continue
             sequence = output.sequence
+            self.generation_tokens += 1
             self.scheduler.complete([(sequence, sampled.token)])
             self._events.append(
                 TokenEvent(

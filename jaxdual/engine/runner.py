@@ -175,7 +175,7 @@ class Runner:
         Args:
           report: called with the name of each shape and the seconds that it took.
         """
-        for name, run in self._warm_up_runs():
+        for name, run in self.warm_up_runs():
             start = time.perf_counter()
             jax.block_until_ready(run())
             report(name, time.perf_counter() - start)
@@ -323,7 +323,7 @@ class Runner:
     def _run_scatter(self, pages: np.ndarray, blocks: np.ndarray) -> None:
         self.arena = self.programs.scatter(self.arena, pages, blocks)
 
-    def _warm_up_runs(self) -> Iterator[tuple[str, Callable[[], object]]]:
+    def warm_up_runs(self) -> Iterator[tuple[str, Callable[[], object]]]:
         """Name and call of every program in every shape, all on padding."""
         hidden: dict[int, jax.Array] = {}
 

@@ -4,18 +4,18 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from jaxdual.api import LLM
+from jaxdual.front import TokenizedPrompt
 from jaxdual.offline.batch_file import BatchLine, RejectedLine
 from jaxdual.offline.output_file import OutputFile
 from jaxdual.offline.rows import engine_params, error_row, parse_body, response_row
 from jaxdual.openai_protocol import ChatRequest, CompletionRequest, ProtocolError
 from jaxdual.outputs import RequestOutput
+from jaxdual.sampling_params import RECOMMENDED_SAMPLING
 from jaxdual.tokenizer import Tokenizer, TokenizerError
 
 # Requests handed to the engine, as a multiple of those that it runs at once: enough to keep it full while the next
 # lines are read, and few enough that a batch of any length fits in memory.
 _WINDOW = 4
-# What a model may recommend for requests that leave it open.
-_MODEL_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
 @dataclass(slots=True)
@@ -60,7 +60,7 @@ class BatchRunner:
         self._on_progress = on_progress
         self._tokenizer = _tokenizer_of(llm)
         defaults = llm.get_default_sampling_params()
-        self._default_sampling = {name: getattr(defaults, name) for name in _MODEL_DEFAULTS}
+        self._default_sampling = {name: getattr(defaults, name) for name in RECOMMENDED_SAMPLING}
         self._window = _WINDOW * llm.config.max_num_seqs
         self._jobs: dict[str, tuple[_Job, int]] = {}
 
@@ -92,11 +92,11 @@ class BatchRunner:
         submitted: list[str] = []
         try:
             request = parse_body(line, self._llm.served_model_name, self._default_sampling)
-            prompts = self._token_ids(request)
+            prompts = self._tokenize(request)
             job = _Job(line, request, [None] * len(prompts))
             for i, prompt in enumerate(prompts):
                 request_id = f"{line.number}-{i}"
-                self._llm.submit({"prompt_token_ids": prompt}, engine_params(line, request, i), request_id=request_id)
+                self._llm.submit(prompt, engine_params(line, request, i), request_id=request_id)
                 self._jobs[request_id] = (job, i)
                 submitted.append(request_id)
         except ValueError as error:
@@ -107,24 +107,17 @@ class BatchRunner:
             code, param = (error.code, error.param) if isinstance(error, ProtocolError) else ("invalid_value", None)
             self._fail(line, code, f"line {line.number}: {error}", param)
 
-    def _token_ids(self, request: ChatRequest | CompletionRequest) -> list[list[int]]:
-        """Prompts as token ids."""
+    def _tokenize(self, request: ChatRequest | CompletionRequest) -> list[TokenizedPrompt]:
         if isinstance(request, ChatRequest):
-            text = self._text_tokenizer().apply_chat_template(
-                request.messages, request.add_generation_prompt, **request.template_vars
-            )
-            return [self._text_tokenizer().encode(str(text), request.add_special_tokens)]
-        return [
-            self._text_tokenizer().encode(prompt, request.add_special_tokens)
-            if isinstance(prompt, str)
-            else list(prompt)
-            for prompt in request.prompts
-        ]
-
-    def _text_tokenizer(self) -> Tokenizer:
-        if self._tokenizer is None:
-            raise TokenizerError("the model folder has no tokenizer.json: only prompts of token ids can be served")
-        return self._tokenizer
+            return [
+                self._llm.tokenize_chat(
+                    request.messages,
+                    add_generation_prompt=request.add_generation_prompt,
+                    add_special_tokens=request.add_special_tokens,
+                    template_vars=request.template_vars,
+                )
+            ]
+        return [self._llm.tokenize(prompt, add_special_tokens=request.add_special_tokens) for prompt in request.prompts]
 
     def _finish_prompt(self, output: RequestOutput) -> None:
         job, index = self._jobs.pop(output.request_id, (None, 0))

@@ -20,7 +20,9 @@ FIRST = "0"  # what the engine calls the first request, whatever its caller does
 class Letters:
     """A tokenizer of one letter a token; token 26 is special."""
 
-    def encode(self, text: str) -> list[int]:
+    longest_token = 1
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return [ord(letter) - ord("a") for letter in text]
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
@@ -131,7 +133,7 @@ def test_prompts_that_cannot_be_used_are_refused_and_leave_nothing(prompt: Any) 
     front, engine = front_of()
     with pytest.raises(ValueError, match=r"\w"):
         front.submit(prompt, SamplingParams())
-    assert (engine.requests, front.num_unfinished, front.prompt_tokens) == ([], 0, 0)
+    assert (engine.requests, front.num_unfinished) == ([], 0)
 
 
 def test_errors_name_value_and_range() -> None:
@@ -169,7 +171,7 @@ def test_text_grows_with_events_until_the_last() -> None:
     assert (output.outputs[0].text, output.outputs[0].finish_reason, output.finished) == ("xy", "length", True)
     assert output.metrics.finished_time is not None
     assert output.metrics.finished_time >= output.metrics.first_token_time
-    assert (front.num_unfinished, front.generation_tokens, front.prompt_tokens) == (0, 2, 1)
+    assert front.num_unfinished == 0
 
 
 def test_a_changed_output_is_returned_once_for_many_events() -> None:
@@ -326,3 +328,26 @@ def test_snapshots_do_not_change_with_later_events() -> None:
     assert (before.outputs[0].text, before.outputs[0].token_ids, before.finished) == ("x", [23], False)
     assert len(before.outputs[0].logprobs or []) == 1
     assert before.metrics.finished_time is None
+
+
+def test_a_text_that_cannot_fit_is_refused_unread() -> None:
+    front, engine = front_of(max_model_len=20)
+    with pytest.raises(ValueError, match="81 characters; max_model_len is 20 tokens, which are at most 80 characters"):
+        front.submit("a" * 81, SamplingParams())
+    with pytest.raises(ValueError, match="the prompt has 80 tokens"):
+        front.submit("a" * 80, SamplingParams())
+    assert engine.requests == []
+
+
+def test_a_lost_engine_ends_requests_with_its_error_but_those_that_it_never_had() -> None:
+    front, _ = front_of()
+    lost, kept = front.submit("a", SamplingParams(n=2)), front.submit("b", SamplingParams())
+    front.take([token("c"), token("d", finish_reason="length", index=1)])
+    assert front.fail("it is gone", keep={"1"}) == [lost]
+    assert [(output.finish_reason, output.error) for output in lost.outputs] == [
+        ("error", "it is gone"),
+        ("length", None),
+    ]
+    assert lost.finished
+    assert not kept.finished
+    assert front.num_unfinished == 1

@@ -74,8 +74,8 @@ def test_stored_truncation_does_not_cut_prompts(folder):
 
 
 def test_missing_tokenizer_is_told_apart(tmp_path):
-    assert not Tokenizer.exists(tmp_path)
-    assert Tokenizer.exists(FIXTURE)
+    assert Tokenizer.find(tmp_path) is None
+    assert Tokenizer.find(FIXTURE) is not None
     with pytest.raises(TokenizerError, match=r"tokenizer\.json: no such file"):
         Tokenizer.from_dir(tmp_path)
 

@@ -7,6 +7,7 @@ import zlib
 from pathlib import Path
 
 from jaxdual import CompletionOutput, EngineConfig, EngineStats, Logprob, RequestMetrics, RequestOutput, SamplingParams
+from jaxdual.front import Front
 from jaxdual.tokenizer import Tokenizer
 
 TOKENIZER = Path(__file__).parents[1] / "fixtures" / "tokenizer"
@@ -24,6 +25,7 @@ class FakeLLM:
         self.running = {}
         self.waiting = collections.deque()
         self.tokenizer = Tokenizer.from_dir(TOKENIZER)
+        self.front = Front(None, self.tokenizer, vocab_size=self.tokenizer.vocab_size, max_model_len=LONGEST_PROMPT)
         self.idle_slot_steps = 0
         self.most_unfinished = 0
         self.generated = 0
@@ -41,8 +43,14 @@ class FakeLLM:
     def get_tokenizer(self):
         return self.tokenizer
 
+    def tokenize(self, prompt, **options):
+        return self.front.tokenize(prompt, **options)
+
+    def tokenize_chat(self, messages, **options):
+        return self.front.tokenize_chat(messages, **options)
+
     def submit(self, prompt, params, request_id):
-        ids = prompt["prompt_token_ids"]
+        ids = prompt.tokens
         if len(ids) > LONGEST_PROMPT:
             raise ValueError(f"the prompt has {len(ids)} tokens, at most {LONGEST_PROMPT} fit")
         self.waiting.append((request_id, list(ids), params, time.monotonic()))
