@@ -1,11 +1,24 @@
 """LLM serving on JAX: engine, scheduling, KV memory, Python API and batch jobs."""
 
-from jaxdual.api import LLM
-from jaxdual.async_api import AsyncLLM
-from jaxdual.config import ConfigError, EngineConfig
-from jaxdual.errors import EngineDeadError
-from jaxdual.outputs import CompletionOutput, EngineStats, Logprob, RequestMetrics, RequestOutput
-from jaxdual.sampling_params import SamplingParams
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jaxdual.api import LLM
+    from jaxdual.async_api import AsyncLLM
+    from jaxdual.config import ConfigError, EngineConfig
+    from jaxdual.errors import EngineDeadError, NotServingError, QueueFullError
+    from jaxdual.outputs import (
+        CompletionOutput,
+        EngineInfo,
+        EngineStats,
+        Logprob,
+        RequestMetrics,
+        RequestOutput,
+    )
+    from jaxdual.sampling_params import SamplingParams
 
 __all__ = [
     "LLM",
@@ -14,9 +27,35 @@ __all__ = [
     "ConfigError",
     "EngineConfig",
     "EngineDeadError",
+    "EngineInfo",
     "EngineStats",
     "Logprob",
+    "NotServingError",
+    "QueueFullError",
     "RequestMetrics",
     "RequestOutput",
     "SamplingParams",
 ]
+
+# Imported when they are first asked for: a front process has no use for JAX, which takes seconds to import, and the
+# engine none for the packages that carry messages.
+_MODULES = {
+    "LLM": "api",
+    "AsyncLLM": "async_api",
+    "ConfigError": "config",
+    "EngineConfig": "config",
+    "EngineDeadError": "errors",
+    "NotServingError": "errors",
+    "QueueFullError": "errors",
+    "SamplingParams": "sampling_params",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES.get(name, 'outputs')}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,17 +1,30 @@
-"""Many callers, cancellations and failures of one engine on its own thread."""
+"""Many callers, cancellations and failures of one engine in its own process."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+import os
+import shutil
+import signal
+from collections.abc import AsyncIterator, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from jaxdual import AsyncLLM, EngineDeadError, RequestOutput, SamplingParams
+from jaxdual import (
+    AsyncLLM,
+    ConfigError,
+    EngineDeadError,
+    NotServingError,
+    QueueFullError,
+    RequestOutput,
+    SamplingParams,
+    async_api,
+)
+from jaxdual.async_api import EngineState
+from models import ModelError
 
 MODEL = Path(__file__).parent.parent / "fixtures" / "hf" / "qwen3"
 SETTINGS: dict[str, Any] = {
@@ -21,35 +34,47 @@ SETTINGS: dict[str, Any] = {
     "max_num_batched_tokens": 32,
     "num_kv_blocks": 20,
     "seed": 0,
-    "compilation_cache_dir": "",
 }
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
 LONG = SamplingParams(temperature=0.0, max_tokens=50, ignore_eos=True)
 DEADLINE = 60.0  # seconds; reached only by a failing test
 
 
+class Loop:
+    """An event loop for a whole module."""
+
+    def __init__(self, runner: asyncio.Runner) -> None:
+        self._runner = runner
+
+    def __call__[T](self, main: Coroutine[Any, Any, T]) -> T:
+        async def within_deadline() -> T:
+            return await asyncio.wait_for(main, DEADLINE)
+
+        return self._runner.run(within_deadline())
+
+
 @pytest.fixture(scope="module")
-def shared() -> Iterator[AsyncLLM]:
+def run() -> Iterator[Loop]:
+    with asyncio.Runner() as runner:
+        yield Loop(runner)
+
+
+@pytest.fixture(scope="module")
+def shared(run: Loop) -> Iterator[AsyncLLM]:
     """One engine for all tests that leave it alive."""
-    llm = AsyncLLM(MODEL, **SETTINGS)
+    llm = AsyncLLM(MODEL, max_queued_requests=20, **SETTINGS)
+    run(llm.warmed_up())
     yield llm
-    llm.shutdown()
+    run(llm.shutdown())
 
 
 @pytest.fixture
-def llm(shared: AsyncLLM) -> Iterator[AsyncLLM]:
-    """An engine to be killed, with the compiled programs of the other one."""
+def llm(run: Loop) -> Iterator[AsyncLLM]:
+    """An engine to be killed."""
     llm = AsyncLLM(MODEL, **SETTINGS)
-    llm._llm._engine.runner.programs = shared._llm._engine.runner.programs
+    run(llm.start())
     yield llm
-    llm.shutdown()
-
-
-def run[T](main: Callable[[], Awaitable[T]]) -> T:
-    async def within_deadline() -> T:
-        return await asyncio.wait_for(main(), DEADLINE)
-
-    return asyncio.run(within_deadline())
+    run(llm.shutdown())
 
 
 async def last(outputs: AsyncIterator[RequestOutput]) -> RequestOutput:
@@ -62,20 +87,18 @@ async def last(outputs: AsyncIterator[RequestOutput]) -> RequestOutput:
 
 async def settled(llm: AsyncLLM) -> None:
     """All requests have ended, and nothing is held."""
-    while await asyncio.wrap_future(llm._call(lambda: llm._llm.has_unfinished)):
+    while (stats := await llm.stats()).num_running or stats.num_waiting or stats.kv_blocks_free < stats.kv_blocks:
         await asyncio.sleep(0)
     await llm.check_integrity()
-    stats = await llm.stats()
-    assert stats.kv_blocks_free == stats.kv_blocks
-    assert await asyncio.wrap_future(llm._call(lambda: llm._llm.num_unfinished)) == 0
-    assert llm._listeners == {}
+    assert llm.num_unfinished == 0
+    assert (llm._streams, llm._waiting, llm._num_sequences) == ({}, {}, 0)
 
 
 def prompts(count: int) -> list[list[int]]:
     return [[3 + (7 * i + 5 * j) % 300 for j in range(3 + 5 * i)] for i in range(count)]
 
 
-def test_concurrent_requests_give_what_sequential_ones_give(shared: AsyncLLM) -> None:
+def test_concurrent_requests_give_what_sequential_ones_give(run: Loop, shared: AsyncLLM) -> None:
     async def main() -> None:
         alone = [(await last(shared.generate(prompt, GREEDY))).outputs[0].token_ids for prompt in prompts(6)]
         together = await asyncio.gather(*(last(shared.generate(prompt, GREEDY)) for prompt in prompts(6)))
@@ -84,20 +107,33 @@ def test_concurrent_requests_give_what_sequential_ones_give(shared: AsyncLLM) ->
         assert len({output.request_id for output in together}) == 6
         await settled(shared)
 
-    run(main)
+    run(main())
 
 
-def test_outputs_only_grow_and_the_last_is_finished(shared: AsyncLLM) -> None:
+def test_outputs_only_grow_and_the_last_is_finished(run: Loop, shared: AsyncLLM) -> None:
     async def main() -> None:
-        seen = [output async for output in shared.generate([5, 6, 7], GREEDY)]
-        lengths = [len(output.outputs[0].token_ids) for output in seen]
+        seen = [
+            (len(output.outputs[0].token_ids), output.finished) async for output in shared.generate([5, 6, 7], GREEDY)
+        ]
+        lengths = [length for length, _ in seen]
         assert lengths == sorted(set(lengths))
-        assert [output.finished for output in seen] == [False] * (len(seen) - 1) + [True]
+        assert [finished for _, finished in seen] == [False] * (len(seen) - 1) + [True]
 
-    run(main)
+    run(main())
 
 
-def test_cancelled_tasks_free_all_they_had(shared: AsyncLLM) -> None:
+def test_a_slow_reader_gets_all_that_came_meanwhile_at_once(run: Loop, shared: AsyncLLM) -> None:
+    async def main() -> None:
+        slow = await shared.submit([5, 6, 7], GREEDY)
+        quick = await last(shared.generate([5, 6, 7], LONG))  # ends long after the other
+        seen = [len(output.outputs[0].token_ids) async for output in slow]
+        assert seen == [12]
+        assert slow.output.outputs[0].token_ids == quick.outputs[0].token_ids[:12]
+
+    run(main())
+
+
+def test_cancelled_tasks_free_all_they_had(run: Loop, shared: AsyncLLM) -> None:
     async def main() -> None:
         for turns in (0, 1, 2, 5, 40):  # before it is sent, while it waits, while it runs
             tasks = [asyncio.create_task(last(shared.generate(prompt, LONG))) for prompt in prompts(6)]
@@ -109,10 +145,10 @@ def test_cancelled_tasks_free_all_they_had(shared: AsyncLLM) -> None:
             assert all(isinstance(result, asyncio.CancelledError) for result in results)
             await settled(shared)
 
-    run(main)
+    run(main())
 
 
-def test_leaving_the_loop_early_ends_the_request(shared: AsyncLLM) -> None:
+def test_leaving_the_loop_early_ends_the_request(run: Loop, shared: AsyncLLM) -> None:
     async def main() -> None:
         outputs = shared.generate([5, 6, 7], LONG)
         async with contextlib.aclosing(outputs):  # type: ignore[type-var]
@@ -121,27 +157,26 @@ def test_leaving_the_loop_early_ends_the_request(shared: AsyncLLM) -> None:
                 break
         await settled(shared)
 
-    run(main)
+    run(main())
 
 
-def test_abort_yields_a_last_output(shared: AsyncLLM) -> None:
+def test_abort_yields_a_last_output(run: Loop, shared: AsyncLLM) -> None:
     async def main() -> None:
-        seen = []
-        async for output in shared.generate([5, 6, 7], LONG, "mine"):
-            seen.append(output)
-            if len(seen) == 1:
-                await shared.abort("mine")
-                await shared.abort("unknown")
-        assert seen[-1].finished
-        assert seen[-1].outputs[0].finish_reason == "abort"
-        assert len(seen[-1].outputs[0].token_ids) < 50
+        stream = await shared.submit([5, 6, 7], LONG, "mine")
+        await anext(stream)
+        assert shared.abort("mine")
+        assert not shared.abort("mine")
+        assert not shared.abort("unknown")
+        output = await last(stream)
+        assert output.outputs[0].finish_reason == "abort"
+        assert 0 < len(output.outputs[0].token_ids) < 50
         await settled(shared)
 
-    run(main)
+    run(main())
 
 
 @pytest.mark.parametrize("prompt", [[], [320], [-1], None, [1.5], list(range(64)), "text without a tokenizer"])
-def test_a_bad_prompt_reaches_its_caller_and_no_one_else(shared: AsyncLLM, prompt: Any) -> None:
+def test_a_bad_prompt_reaches_its_caller_and_no_one_else(run: Loop, shared: AsyncLLM, prompt: Any) -> None:
     async def main() -> None:
         good = asyncio.create_task(last(shared.generate([5, 6, 7], GREEDY)))
         with pytest.raises(ValueError, match=r"\w"):
@@ -149,10 +184,10 @@ def test_a_bad_prompt_reaches_its_caller_and_no_one_else(shared: AsyncLLM, promp
         assert (await good).outputs[0].finish_reason == "length"
         await settled(shared)
 
-    run(main)
+    run(main())
 
 
-def test_an_id_in_use_is_refused_and_its_owner_goes_on(shared: AsyncLLM) -> None:
+def test_an_id_in_use_is_refused_and_its_owner_goes_on(run: Loop, shared: AsyncLLM) -> None:
     async def main() -> None:
         first = shared.generate([5, 6, 7], GREEDY, "same")
         await anext(first)
@@ -160,106 +195,188 @@ def test_an_id_in_use_is_refused_and_its_owner_goes_on(shared: AsyncLLM) -> None
             await last(shared.generate([8, 9], GREEDY, "same"))
         assert len((await last(first)).outputs[0].token_ids) == 12
 
-    run(main)
+    run(main())
 
 
-def test_an_id_may_be_used_again_at_once_after_an_abort(shared: AsyncLLM) -> None:
+def test_an_id_may_be_used_again_at_once_after_an_abort(run: Loop, shared: AsyncLLM) -> None:
     async def main() -> None:
-        first = shared.generate([5, 6, 7], LONG, "again")
+        first = await shared.submit([5, 6, 7], LONG, "again")
         await anext(first)
-        await first.aclose()  # type: ignore[attr-defined]
+        first.close()
+        first.close()
         output = await last(shared.generate([5, 6, 7], GREEDY, "again"))
         assert output.outputs[0].finish_reason == "length"
         assert len(output.outputs[0].token_ids) == 12
         await settled(shared)
 
-    run(main)
+    run(main())
 
 
-def test_callers_of_several_loops_and_threads_are_served(shared: AsyncLLM) -> None:
-    results: list[list[int]] = []
-
-    def caller() -> None:
-        async def main() -> None:
-            results.append((await last(shared.generate([5, 6, 7], GREEDY))).outputs[0].token_ids)
-
-        run(main)
-
-    threads = [threading.Thread(target=caller) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(DEADLINE)
-    assert len(results) == 3
-    assert results[0] == results[1] == results[2]
-
-
-def test_a_caller_whose_loop_is_gone_disturbs_no_one(shared: AsyncLLM) -> None:
-    async def leave() -> None:
-        outputs = shared.generate([5, 6, 7], LONG, "left behind")
-        await anext(outputs)
-
-    async def stay() -> None:
-        assert (await last(shared.generate([5, 6, 7], GREEDY))).finished
+def test_a_full_queue_refuses_at_the_door_and_takes_again_later(run: Loop, shared: AsyncLLM) -> None:
+    async def main() -> None:
+        streams = [await shared.submit([5, 6, 7], LONG) for _ in range(24)]  # 4 run, 20 wait
+        with pytest.raises(QueueFullError, match="20 requests are waiting; at most 20 may"):
+            await shared.submit([5, 6, 7], LONG)
+        streams[0].close()
+        streams.append(await shared.submit([5, 6, 7], LONG))
+        for stream in streams:
+            stream.close()
         await settled(shared)
 
-    asyncio.run(leave())
-    run(stay)
+    run(main())
 
 
-def test_shutdown_reaches_callers_and_later_ones(llm: AsyncLLM) -> None:
+def test_figures_follow_what_runs(run: Loop, shared: AsyncLLM) -> None:
     async def main() -> None:
-        started = asyncio.Event()
+        streams = [await shared.submit([5, 6, 7 + i], LONG) for i in range(6)]
+        for stream in streams:
+            await anext(stream)
+            stats = await shared.stats()
+            if (stats.num_running, stats.num_waiting) == (4, 2):
+                break
+        else:
+            raise AssertionError("4 of 6 never ran together")
+        for stream in streams:
+            stream.close()
+        await settled(shared)
+        # The last figures come by themselves.
+        while (load := shared.load()) is None or load.num_running or load.num_waiting:
+            await asyncio.sleep(0)
 
-        async def caller() -> None:
-            async for _ in llm.generate([5, 6, 7], LONG):
-                started.set()
-
-        tasks = [asyncio.create_task(caller()) for _ in range(3)]
-        await started.wait()
-        await asyncio.to_thread(llm.shutdown)
-        results = await asyncio.gather(*tasks, return_exceptions=True)
-        assert [type(result) for result in results] == [EngineDeadError] * 3
-        for call in (llm.stats, llm.check_integrity, lambda: last(llm.generate([1], GREEDY)), lambda: llm.abort("x")):
-            with pytest.raises(EngineDeadError, match="shut down"):
-                await call()
-        llm.shutdown()
-
-    run(main)
+    run(main())
 
 
-def test_a_failing_device_reaches_every_caller(llm: AsyncLLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> None:
-        raise RuntimeError("the device is gone")
+def test_the_start_is_reported_by_shape(shared: AsyncLLM) -> None:
+    assert shared.state is EngineState.SERVING
+    report = shared.startup_report()
+    shapes = report["compile_seconds_by_shape"]
+    assert len(shapes) >= 5
+    assert any(name.startswith("decode rows=4 ") for name in shapes)
+    assert report["compile_seconds"] == pytest.approx(sum(shapes.values()))
+    assert report["load_seconds"] > 0
 
-    monkeypatch.setattr(llm._llm._engine.runner, "dispatch", fail)
 
+def test_a_killed_engine_ends_requests_with_its_reason_and_the_next_ones_work(run: Loop, llm: AsyncLLM) -> None:
     async def main() -> None:
-        results = await asyncio.gather(
-            *(last(llm.generate(prompt, GREEDY)) for prompt in prompts(5)), return_exceptions=True
-        )
-        assert [type(result) for result in results] == [EngineDeadError] * 5
-        with pytest.raises(EngineDeadError, match="RuntimeError: the device is gone"):
+        want = (await last(llm.generate([5, 6, 7], GREEDY))).outputs[0].token_ids
+        states: list[EngineState] = []
+        llm.on_state(states.append)
+        streams = [await llm.submit([5, 6, 7 + i], LONG) for i in range(6)]
+        await anext(streams[0])
+        pid = llm.engine_pid
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
+        outputs = [await last(stream) for stream in streams]
+        assert {output.outputs[0].finish_reason for output in outputs} == {"error"}
+        assert {output.outputs[0].error for output in outputs} == {"the engine process has ended (signal 9)"}
+        with pytest.raises(EngineDeadError):
             await llm.stats()
+        # Taken while there is no engine; it waits for the next one.
+        assert (await last(llm.generate([5, 6, 7], GREEDY))).outputs[0].token_ids == want
+        await settled(llm)
+        assert states[:2] == [EngineState.RESTARTING, EngineState.WARMING]
+        assert llm.restarts == 1
+        assert llm.engine_pid != pid
 
-    run(main)
+    run(main())
 
 
-def test_a_cancelled_question_leaves_the_engine_alive(llm: AsyncLLM) -> None:
+def test_requests_that_wait_for_an_engine_can_be_cancelled(run: Loop, llm: AsyncLLM) -> None:
     async def main() -> None:
-        entered, go_on = threading.Event(), threading.Event()
+        assert llm.engine_pid is not None
+        os.kill(llm.engine_pid, signal.SIGKILL)
+        while llm.state is not EngineState.RESTARTING:
+            await asyncio.sleep(0)
+        streams = [await llm.submit([5, 6, 7], LONG) for _ in range(3)]
+        assert len(llm._waiting) == 3
+        streams[1].close()
+        assert len(llm._waiting) == 2
+        assert len((await last(streams[2])).outputs[0].token_ids) == 50
+        assert len((await last(streams[0])).outputs[0].token_ids) == 50
+        await settled(llm)
 
-        def busy() -> None:  # stands for a long step
-            entered.set()
-            go_on.wait(DEADLINE)
+    run(main())
 
-        blocked = llm._call(busy)
-        await asyncio.to_thread(entered.wait, DEADLINE)
-        for call in (llm.stats, llm.check_integrity, lambda: llm.abort("nobody")):
-            with pytest.raises(TimeoutError):
-                await asyncio.wait_for(call(), 0.001)
-        go_on.set()
-        await asyncio.wrap_future(blocked)
-        assert (await llm.stats()).kv_blocks == 20
 
-    run(main)
+@pytest.mark.slow
+def test_an_engine_that_cannot_be_started_again_is_given_up(
+    run: Loop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(async_api, "_MOST_FAILED_STARTS", 2)
+    shutil.copytree(MODEL, tmp_path / "model")
+    llm = AsyncLLM(tmp_path / "model", **SETTINGS)
+
+    async def main() -> None:
+        await llm.start()
+        (tmp_path / "model" / "config.json").unlink()
+        assert llm.engine_pid is not None
+        os.kill(llm.engine_pid, signal.SIGKILL)
+        while llm.state is not EngineState.RESTARTING:
+            await asyncio.sleep(0)
+        with pytest.raises(EngineDeadError, match="2 times in a row"):
+            await last(llm.generate([5, 6, 7], GREEDY))
+        assert llm.state is EngineState.STOPPED
+        with pytest.raises(NotServingError, match="2 times in a row"):
+            await llm.submit([5, 6, 7], GREEDY)
+        await llm.shutdown()
+
+    run(main())
+
+
+def test_a_model_or_setting_that_cannot_be_used_is_told_at_the_start(run: Loop, tmp_path: Path) -> None:
+    async def start(*args: Any, **settings: Any) -> None:
+        llm = AsyncLLM(*args, **settings)
+        try:
+            await llm.start()
+        finally:
+            await llm.shutdown()
+
+    with pytest.raises(ConfigError, match="unknown setting 'blok_size'"):
+        AsyncLLM(MODEL, blok_size=4)
+    with pytest.raises(ConfigError, match="max_model_len=4096 must be at most"):
+        run(start(MODEL, **{**SETTINGS, "max_model_len": 4096}))
+    with pytest.raises(ModelError, match="no such folder"):
+        run(start(tmp_path / "nothing"))
+
+
+def test_draining_finishes_what_runs_and_refuses_what_comes(run: Loop, llm: AsyncLLM) -> None:
+    async def main() -> None:
+        streams = [await llm.submit([5, 6, 7 + i], GREEDY) for i in range(6)]
+        drained = asyncio.create_task(llm.drain(DEADLINE))
+        await asyncio.sleep(0)
+        assert llm.state is EngineState.DRAINING
+        with pytest.raises(NotServingError, match="shutting down"):
+            await llm.submit([5, 6, 7], GREEDY)
+        await drained
+        assert [stream.output.outputs[0].finish_reason for stream in streams] == ["length"] * 6
+
+    run(main())
+
+
+def test_draining_ends_what_takes_too_long(run: Loop, llm: AsyncLLM) -> None:
+    async def main() -> None:
+        stream = await llm.submit([5, 6, 7], LONG)
+        await anext(stream)
+        await llm.drain(0.0)
+        assert stream.output.outputs[0].finish_reason == "abort"
+
+    run(main())
+
+
+def test_shutdown_reaches_callers_and_later_ones(run: Loop, llm: AsyncLLM) -> None:
+    async def main() -> None:
+        streams = [await llm.submit([5, 6, 7], LONG) for _ in range(3)]
+        await anext(streams[0])
+        pid = llm.engine_pid
+        assert pid is not None
+        await llm.shutdown()
+        for stream in streams:
+            assert (await last(stream)).outputs[0].error == "the engine was shut down"
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+        for call in (llm.stats, llm.check_integrity, lambda: last(llm.generate([1], GREEDY)), llm.start):
+            with pytest.raises(NotServingError, match="shut down"):
+                await call()
+        await llm.shutdown()
+
+    run(main())

@@ -1,0 +1,123 @@
+"""The front's end of an engine process: starts it, speaks to it, and notices its death."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from jaxdual.config import EngineConfig
+from jaxdual.engine.wire import Died, Frames, Message, Start, Stop, ToFront
+
+_KILL_SECONDS = 5.0  # from asking an engine to stop until it is killed: it may be compiling
+
+
+class EngineProcess(asyncio.Protocol):
+    """One engine process. Made by `launch`; everything is called on the loop that launched it.
+
+    Args:
+      process: the child.
+      on_message: called with each message but `Died`.
+      on_death: called once, after the last message, with the reason.
+    """
+
+    def __init__(
+        self, process: subprocess.Popen[bytes], on_message: Callable[[Any], None], on_death: Callable[[str], None]
+    ) -> None:
+        self._process = process
+        self._on_message = on_message
+        self._on_death = on_death
+        self._frames = Frames(ToFront)
+        self._transport: asyncio.WriteTransport | None = None
+        self._last_words: str | None = None
+        self._ended = asyncio.Event()
+        self._reaping: asyncio.Task[None] | None = None
+
+    @classmethod
+    async def launch(
+        cls, config: EngineConfig, on_message: Callable[[Any], None], on_death: Callable[[str], None]
+    ) -> EngineProcess:
+        """Starts an engine; the first message is `Ready` or `StartFailed`.
+
+        Raises:
+          OSError: the process can't be started.
+        """
+        ours, theirs = socket.socketpair()
+        with theirs:
+            # A group of its own: Ctrl-C is the front's to handle.
+            process = subprocess.Popen(
+                [sys.executable, "-m", "jaxdual.engine.process", str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                process_group=0,
+            )
+        engine = cls(process, on_message, on_death)
+        await asyncio.get_running_loop().create_connection(lambda: engine, sock=ours)
+        engine.send(Start(config))
+        return engine
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether messages reach it; False from the moment of its death on."""
+        return self._transport is not None and not self._transport.is_closing()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def send(self, message: Message) -> None:
+        """Sends a message; to an engine that is gone, nothing happens: `on_death` says so."""
+        if self._transport is not None and self.is_connected:
+            self._transport.write(self._frames.encode(message))
+
+    async def stop(self) -> None:
+        """Ends the process; `on_death` is not called any more."""
+        self._on_death = _ignore
+        self.send(Stop())
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._ended.wait(), _KILL_SECONDS)
+        self.kill()
+        await self._ended.wait()
+
+    def kill(self) -> None:
+        """Ends the process at once."""
+        if self._transport is not None:
+            self._transport.abort()
+        if self._process.poll() is None:
+            self._process.kill()
+
+    # Called by the loop.
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        if isinstance(transport, asyncio.WriteTransport):
+            self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        for message in self._frames.feed(data):
+            if isinstance(message, Died):
+                self._last_words = message.message
+            else:
+                self._on_message(message)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        # The socket is gone, so the process is about to be, or is of no use.
+        self._transport = None
+        self._reaping = asyncio.get_running_loop().create_task(self._reap())
+
+    async def _reap(self) -> None:
+        try:
+            status = await asyncio.to_thread(self._process.wait, _KILL_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            status = await asyncio.to_thread(self._process.wait)
+        self._ended.set()
+        ended = f"signal {-status}" if status < 0 else f"exit status {status}"
+        self._on_death(self._last_words or f"the engine process has ended ({ended})")
+
+
+def _ignore(_: str) -> None:
+    pass

@@ -1,0 +1,146 @@
+"""`python -m jaxdual.engine.process FD`: one engine, driven by the front at the other end of socket FD.
+
+The main thread is the engine's step loop, and there is no other. The process ends with its front.
+"""
+
+from __future__ import annotations
+
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+
+from jaxdual.engine.build import BuiltEngine, build_engine
+from jaxdual.engine.request import TokenEvent
+from jaxdual.engine.wire import (
+    Abort,
+    Add,
+    Answer,
+    Ask,
+    Channel,
+    Compiled,
+    Died,
+    Events,
+    Ready,
+    Start,
+    StartFailed,
+    Stop,
+)
+from jaxdual.errors import EngineDeadError
+from jaxdual.kv.slots import IntegrityError
+
+_STATS_SECONDS = 0.1  # between two figures sent along with events
+
+
+class EngineLoop:
+    """Serves a front: its messages between two steps, shapes to compile while there is nothing else to do.
+
+    Args:
+      built: the engine.
+      channel: to the front.
+    """
+
+    def __init__(self, built: BuiltEngine, channel: Channel) -> None:
+        self._built = built
+        self._engine = built.engine
+        self._channel = channel
+        self._warm_ups: Iterator[tuple[str, Callable[[], object]]] = built.engine.runner.warm_up_runs()
+        self._next_warm_up = next(self._warm_ups, None)
+        self._stats_due = 0.0
+        self._stopping = False
+
+    def run(self) -> None:
+        """Returns after `Stop`.
+
+        Raises:
+          ConnectionError: the front is gone.
+          EngineDeadError: the engine has failed.
+        """
+        while not self._stopping:
+            idle = not self._engine.has_work and self._next_warm_up is None
+            for message in self._channel.receive(wait=idle):
+                self._handle(message)
+            if self._engine.has_work:
+                self._send_events(self._engine.step())
+            elif self._next_warm_up is not None and not self._stopping:
+                self._warm_up(*self._next_warm_up)
+
+    def _handle(self, message: object) -> None:
+        match message:
+            case Add(request):
+                try:
+                    self._engine.add(request)
+                except ValueError as error:  # the front has checked it: only its defect comes here
+                    refused = [
+                        TokenEvent(request.request_id, index, None, finish_reason="error", error=str(error))
+                        for index in range(request.params.n)
+                    ]
+                    self._channel.send(Events(refused, None))
+            case Abort(request_id, index):
+                self._engine.abort(request_id, index)
+            case Ask(number, check_integrity):
+                self._channel.send(Answer(number, self._built.stats(), self._check() if check_integrity else None))
+            case Stop():
+                self._stopping = True
+
+    def _check(self) -> str | None:
+        try:
+            self._engine.check_integrity()
+        except IntegrityError as error:
+            return str(error)
+        return None
+
+    def _send_events(self, events: list[TokenEvent]) -> None:
+        now = time.monotonic()
+        stats = None
+        if now >= self._stats_due or not self._engine.has_work:
+            stats, self._stats_due = self._built.stats(), now + _STATS_SECONDS
+        if events or stats is not None:
+            self._channel.send(Events(events, stats))
+
+    def _warm_up(self, name: str, run: Callable[[], object]) -> None:
+        start = time.perf_counter()
+        run()
+        self._next_warm_up = next(self._warm_ups, None)
+        self._channel.send(Compiled(name, time.perf_counter() - start, last=self._next_warm_up is None))
+
+
+def main() -> int:
+    """Runs the process; returns its exit status."""
+    # Ctrl-C and a service manager's signal reach the whole group; the front decides what becomes of the requests.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    channel = Channel(socket.socket(fileno=int(sys.argv[1])))
+    try:
+        return _serve(channel)
+    except ConnectionError:
+        return 0  # nobody is left to serve
+
+
+def _serve(channel: Channel) -> int:
+    (start,) = channel.receive(wait=True)
+    if not isinstance(start, Start):
+        raise TypeError(f"the first message is {type(start).__name__}, not Start")
+    try:
+        built = build_engine(start.config)
+    except Exception as error:
+        if not isinstance(error, ValueError):
+            traceback.print_exc()
+        channel.send(StartFailed(type(error).__name__, str(error)))
+        return 1
+    channel.send(Ready(built.info, built.load_seconds))
+    try:
+        EngineLoop(built, channel).run()
+    except ConnectionError:
+        raise
+    except Exception as error:
+        traceback.print_exc()
+        channel.send(Died(str(error) if isinstance(error, EngineDeadError) else f"{type(error).__name__}: {error}"))
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
