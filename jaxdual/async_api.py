@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from jaxdual.config import ConfigError, EngineConfig
+from jaxdual.config import MAX_QUEUED_REQUESTS, ConfigError, EngineConfig
 from jaxdual.engine.client import EngineProcess
 from jaxdual.engine.request import Request
 from jaxdual.engine.wire import Abort, Add, Answer, Ask, Compiled, Events, Ready, StartFailed
@@ -21,7 +21,6 @@ from jaxdual.outputs import EngineInfo, EngineStats, RequestOutput
 from jaxdual.sampling_params import SamplingParams
 from jaxdual.tokenizer import Tokenizer
 
-DEFAULT_MAX_QUEUED_REQUESTS = 256
 _LONG_TEXT = 4096  # characters from which tokenizing leaves the loop
 _MOST_FAILED_STARTS = 5
 _RESTART_SECONDS = 0.5  # before the second start in a row; doubled with each further one
@@ -99,14 +98,14 @@ class AsyncLLM:
         self,
         model: str | Path | None = None,
         *,
-        max_queued_requests: int = DEFAULT_MAX_QUEUED_REQUESTS,
+        max_queued_requests: int = MAX_QUEUED_REQUESTS,
         **settings: Any,
     ) -> None:
         config = EngineConfig.from_mapping({"model": None if model is None else str(model), **settings})
         self._init(config, max_queued_requests)
 
     @classmethod
-    def from_config(cls, config: EngineConfig, *, max_queued_requests: int = DEFAULT_MAX_QUEUED_REQUESTS) -> AsyncLLM:
+    def from_config(cls, config: EngineConfig, *, max_queued_requests: int = MAX_QUEUED_REQUESTS) -> AsyncLLM:
         """An `AsyncLLM` with this configuration."""
         llm = cls.__new__(cls)
         llm._init(config, max_queued_requests)

@@ -1,16 +1,17 @@
-"""Configuration of an engine, and the one place that makes it from flags, environment and files."""
+"""Configurations, and the one place that makes them from flags, environment and files."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 ENVIRONMENT_PREFIX = "JAXDUAL_"
+MAX_QUEUED_REQUESTS = 256
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -62,9 +63,7 @@ class EngineConfig:
     compilation_cache_dir: str | None = None
 
     def __post_init__(self) -> None:
-        hints = get_type_hints(type(self))
-        for field in fields(self):
-            object.__setattr__(self, field.name, _typed(field.name, getattr(self, field.name), hints[field.name]))
+        _read_types(self)
         for name, low in (
             ("max_model_len", 1),
             ("block_size", 1),
@@ -96,54 +95,108 @@ class EngineConfig:
         Raises:
           ConfigError: an unknown name, or a value that can't be used.
         """
-        known = [field.name for field in fields(cls)]
-        unknown = sorted(set(values) - set(known))
-        if unknown:
-            raise ConfigError(f"unknown setting {unknown[0]!r}; known are {', '.join(known)}")
+        _refuse_unknown(values, (cls,))
         return cls(**values)
 
-    @classmethod
-    def from_args(cls, namespace: argparse.Namespace, environment: Mapping[str, str] | None = None) -> EngineConfig:
-        """A configuration from flags (`add_arguments`), then `JAXDUAL_*` variables, then the file of `--config`.
 
-        Raises:
-          ConfigError: an unknown name, a value that can't be used, or an unreadable file.
-        """
-        environment = os.environ if environment is None else environment
-        values = read_config_file(namespace.config) if namespace.config else {}
-        known = {ENVIRONMENT_PREFIX + field.name.upper() for field in fields(cls)}
-        unknown = sorted(name for name in environment if name.startswith(ENVIRONMENT_PREFIX) and name not in known)
-        if unknown:
-            raise ConfigError(f"unknown environment variable {unknown[0]}; known are {', '.join(sorted(known))}")
-        for field in fields(cls):
-            variable = ENVIRONMENT_PREFIX + field.name.upper()
-            if variable in environment:
-                values[field.name] = environment[variable]
-            flag = getattr(namespace, field.name, None)
-            if flag is not None:
-                values[field.name] = flag
-        return cls.from_mapping(values)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerConfig:
+    """Settings of a server beside those of its engine. Names are vLLM's where the meaning is the same.
 
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds a flag for every setting of `EngineConfig`, and `--config FILE`.
-
-    Values are checked by `EngineConfig`, so that a bad one has the same message from a flag, a variable and a file.
+    Attributes:
+      host: address that both faces listen on.
+      port: of HTTP; 0 for a free one.
+      grpc_port: of gRPC; 0 for a free one.
+      max_queued_requests: outputs that may wait for their turn beyond those that run; more are refused at the door.
+      shutdown_timeout: seconds that running requests have to finish after SIGTERM; 0 ends them at once.
+      api_key: what clients must present, as a bearer token; None takes everybody.
+      ssl_certfile: file of the certificate chain in PEM form, for both faces; None for no TLS.
+      ssl_keyfile: file of its key.
     """
-    group = parser.add_argument_group(
-        "engine",
-        f"each setting can also come from an environment variable ({ENVIRONMENT_PREFIX}MODEL, ...) or --config",
-    )
-    group.add_argument("--config", metavar="FILE", help="TOML file with settings; flags and variables win over it")
-    hints = get_type_hints(EngineConfig)
-    helps = _attribute_docs(EngineConfig)
-    for field in fields(EngineConfig):
-        flag = "--" + field.name.replace("_", "-")
-        text = f"{helps[field.name]} (default: {field.default})".replace("%", "%%")
-        if hints[field.name] is bool:
-            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
-        else:
-            group.add_argument(flag, default=None, metavar="VALUE", help=text)
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    grpc_port: int = 50051
+    max_queued_requests: int = MAX_QUEUED_REQUESTS
+    shutdown_timeout: float = 30.0
+    api_key: str | None = None
+    ssl_certfile: str | None = None
+    ssl_keyfile: str | None = None
+
+    def __post_init__(self) -> None:
+        _read_types(self)
+        for name in ("port", "grpc_port"):
+            if not 0 <= getattr(self, name) <= 65535:
+                raise ConfigError(f"{name}={getattr(self, name)} must be in [0, 65535]")
+        if self.port and self.port == self.grpc_port:
+            raise ConfigError(f"port={self.port} and grpc_port must be different")
+        if self.max_queued_requests < 0:
+            raise ConfigError(f"max_queued_requests={self.max_queued_requests} must be at least 0")
+        if not 0 <= self.shutdown_timeout < float("inf"):
+            raise ConfigError(f"shutdown_timeout={self.shutdown_timeout} must be at least 0 seconds")
+        if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
+            raise ConfigError("ssl_certfile and ssl_keyfile must be given together")
+        for name in ("ssl_certfile", "ssl_keyfile"):
+            file = getattr(self, name)
+            if file is not None and not os.access(file, os.R_OK):
+                raise ConfigError(f"{name}={file!r} can't be read")
+        if self.api_key == "" or self.host == "":
+            raise ConfigError("host and api_key must not be empty")
+
+
+# All settings that flags of some program, variables and files may hold.
+_KINDS = (EngineConfig, ServerConfig)
+
+
+def add_arguments(parser: argparse.ArgumentParser, *kinds: type) -> None:
+    """Adds a flag for every setting of `kinds`, and `--config FILE`.
+
+    Values are checked by the configurations themselves, so that a bad one has the same message from a flag, a variable
+    and a file.
+    """
+    parser.add_argument("--config", metavar="FILE", help="TOML file with settings; flags and variables win over it")
+    for kind in kinds:
+        group = parser.add_argument_group(
+            kind.__name__.removesuffix("Config").lower(),
+            f"each setting can also come from an environment variable ({ENVIRONMENT_PREFIX}...) or --config",
+        )
+        hints = get_type_hints(kind)
+        helps = _attribute_docs(kind)
+        for field in fields(kind):
+            flag = "--" + field.name.replace("_", "-")
+            text = f"{helps[field.name]} (default: {field.default})".replace("%", "%%")
+            if hints[field.name] is bool:
+                group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
+            else:
+                group.add_argument(flag, default=None, metavar="VALUE", help=text)
+
+
+def read_config[T](kind: type[T], namespace: argparse.Namespace, environment: Mapping[str, str] | None = None) -> T:
+    """A configuration from flags (`add_arguments`), then `JAXDUAL_*` variables, then the file of `--config`.
+
+    Variables and file may hold settings of other kinds too: one file serves every program.
+
+    Raises:
+      ConfigError: an unknown name, a value that can't be used, or an unreadable file.
+    """
+    environment = os.environ if environment is None else environment
+    values = read_config_file(namespace.config) if namespace.config else {}
+    _refuse_unknown(values, _KINDS)
+    known = {ENVIRONMENT_PREFIX + field.name.upper() for each in _KINDS for field in fields(each)}
+    unknown = sorted(name for name in environment if name.startswith(ENVIRONMENT_PREFIX) and name not in known)
+    if unknown:
+        raise ConfigError(f"unknown environment variable {unknown[0]}; known are {', '.join(sorted(known))}")
+    chosen: dict[str, Any] = {}
+    for field in fields(kind):  # type: ignore[arg-type]
+        flag = getattr(namespace, field.name, None)
+        variable = ENVIRONMENT_PREFIX + field.name.upper()
+        if flag is not None:
+            chosen[field.name] = flag
+        elif variable in environment:
+            chosen[field.name] = environment[variable]
+        elif field.name in values:
+            chosen[field.name] = values[field.name]
+    return kind(**chosen)
 
 
 def read_config_file(path: str | Path) -> dict[str, Any]:
@@ -160,6 +213,21 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not a TOML file: {error}") from error
     return {name.replace("-", "_"): value for name, value in values.items()}
+
+
+def _refuse_unknown(values: Mapping[str, Any], kinds: Sequence[type]) -> None:
+    known = [field.name for kind in kinds for field in fields(kind)]
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        raise ConfigError(f"unknown setting {unknown[0]!r}; known are {', '.join(known)}")
+
+
+def _read_types(config: Any) -> None:
+    """Gives each field of a frozen configuration its own type, where it came as text."""
+    hints = get_type_hints(type(config))
+    for field in fields(config):
+        value = _typed(field.name, getattr(config, field.name), hints[field.name])
+        object.__setattr__(config, field.name, value)
 
 
 def _typed(name: str, value: Any, hint: Any) -> Any:

@@ -51,6 +51,7 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "priority": (0,),
 }
 _ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+_STREAM_OPTIONS = ("include_usage", "continuous_usage_stats", "include_obfuscation")
 # Variables of a chat template that have their own field in the request.
 _RESERVED_VARIABLES = ("messages", "tools", "add_generation_prompt", "tokenize")
 
@@ -82,7 +83,8 @@ class CompletionRequest:
     echo_only: bool = False  # max_tokens is 0: the prompt comes back, with its log probabilities, and nothing after it
     add_special_tokens: bool = True
     stream: bool = False
-    include_usage: bool = False
+    include_usage: bool = False  # a chunk with token counts ends the stream
+    continuous_usage: bool = False  # every chunk has token counts
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +98,8 @@ class ChatRequest:
     add_special_tokens: bool = False
     template_vars: Mapping[str, Any] = field(default_factory=dict)
     stream: bool = False
-    include_usage: bool = False
+    include_usage: bool = False  # a chunk with token counts ends the stream
+    continuous_usage: bool = False  # every chunk has token counts
 
 
 def parse_chat(body: Any, default_sampling: Mapping[str, Any] | None = None) -> ChatRequest:
@@ -126,7 +129,7 @@ def parse_chat(body: Any, default_sampling: Mapping[str, Any] | None = None) -> 
         template_vars["tools"] = tools
     add_generation_prompt = fields.boolean("add_generation_prompt", True)
     add_special_tokens = fields.boolean("add_special_tokens", False)
-    model, stream, include_usage = _common(fields)
+    model, stream, include_usage, continuous_usage = _common(fields)
     fields.finish()
     return ChatRequest(
         messages=messages,
@@ -137,6 +140,7 @@ def parse_chat(body: Any, default_sampling: Mapping[str, Any] | None = None) -> 
         template_vars=template_vars,
         stream=stream,
         include_usage=include_usage,
+        continuous_usage=continuous_usage,
     )
 
 
@@ -154,7 +158,7 @@ def parse_completion(body: Any, default_sampling: Mapping[str, Any] | None = Non
     add_special_tokens = fields.boolean("add_special_tokens", True)
     if sampling["n"] is not None and fields.peek("best_of") == sampling["n"]:
         fields.take("best_of")
-    model, stream, include_usage = _common(fields)
+    model, stream, include_usage, continuous_usage = _common(fields)
     fields.finish()
     return CompletionRequest(
         prompts=prompts,
@@ -165,6 +169,7 @@ def parse_completion(body: Any, default_sampling: Mapping[str, Any] | None = Non
         add_special_tokens=add_special_tokens,
         stream=stream,
         include_usage=include_usage,
+        continuous_usage=continuous_usage,
     )
 
 
@@ -234,23 +239,27 @@ class _Fields:
             raise ProtocolError(f"unknown field {name!r}", name, "unknown_parameter")
 
 
-def _common(fields: _Fields) -> tuple[str | None, bool, bool]:
-    """Model name, stream, stream_options.include_usage."""
+def _common(fields: _Fields) -> tuple[str | None, bool, bool, bool]:
+    """Model name, stream, stream_options.include_usage, stream_options.continuous_usage_stats."""
     model = fields.string("model")
     stream = fields.boolean("stream", False)
     options = fields.take("stream_options")
     if options is None:
-        return model, stream, False
+        return model, stream, False, False
     if not stream:
         raise ProtocolError("stream_options needs stream to be true", "stream_options")
     if not isinstance(options, dict):
         raise _wrong_type("stream_options", "an object", options)
     for name, value in options.items():
-        if name != "include_usage":
+        if name not in _STREAM_OPTIONS:
             raise ProtocolError(f"unknown field {name!r} in stream_options", "stream_options", "unknown_parameter")
-        if not isinstance(value, bool):
-            raise _wrong_type("stream_options.include_usage", "a boolean", value)
-    return model, stream, options.get("include_usage", False)
+        if value is not None and not isinstance(value, bool):
+            raise _wrong_type(f"stream_options.{name}", "a boolean", value)
+    if options.get("include_obfuscation"):
+        message = "stream_options.include_obfuscation=True is not supported (only False)"
+        raise ProtocolError(message, "stream_options", "unsupported_parameter")
+    include_usage = bool(options.get("include_usage"))
+    return model, stream, include_usage, include_usage and bool(options.get("continuous_usage_stats"))
 
 
 def _sampling(fields: _Fields) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from jaxdual.openai_protocol import ChatRequest, CompletionRequest
 from jaxdual.outputs import CompletionOutput, Logprob, RequestOutput
+from jaxdual.sampling_params import SamplingParams
 from jaxdual.tokenizer import Tokenizer
 
 # JSON has no infinity: the log probability of what cannot be sampled.
@@ -40,7 +41,7 @@ def chat_response(
         logprobs = None
         if completion.logprobs is not None:
             count = request.params.logprobs or 0
-            logprobs = {"content": _chat_logprobs(completion, count, tokenizer), "refusal": None}
+            logprobs = chat_logprobs(completion, count, tokenizer)
         choices.append(
             {
                 "index": completion.index,
@@ -59,7 +60,7 @@ def chat_response(
         "usage": usage([output], cached_tokens),
     }
     if request.params.prompt_logprobs is not None:
-        body["prompt_logprobs"] = _prompt_logprobs(output, tokenizer)
+        body["prompt_logprobs"] = prompt_logprobs(output, tokenizer)
     return body
 
 
@@ -85,7 +86,7 @@ def completion_response(
                 "stop_reason": None if request.echo_only else completion.stop_reason,
             }
             if request.params.prompt_logprobs is not None:
-                choice["prompt_logprobs"] = _prompt_logprobs(output, tokenizer)
+                choice["prompt_logprobs"] = prompt_logprobs(output, tokenizer)
             choices.append(choice)
     return {
         "id": response_id,
@@ -112,31 +113,82 @@ def usage(outputs: Iterable[RequestOutput], cached_tokens: bool = True, generate
     return counts
 
 
+def chat_logprobs(
+    completion: CompletionOutput, count: int, tokenizer: Tokenizer | None, start: int = 0
+) -> dict[str, Any]:
+    """`logprobs` of a chat choice, for its tokens from number `start` on, with `count` of the likeliest at each."""
+    content = []
+    for token_id, candidates in zip(completion.token_ids[start:], (completion.logprobs or [])[start:], strict=True):
+        top = [_chat_token(i, logprob, tokenizer) for i, logprob in _ranked(candidates)[:count]]
+        content.append({**_chat_token(token_id, candidates[token_id], tokenizer), "top_logprobs": top})
+    return {"content": content, "refusal": None}
+
+
+def completion_logprobs(
+    token_ids: Sequence[int],
+    candidates: Sequence[Mapping[int, Logprob] | None],
+    params: SamplingParams,
+    tokenizer: Tokenizer | None,
+    offset: int = 0,
+) -> tuple[dict[str, Any], int]:
+    """`logprobs` of a choice of a text completion.
+
+    Args:
+        token_ids: tokens of the text, or of a part of it.
+        candidates: log probabilities at each, None where there are none.
+        params: of the request.
+        tokenizer: the model's tokenizer.
+        offset: characters of the text before the first token.
+
+    Returns:
+        The lists, and the characters before the token that comes next.
+    """
+    form: dict[str, Any] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+    for token_id, row in zip(token_ids, candidates, strict=True):
+        form["tokens"].append(_token_text(token_id, tokenizer))
+        form["token_logprobs"].append(None if row is None else max(row[token_id].logprob, _LOWEST))
+        top = None
+        if row is not None and params.logprobs:
+            top = {_token_text(i, tokenizer): max(logprob.logprob, _LOWEST) for i, logprob in _ranked(row)}
+        form["top_logprobs"].append(top)
+        form["text_offset"].append(offset)
+        if tokenizer is not None and not (params.skip_special_tokens and token_id in tokenizer.special_ids):
+            # A character counts where its first byte stands.
+            offset += sum(byte & 0xC0 != 0x80 for byte in tokenizer.token_bytes(token_id))
+    return form, offset
+
+
+def prompt_logprobs(output: RequestOutput, tokenizer: Tokenizer | None) -> list[dict[str, Any] | None]:
+    """vLLM's form: for each prompt token null (the first one) or candidates by token id."""
+    return [
+        None
+        if row is None
+        else {
+            str(i): {
+                "logprob": max(logprob.logprob, _LOWEST),
+                "rank": logprob.rank,
+                "decoded_token": _token_text(i, tokenizer),
+            }
+            for i, logprob in _ranked(row)
+        }
+        for row in output.prompt_logprobs or ()
+    ]
+
+
+def prompt_text(prompt: str | Sequence[int], tokenizer: Tokenizer | None) -> str:
+    """The prompt as `echo` gives it back; empty for token ids of a model without a tokenizer."""
+    if isinstance(prompt, str):
+        return prompt
+    return "" if tokenizer is None else tokenizer.decode(prompt)
+
+
 def _completion_text(
     request: CompletionRequest, prompt: str | Sequence[int], completion: CompletionOutput, tokenizer: Tokenizer | None
 ) -> str:
     if not request.echo:
         return completion.text
-    if not isinstance(prompt, str):
-        prompt = "" if tokenizer is None else tokenizer.decode(prompt)
-    return prompt if request.echo_only else prompt + completion.text
-
-
-def _chat_logprobs(completion: CompletionOutput, count: int, tokenizer: Tokenizer | None) -> list[dict[str, Any]]:
-    content = []
-    for token_id, candidates in zip(completion.token_ids, completion.logprobs or (), strict=True):
-        top = [_chat_token(i, logprob, tokenizer) for i, logprob in _ranked(candidates)[:count]]
-        content.append({**_chat_token(token_id, candidates[token_id], tokenizer), "top_logprobs": top})
-    return content
-
-
-def _chat_token(token_id: int, logprob: Logprob, tokenizer: Tokenizer | None) -> dict[str, Any]:
-    raw = None if tokenizer is None else list(tokenizer.token_bytes(token_id))
-    return {
-        "token": _token_text(token_id, tokenizer),
-        "logprob": max(logprob.logprob, _LOWEST),
-        "bytes": raw,
-    }
+    text = prompt_text(prompt, tokenizer)
+    return text if request.echo_only else text + completion.text
 
 
 def _completion_logprobs(
@@ -152,37 +204,16 @@ def _completion_logprobs(
     if not request.echo_only:
         token_ids += completion.token_ids
         candidates += completion.logprobs or [None] * len(completion.token_ids)
-    form: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
-    characters = 0
-    for token_id, row in zip(token_ids, candidates, strict=True):
-        form["tokens"].append(_token_text(token_id, tokenizer))
-        form["token_logprobs"].append(None if row is None else max(row[token_id].logprob, _LOWEST))
-        top = None
-        if row is not None and request.params.logprobs:
-            top = {_token_text(i, tokenizer): max(logprob.logprob, _LOWEST) for i, logprob in _ranked(row)}
-        form["top_logprobs"].append(top)
-        form["text_offset"].append(characters)
-        if tokenizer is not None and not (request.params.skip_special_tokens and token_id in tokenizer.special_ids):
-            # A character counts where its first byte stands.
-            characters += sum(byte & 0xC0 != 0x80 for byte in tokenizer.token_bytes(token_id))
-    return dict(form)
+    return completion_logprobs(token_ids, candidates, request.params, tokenizer)[0]
 
 
-def _prompt_logprobs(output: RequestOutput, tokenizer: Tokenizer | None) -> list[dict[str, Any] | None]:
-    """vLLM's form: for each prompt token null (the first one) or candidates by token id."""
-    return [
-        None
-        if row is None
-        else {
-            str(i): {
-                "logprob": max(logprob.logprob, _LOWEST),
-                "rank": logprob.rank,
-                "decoded_token": _token_text(i, tokenizer),
-            }
-            for i, logprob in _ranked(row)
-        }
-        for row in output.prompt_logprobs or ()
-    ]
+def _chat_token(token_id: int, logprob: Logprob, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    raw = None if tokenizer is None else list(tokenizer.token_bytes(token_id))
+    return {
+        "token": _token_text(token_id, tokenizer),
+        "logprob": max(logprob.logprob, _LOWEST),
+        "bytes": raw,
+    }
 
 
 def _ranked(candidates: Mapping[int, Logprob]) -> list[tuple[int, Logprob]]:

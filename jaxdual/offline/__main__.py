@@ -16,7 +16,7 @@ from types import FrameType, TracebackType
 from typing import Self
 
 from jaxdual.api import LLM
-from jaxdual.config import EngineConfig, add_arguments
+from jaxdual.config import EngineConfig, add_arguments, read_config
 from jaxdual.offline.batch_file import BatchError, read_batch
 from jaxdual.offline.display import Progress, format_results
 from jaxdual.offline.output_file import OutputFile
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     started = time.monotonic()
     try:
         _check_paths(options)
-        config = EngineConfig.from_args(options)
+        config = read_config(EngineConfig, options)
         with OutputFile(options.output_file, options.overwrite) as output:
             total = _check_input(options.input_file, output)
             llm = LLM.from_config(config)
@@ -69,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
         "--warmup", action="store_true", help="compile everything before the first request, for undisturbed times"
     )
     parser.add_argument("--no-progress", action="store_true", help="no progress bar")
-    add_arguments(parser)
+    add_arguments(parser, EngineConfig)
     return parser
 
 

@@ -9,13 +9,20 @@ from typing import Any
 
 import pytest
 
-from jaxdual.config import ConfigError, EngineConfig, add_arguments, read_config_file
+from jaxdual.config import (
+    ConfigError,
+    EngineConfig,
+    ServerConfig,
+    add_arguments,
+    read_config,
+    read_config_file,
+)
 
 
 def from_args(arguments: list[str], environment: dict[str, str] | None = None) -> EngineConfig:
     parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    return EngineConfig.from_args(parser.parse_args(arguments), environment or {})
+    add_arguments(parser, EngineConfig)
+    return read_config(EngineConfig, parser.parse_args(arguments), environment or {})
 
 
 @pytest.mark.parametrize(
@@ -128,7 +135,39 @@ def test_unknown_names_in_a_file_are_errors(tmp_path: Path) -> None:
 
 def test_every_setting_has_a_flag_with_its_description() -> None:
     parser = argparse.ArgumentParser()
-    add_arguments(parser)
+    add_arguments(parser, EngineConfig, ServerConfig)
     text = parser.format_help()
-    for field in fields(EngineConfig):
+    for field in (*fields(EngineConfig), *fields(ServerConfig)):
         assert "--" + field.name.replace("_", "-") in text
+
+
+def test_one_file_and_one_environment_serve_engine_and_server(tmp_path: Path) -> None:
+    file = tmp_path / "settings.toml"
+    file.write_text("max-num-seqs = 8\nport = 9000\nshutdown_timeout = 5\n")
+    parser = argparse.ArgumentParser()
+    add_arguments(parser, EngineConfig, ServerConfig)
+    options = parser.parse_args(["--config", str(file), "--grpc-port", "9001"])
+    variables = {"JAXDUAL_PORT": "9002", "JAXDUAL_BLOCK_SIZE": "16"}
+    engine, server = (read_config(kind, options, variables) for kind in (EngineConfig, ServerConfig))
+    assert (engine.max_num_seqs, engine.block_size) == (8, 16)
+    assert (server.port, server.grpc_port, server.shutdown_timeout) == (9002, 9001, 5.0)
+    assert from_args(["--config", str(file)], variables).max_num_seqs == 8
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"port": -1}, r"port=-1 must be in \[0, 65535\]"),
+        ({"grpc_port": 65536}, "grpc_port=65536"),
+        ({"port": 7, "grpc_port": 7}, "port=7 and grpc_port must be different"),
+        ({"max_queued_requests": -1}, "max_queued_requests=-1 must be at least 0"),
+        ({"shutdown_timeout": float("inf")}, "shutdown_timeout=inf"),
+        ({"shutdown_timeout": float("nan")}, "shutdown_timeout=nan"),
+        ({"ssl_certfile": "/nowhere"}, "given together"),
+        ({"ssl_certfile": "/nowhere", "ssl_keyfile": "/nowhere"}, "ssl_certfile='/nowhere' can't be read"),
+        ({"api_key": ""}, "must not be empty"),
+    ],
+)
+def test_a_server_setting_out_of_range_is_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ServerConfig(**values)
