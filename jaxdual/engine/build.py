@@ -62,6 +62,8 @@ def build_engine(config: EngineConfig, folder: Path) -> BuiltEngine:
     compiles = CompileCounter()
     start = time.perf_counter()
     model_config = load_config(folder)
+    if model_config.layer_windows:
+        raise ConfigError(f"{folder}: sliding windows are not served yet")
     generation = load_generation_config(folder)
     max_model_len = _max_model_len(config, model_config)
     model = load(folder, dtype=config.dtype)
