@@ -111,7 +111,10 @@ def write_windows(config: ModelConfig) -> dict[str, Any]:
 
 
 def write_switched_windows(config: ModelConfig) -> dict[str, Any]:
-    """`write_windows` for families with `use_sliding_window`; `max_window_layers` is for readers before `layer_types`."""
+    """`write_windows` for families with `use_sliding_window`.
+
+    `max_window_layers` says it to versions of transformers that do not know `layer_types`.
+    """
     windowed = [layer for layer, window in enumerate(config.layer_windows) if window is not None]
     keys = write_windows(config) | {"use_sliding_window": bool(windowed)}
     return keys | ({"max_window_layers": windowed[0]} if windowed else {})
