@@ -121,6 +121,8 @@ class ModelConfig:
       tie_word_embeddings: the output head is the transposed embedding.
       qkv_bias, o_bias, mlp_bias: whether these projections have biases.
       qk_norm: RMS norm over each head of q and k, before the rotation.
+      layer_windows: sliding window of each layer in tokens, None for full attention; empty is full in every layer. With
+        window W, the query at position p sees the keys at positions j with `p - W < j <= p`.
       moe: mixture of experts, or None for a dense model.
       bos_token_id: first token of a text, if the model has one.
       eos_token_ids: tokens that end a text.
@@ -145,6 +147,7 @@ class ModelConfig:
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    layer_windows: tuple[int | None, ...] = ()
     moe: MoEConfig | None = None
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
@@ -162,6 +165,13 @@ class ModelConfig:
             raise ValueError(f"head_dim is {self.head_dim}; it must be even for rotary positions")
         if not (math.isfinite(self.rms_norm_eps) and self.rms_norm_eps > 0):
             raise ValueError(f"rms_norm_eps is {self.rms_norm_eps!r}; it must be a positive number")
+        if len(self.layer_windows) not in (0, self.num_layers):
+            raise ValueError(
+                f"layer_windows has {len(self.layer_windows)} entries; num_hidden_layers is {self.num_layers}"
+            )
+        for window in self.layer_windows:
+            if window is not None and not 1 <= window <= MAX_POSITIONS:
+                raise ValueError(f"sliding_window is {window}; it must be 1 to {MAX_POSITIONS}")
         if self.moe is not None:
             outside = [i for i in self.moe.mlp_only_layers if not 0 <= i < self.num_layers]
             if outside:
@@ -169,6 +179,10 @@ class ModelConfig:
         for token in (*self.eos_token_ids, *(() if self.bos_token_id is None else (self.bos_token_id,))):
             if token < 0:
                 raise ValueError(f"bos_token_id or eos_token_id is {token}; it must be at least 0")
+
+    def window_of(self, layer: int) -> int | None:
+        """Sliding window of layer `layer` (from 0) in tokens, or None for full attention."""
+        return self.layer_windows[layer] if self.layer_windows else None
 
     def is_sparse(self, layer: int) -> bool:
         """Whether layer `layer` (from 0) is a mixture of experts."""

@@ -37,7 +37,6 @@ HARMLESS = frozenset(
         "length_penalty",
         "max_length",
         "max_sequence_length",
-        "max_window_layers",
         "min_length",
         "name_or_path",
         "no_repeat_ngram_size",
@@ -125,6 +124,10 @@ class ConfigReader:
     def has(self, key: str) -> bool:
         """Whether `key` is present and not null."""
         return self._values.get(key) is not None
+
+    def mentions(self, key: str) -> bool:
+        """Whether `key` is present, null or not: some keys mean one thing when null and another when left out."""
+        return key in self._values
 
     def raw(self, key: str, default: Any = _MISSING) -> Any:
         """The value of `key` as it is; without a default the key is required."""

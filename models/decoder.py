@@ -116,11 +116,11 @@ class Decoder(nnx.Module):
         """Logits of whole sequences, to be traced by the caller (a loss, say); see `logits`."""
         batch, length = tokens.shape
         positions = jnp.tile(jnp.arange(length), batch)
-        x, _ = self(tokens.reshape(-1), positions, dense_attend(batch, length), None)
+        x, _ = self(tokens.reshape(-1), positions, dense_attend(batch, length, self.config.layer_windows), None)
         return self.head(x).reshape(batch, length, -1)
 
     def logits(self, tokens: ArrayLike) -> Float32[Array, "B L V"]:
-        """Logits at every position of whole sequences, dense causal attention without a cache.
+        """Logits at every position of whole sequences, dense causal or windowed attention without a cache.
 
         Args:
           tokens: `[batch, length]` integers, each row a sequence from position 0.

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from flax import nnx
 from jax.typing import DTypeLike
 
-from models import llama, qwen3, qwen3_moe
+from models import llama, mistral, mixtral, qwen2, qwen3, qwen3_moe
 from models.config import ModelConfig
 from models.config_reader import HARMLESS, ConfigReader, read_json
 from models.errors import ModelError
@@ -45,6 +45,13 @@ class Family:
 FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
         "llama": Family("LlamaForCausalLM", llama.read, llama.write, llama.build_layer, llama.layer_tensors),
+        "mistral": Family(
+            "MistralForCausalLM", mistral.read, mistral.write, mistral.build_layer, mistral.layer_tensors
+        ),
+        "mixtral": Family(
+            "MixtralForCausalLM", mixtral.read, mixtral.write, mixtral.build_layer, mixtral.layer_tensors
+        ),
+        "qwen2": Family("Qwen2ForCausalLM", qwen2.read, qwen2.write, qwen2.build_layer, qwen2.layer_tensors),
         "qwen3": Family("Qwen3ForCausalLM", qwen3.read, qwen3.write, qwen3.build_layer, qwen3.layer_tensors),
         "qwen3_moe": Family(
             "Qwen3MoeForCausalLM",

@@ -2,16 +2,29 @@
 
 from typing import Any
 
-from models.config import ModelConfig, RopeConfig
+from models.config import MAX_COUNT, ModelConfig, RopeConfig
 from models.config_reader import ConfigReader, read_rope
 
+FULL, SLIDING = "full_attention", "sliding_attention"
 
-def read_common(reader: ConfigReader, *, default_head_dim: int | None = None) -> dict[str, Any]:
+DEFAULT_WINDOW = 4096  # of the configuration classes that have `sliding_window`, where the key is left out
+
+
+def read_common(
+    reader: ConfigReader,
+    *,
+    default_head_dim: int | None = None,
+    default_kv_heads: int | None = None,
+    default_theta: float = 10000.0,
+    default_eps: float = 1e-6,
+) -> dict[str, Any]:
     """Fields of `ModelConfig` that every family's configuration holds.
 
     Args:
       reader: the whole configuration; the keys read here count as used.
       default_head_dim: what the family's configuration class takes without `head_dim`; None is hidden size / heads.
+      default_kv_heads: the same for `num_key_value_heads`; None is all heads, and so is a key set to null.
+      default_theta, default_eps: the same for `rope_theta` and `rms_norm_eps`.
 
     Returns:
       Keyword arguments of `ModelConfig`.
@@ -21,26 +34,21 @@ def read_common(reader: ConfigReader, *, default_head_dim: int | None = None) ->
     """
     reader.require("hidden_act", ["silu"], "silu")
     hidden_size, heads = reader.integer("hidden_size"), reader.integer("num_attention_heads")
-    layers = reader.integer("num_hidden_layers")
     max_positions = reader.integer("max_position_embeddings")
     if default_head_dim is None and not reader.has("head_dim") and (heads < 1 or hidden_size % heads):
         raise reader.error("hidden_size", f"is {hidden_size}; a multiple of num_attention_heads ({heads}) is expected")
-    kinds = reader.raw("layer_types", None)
-    if kinds is not None and (not isinstance(kinds, list) or kinds != ["full_attention"] * len(kinds)):
-        raise reader.error("layer_types", f"is {kinds!r}; supported: a list of 'full_attention'")
-    if kinds is not None and len(kinds) != layers:
-        raise reader.error("layer_types", f"has {len(kinds)} entries; num_hidden_layers is {layers}")
+    kv_heads = heads if default_kv_heads is None or reader.mentions("num_key_value_heads") else default_kv_heads
     return {
         "family": reader.text("model_type"),
         "vocab_size": reader.integer("vocab_size"),
         "hidden_size": hidden_size,
         "intermediate_size": reader.integer("intermediate_size"),
-        "num_layers": layers,
+        "num_layers": reader.integer("num_hidden_layers"),
         "num_heads": heads,
-        "num_kv_heads": reader.integer("num_key_value_heads", heads),
+        "num_kv_heads": reader.integer("num_key_value_heads", kv_heads),
         "head_dim": reader.integer("head_dim", default_head_dim or hidden_size // max(heads, 1)),
-        "rms_norm_eps": reader.number("rms_norm_eps", 1e-6),
-        "rope": read_rope(reader, max_positions, 10000.0),
+        "rms_norm_eps": reader.number("rms_norm_eps", default_eps),
+        "rope": read_rope(reader, max_positions, default_theta),
         "max_position_embeddings": max_positions,
         "tie_word_embeddings": reader.boolean("tie_word_embeddings", False),
         "bos_token_id": reader.integer("bos_token_id") if reader.has("bos_token_id") else None,
@@ -48,12 +56,68 @@ def read_common(reader: ConfigReader, *, default_head_dim: int | None = None) ->
     }
 
 
-def refuse_window(reader: ConfigReader) -> None:
-    """Refuse a sliding window that is in use; `use_sliding_window` says so where the key exists."""
-    in_use = reader.boolean("use_sliding_window", False)
-    window = reader.raw("sliding_window", None)
-    if in_use:
-        raise reader.error("use_sliding_window", f"is true (sliding_window is {window!r}); windows are not supported")
+def read_window(reader: ConfigReader, default: int | None) -> int | None:
+    """`sliding_window` in tokens: null is none, and `default` is what a file without the key means."""
+    if not reader.mentions("sliding_window"):
+        return default
+    return reader.integer("sliding_window") if reader.has("sliding_window") else None
+
+
+def read_switched_window(reader: ConfigReader) -> int | None:
+    """`sliding_window` where `use_sliding_window` turns it on, else None."""
+    window = read_window(reader, DEFAULT_WINDOW)
+    return window if reader.boolean("use_sliding_window", False) else None
+
+
+def read_layer_windows(reader: ConfigReader, window: int | None, first: int = 0) -> tuple[int | None, ...]:
+    """`ModelConfig.layer_windows`: as `layer_types` says, and without it, `window` from layer `first` on.
+
+    Args:
+      reader: the whole configuration.
+      window: in tokens, or None if the model has none.
+      first: layers before it attend to everything.
+
+    Raises:
+      ModelError: another kind of layer, or not one for each layer.
+    """
+    layers = reader.integer("num_hidden_layers")
+    kinds = reader.raw("layer_types", None)
+    if kinds is None:
+        # Bounded: the number of layers is checked later, with all sizes.
+        kinds = [FULL if window is None or i < first else SLIDING for i in range(min(layers, MAX_COUNT))]
+    else:
+        known = [FULL] if window is None else [FULL, SLIDING]
+        if not isinstance(kinds, list) or any(kind not in known for kind in kinds):
+            reason = " (there is no sliding_window)" if window is None else ""
+            raise reader.error("layer_types", f"is {kinds!r}; supported: a list of {' and '.join(known)}{reason}")
+        if len(kinds) != layers:
+            raise reader.error("layer_types", f"has {len(kinds)} entries; num_hidden_layers is {layers}")
+    return tuple(window if kind == SLIDING else None for kind in kinds) if SLIDING in kinds else ()
+
+
+def write_windows(config: ModelConfig) -> dict[str, Any]:
+    """`sliding_window`, and `layer_types` where only some layers have it.
+
+    Raises:
+      ValueError: layers with windows of different sizes, which the format cannot express.
+    """
+    sizes = {window for window in config.layer_windows if window is not None}
+    if len(sizes) > 1:
+        raise ValueError(f"layer_windows has sizes {sorted(sizes)}; a {config.family} checkpoint has one")
+    keys: dict[str, Any] = {"sliding_window": min(sizes, default=None)}
+    if sizes and None in config.layer_windows:
+        keys["layer_types"] = [FULL if window is None else SLIDING for window in config.layer_windows]
+    return keys
+
+
+def write_switched_windows(config: ModelConfig) -> dict[str, Any]:
+    """`write_windows` for families with `use_sliding_window`.
+
+    `max_window_layers` says it to versions of transformers that do not know `layer_types`.
+    """
+    windowed = [layer for layer, window in enumerate(config.layer_windows) if window is not None]
+    keys = write_windows(config) | {"use_sliding_window": bool(windowed)}
+    return keys | ({"max_window_layers": windowed[0]} if windowed else {})
 
 
 def write_common(config: ModelConfig) -> dict[str, Any]:

@@ -7,15 +7,24 @@ from jax.typing import DTypeLike
 
 from models.config import ModelConfig, MoEConfig
 from models.config_reader import ConfigReader
-from models.hf_keys import read_common, refuse_window, require_equal, write_common
+from models.hf_keys import (
+    read_common,
+    read_layer_windows,
+    read_switched_window,
+    require_equal,
+    write_common,
+    write_switched_windows,
+)
 from models.layers import MLP, DecoderLayer
 from models.moe import MoE
-from models.tensors import TensorSource, attention_tensors, linear_tensors, mlp_tensors
+from models.tensors import TensorSource, attention_tensors, mlp_tensors, moe_tensors
 
 
 def read(reader: ConfigReader) -> ModelConfig:
     """The configuration in `config.json`; raises `ModelError` for what is not supported."""
-    refuse_window(reader)
+    window, full_layers = read_switched_window(reader), reader.integer("max_window_layers", 0)
+    if window is not None and full_layers and not reader.has("layer_types"):
+        raise reader.error("max_window_layers", f"is {full_layers}, which versions of transformers read differently")
     bias = reader.boolean("attention_bias", False)
     common = read_common(reader)
     moe = MoEConfig(
@@ -26,7 +35,8 @@ def read(reader: ConfigReader) -> ModelConfig:
         decoder_sparse_step=reader.integer("decoder_sparse_step", 1),
         mlp_only_layers=reader.integers("mlp_only_layers"),
     )
-    return ModelConfig(**common, qkv_bias=bias, o_bias=bias, qk_norm=True, moe=moe)
+    windows = read_layer_windows(reader, window)
+    return ModelConfig(**common, layer_windows=windows, qkv_bias=bias, o_bias=bias, qk_norm=True, moe=moe)
 
 
 def _read_num_experts(reader: ConfigReader) -> int:
@@ -45,16 +55,19 @@ def write(config: ModelConfig) -> dict[str, Any]:
     moe = config.moe
     if moe is None:
         raise ValueError("moe is None; a qwen3_moe checkpoint needs a mixture of experts")
-    return write_common(config) | {
-        "attention_bias": config.qkv_bias,
-        "decoder_sparse_step": moe.decoder_sparse_step,
-        "mlp_only_layers": list(moe.mlp_only_layers),
-        "moe_intermediate_size": moe.intermediate_size,
-        "norm_topk_prob": moe.norm_topk_prob,
-        "num_experts": moe.num_experts,
-        "num_experts_per_tok": moe.num_experts_per_tok,
-        "use_sliding_window": False,
-    }
+    return (
+        write_common(config)
+        | write_switched_windows(config)
+        | {
+            "attention_bias": config.qkv_bias,
+            "decoder_sparse_step": moe.decoder_sparse_step,
+            "mlp_only_layers": list(moe.mlp_only_layers),
+            "moe_intermediate_size": moe.intermediate_size,
+            "norm_topk_prob": moe.norm_topk_prob,
+            "num_experts": moe.num_experts,
+            "num_experts_per_tok": moe.num_experts_per_tok,
+        }
+    )
 
 
 def build_layer(config: ModelConfig, index: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> DecoderLayer:
@@ -71,13 +84,5 @@ def layer_tensors(config: ModelConfig, index: int) -> dict[str, TensorSource]:
     """Checkpoint tensors of layer `index` by parameter path; experts are stored one by one."""
     if config.moe is None or not config.is_sparse(index):
         return attention_tensors(config, index) | mlp_tensors(config, index)
-    prefix = f"model.layers.{index}.mlp"
-    experts = {
-        f"mlp.experts.{name}": TensorSource(
-            tuple(f"{prefix}.experts.{expert}.{name}_proj.weight" for expert in range(config.moe.num_experts)),
-            transpose=True,
-            stacked=True,
-        )
-        for name in ("gate", "up", "down")
-    }
-    return attention_tensors(config, index) | linear_tensors("mlp.router", f"{prefix}.gate", bias=False) | experts
+    names = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
+    return attention_tensors(config, index) | moe_tensors(config.moe, f"model.layers.{index}.mlp", names)

@@ -1,8 +1,9 @@
 """Where parameters lie in a checkpoint of the Hugging Face layout: the names that the families share."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from models.config import ModelConfig
+from models.config import ModelConfig, MoEConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,3 +62,22 @@ def mlp_tensors(config: ModelConfig, index: int) -> dict[str, TensorSource]:
     for name in ("gate", "up", "down"):
         sources |= linear_tensors(f"mlp.{name}", f"model.layers.{index}.mlp.{name}_proj", bias=config.mlp_bias)
     return sources
+
+
+def moe_tensors(moe: MoEConfig, prefix: str, names: Mapping[str, str]) -> dict[str, TensorSource]:
+    """Parameters of a mixture of experts stored under `prefix`, experts one by one.
+
+    Args:
+      moe: how many experts.
+      prefix: of the router ("gate") and the experts.
+      names: how the checkpoint calls "gate", "up" and "down" of an expert.
+    """
+    experts = {
+        f"mlp.experts.{name}": TensorSource(
+            tuple(f"{prefix}.experts.{expert}.{stored}.weight" for expert in range(moe.num_experts)),
+            transpose=True,
+            stacked=True,
+        )
+        for name, stored in names.items()
+    }
+    return linear_tensors("mlp.router", f"{prefix}.gate", bias=False) | experts

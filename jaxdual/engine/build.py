@@ -83,6 +83,8 @@ def build_engine(config: EngineConfig) -> BuiltEngine:
     start = time.perf_counter()
     folder, served_model_name = find_model(config)
     model_config = load_config(folder)
+    if model_config.layer_windows:
+        raise ConfigError(f"{folder}: sliding windows are not served yet")
     generation = load_generation_config(folder)
     max_model_len = _max_model_len(config, model_config)
     model = load(folder, dtype=config.dtype)

@@ -21,6 +21,7 @@ def decode_attention(
     *,
     v_page_table: Int32[Array, "batch width"] | None = None,
     scale: float | None = None,
+    window: int | None = None,
     implementation: str = "auto",
 ) -> Float[Array, "batch q_heads head_dim"]:
     """Attends with the newest token of each sequence to all its keys, its own included.
@@ -33,6 +34,9 @@ def decode_attention(
       lengths: number of keys of each sequence, in tokens; 0 marks a padding row, whose result is zero.
       v_page_table: row ids of the values; the same as those of the keys if left out.
       scale: factor of the scores; `1 / sqrt(head_dim)` if left out.
+      window: sliding window: a query at position p sees the keys at positions j with `p - window < j <= p`; all keys up
+        to its own if left out. Only differences of positions count, so a table may leave out whole pages before the
+        first key in sight if `lengths` are counted from the first page that it has.
       implementation: "auto" or "xla" (gathers the pages; memory `batch * width * page_size` keys and values).
 
     Raises:
@@ -46,6 +50,8 @@ def decode_attention(
         raise ValueError(f"{q_heads=} must be a multiple of kv_heads={k_pages.shape[2]}")
     if page_table.shape[0] != batch or lengths.shape != (batch,):
         raise ValueError(f"{page_table.shape=} and {lengths.shape=} must have {batch=} rows")
+    if window is not None and window < 1:
+        raise ValueError(f"{window=} must be at least 1, or None")
     return dispatch.run(
         "decode_attention",
         _IMPLEMENTATIONS,
@@ -57,4 +63,5 @@ def decode_attention(
         page_table if v_page_table is None else v_page_table,
         lengths,
         1 / math.sqrt(head_dim) if scale is None else scale,
+        window,
     )

@@ -15,12 +15,16 @@ def decode_attention(
     v_table: Int32[Array, "batch width"],
     lengths: Int32[Array, " batch"],
     scale: float,
+    window: int | None = None,
 ) -> Float[Array, "batch q_heads head_dim"]:
     """See `api.decode_attention`."""
     batch, q_heads, head_dim = q.shape
     _, page_size, kv_heads, _ = k_pages.shape
     keys = k_table.shape[1] * page_size
-    visible = jnp.arange(keys, dtype=jnp.int32)[None, :] < lengths[:, None]
+    positions = jnp.arange(keys, dtype=jnp.int32)[None, :]
+    visible = positions < lengths[:, None]
+    if window is not None:
+        visible &= positions >= lengths[:, None] - window
 
     k = k_pages[k_table].reshape(batch, keys, kv_heads, head_dim)
     # Unused slots hold anything, NaN included, and 0 * NaN would reach the sum.

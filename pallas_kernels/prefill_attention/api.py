@@ -22,6 +22,7 @@ def prefill_attention(
     *,
     v_page_table: Int32[Array, "seqs width"] | None = None,
     scale: float | None = None,
+    window: int | None = None,
     implementation: str = "auto",
 ) -> Float[Array, "seqs chunk q_heads head_dim"]:
     """Attends causally with a chunk of each sequence to all keys up to each query's own position.
@@ -38,6 +39,9 @@ def prefill_attention(
       counts: number of queries of each sequence that are real; results of the others are zero.
       v_page_table: row ids of the values; the same as those of the keys if left out.
       scale: factor of the scores; `1 / sqrt(head_dim)` if left out.
+      window: sliding window: a query at position p sees the keys at positions j with `p - window < j <= p`; all keys up
+        to its own if left out. Only differences of positions count, so a table may leave out whole pages before the
+        first key in sight if `starts` are counted from the first page that it has.
       implementation: "auto" or "xla" (memory `seqs * q_heads * chunk * width * page_size` scores).
 
     Raises:
@@ -51,6 +55,8 @@ def prefill_attention(
         raise ValueError(f"{q_heads=} must be a multiple of kv_heads={k_pages.shape[2]}")
     if page_table.shape[0] != seqs or starts.shape != (seqs,) or counts.shape != (seqs,):
         raise ValueError(f"{page_table.shape=}, {starts.shape=} and {counts.shape=} must have {seqs=} rows")
+    if window is not None and window < 1:
+        raise ValueError(f"{window=} must be at least 1, or None")
     return dispatch.run(
         "prefill_attention",
         _IMPLEMENTATIONS,
@@ -63,4 +69,5 @@ def prefill_attention(
         starts,
         counts,
         1 / math.sqrt(head_dim) if scale is None else scale,
+        window,
     )

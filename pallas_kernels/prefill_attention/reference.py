@@ -16,6 +16,7 @@ def prefill_attention(
     starts: Int32[Array, " seqs"],
     counts: Int32[Array, " seqs"],
     scale: float,
+    window: int | None = None,
 ) -> Float[Array, "seqs chunk q_heads head_dim"]:
     """See `api.prefill_attention`."""
     seqs, chunk, q_heads, head_dim = q.shape
@@ -24,8 +25,12 @@ def prefill_attention(
     key_positions = jnp.arange(keys, dtype=jnp.int32)
     offsets = jnp.arange(chunk, dtype=jnp.int32)
     real = offsets[None, :] < counts[:, None]
-    visible = (key_positions[None, None, :] <= (starts[:, None] + offsets[None, :])[:, :, None]) & real[:, :, None]
+    query_positions = (starts[:, None] + offsets[None, :])[:, :, None]
+    visible = (key_positions[None, None, :] <= query_positions) & real[:, :, None]
     written = key_positions[None, :] < (starts + counts)[:, None]
+    if window is not None:
+        visible &= key_positions[None, None, :] > query_positions - window
+        written &= key_positions[None, :] > starts[:, None] - window
 
     k = k_pages[k_table].reshape(seqs, keys, kv_heads, head_dim)
     # Unused slots hold anything, NaN included, and 0 * NaN would reach the sum.

@@ -10,7 +10,7 @@ GREEDY = SamplingParams(max_tokens=32, temperature=0, ignore_eos=True)
 
 
 @pytest.mark.parametrize("overlap", [False, True])
-@pytest.mark.parametrize("name", ["llama", "qwen3", "qwen3_moe"])
+@pytest.mark.parametrize("name", ["llama", "mixtral", "qwen2", "qwen3", "qwen3_moe"])
 def test_greedy_tokens_equal_the_recorded_ones(name: str, overlap: bool) -> None:
     """Chunked prefill (16 tokens a step), paged cache (8 tokens a page), both prompts in one batch."""
     want = expected(name)

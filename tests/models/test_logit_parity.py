@@ -13,7 +13,17 @@ import models
 from models.attention import dense_attend
 
 HF = Path(__file__).parent.parent / "fixtures" / "hf"
-CASES = ["llama", "qwen3", "qwen3_moe", "llama3_rope", "llama_biases", "qwen3_yarn", "qwen3_moe_mixed"]
+CASES = [
+    "llama",
+    "mixtral",
+    "qwen2",
+    "qwen3",
+    "qwen3_moe",
+    "llama3_rope",
+    "llama_biases",
+    "qwen3_yarn",
+    "qwen3_moe_mixed",
+]
 TOLERANCE = 2e-4
 
 

@@ -23,6 +23,9 @@ LLAMA = {
 }
 QWEN3 = LLAMA | {"model_type": "qwen3", "head_dim": 16}
 MOE = QWEN3 | {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+QWEN2 = LLAMA | {"model_type": "qwen2"}
+MISTRAL = LLAMA | {"model_type": "mistral", "sliding_window": 8}
+MIXTRAL = LLAMA | {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 
 
@@ -89,6 +92,55 @@ def test_experts_in_both_spellings(tmp_path: Path, spelling: str) -> None:
     assert [config.is_sparse(layer) for layer in range(2)] == [False, True]
 
 
+@pytest.mark.parametrize(
+    ("values", "windows"),
+    [
+        (MISTRAL, (8, 8)),
+        (MISTRAL | {"sliding_window": None}, ()),
+        ({key: value for key, value in MISTRAL.items() if key != "sliding_window"}, (4096, 4096)),
+        (MISTRAL | {"layer_types": ["sliding_attention", "full_attention"]}, (8, None)),
+        (MISTRAL | {"layer_types": ["full_attention", "full_attention"]}, ()),
+        (MIXTRAL, ()),
+        (MIXTRAL | {"sliding_window": 8}, (8, 8)),
+        (QWEN2 | {"sliding_window": 8}, ()),
+        (QWEN2 | {"sliding_window": 8, "use_sliding_window": True}, ()),  # all layers before max_window_layers (28)
+        (QWEN2 | {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 1}, (None, 8)),
+        (QWEN2 | {"sliding_window": None, "use_sliding_window": True, "max_window_layers": 0}, ()),
+        (QWEN2 | {"use_sliding_window": True, "max_window_layers": 0}, (4096, 4096)),
+        (
+            QWEN3
+            | {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 1}
+            | {"layer_types": ["sliding_attention", "full_attention"]},
+            (8, None),
+        ),
+        (MOE | {"sliding_window": 8, "use_sliding_window": True}, (8, 8)),
+    ],
+)
+def test_windows_of_layers(tmp_path: Path, values: dict, windows: tuple[int | None, ...]) -> None:
+    config = read(tmp_path, values)
+    assert config.layer_windows == windows
+    assert [config.window_of(layer) for layer in range(2)] == list(windows or (None, None))
+
+
+def test_what_mistral_mixtral_and_qwen2_mean_by_what_is_left_out(tmp_path: Path) -> None:
+    few = {key: value for key, value in MIXTRAL.items() if key not in ("num_key_value_heads", "rms_norm_eps")}
+    config = read(tmp_path, few | {"num_attention_heads": 16, "num_local_experts": None})
+    assert (config.num_kv_heads, config.rope.theta, config.rms_norm_eps) == (8, 1e6, 1e-5)
+    assert config.moe == MoEConfig(num_experts=8, num_experts_per_tok=2, intermediate_size=48, norm_topk_prob=True)
+    assert read(tmp_path, few | {"num_key_value_heads": None}).num_kv_heads == 4
+    config = read(tmp_path, QWEN2)
+    assert (config.qkv_bias, config.o_bias, config.qk_norm, config.head_dim) == (True, False, False, 8)
+
+
+def test_windows_of_two_sizes_are_not_written(tmp_path: Path) -> None:
+    config = read(tmp_path, MISTRAL)
+    fields = {name: getattr(config, name) for name in ModelConfig.__dataclass_fields__}
+    with pytest.raises(ValueError, match=r"sizes \[4, 8\]"):
+        to_hf(ModelConfig(**fields | {"layer_windows": (4, 8)}))
+    with pytest.raises(ValueError, match="layer_windows has 1 entries"):
+        ModelConfig(**fields | {"layer_windows": (4,)})
+
+
 def test_sparse_step_counts_from_one(tmp_path: Path) -> None:
     config = read(tmp_path, MOE | {"num_hidden_layers": 6, "decoder_sparse_step": 2, "mlp_only_layers": [3]})
     assert [config.is_sparse(layer) for layer in range(6)] == [False, True, False, False, False, True]
@@ -101,6 +153,13 @@ def test_sparse_step_counts_from_one(tmp_path: Path) -> None:
         QWEN3 | {"rope_scaling": YARN | {"attention_factor": 1.5, "truncate": False}, "bos_token_id": 1},
         MOE | {"norm_topk_prob": True, "decoder_sparse_step": 2, "mlp_only_layers": [1], "eos_token_id": 5},
         LLAMA | {"rope_scaling": {"type": "linear", "factor": 2}, "eos_token_id": None},
+        MISTRAL,
+        MISTRAL | {"layer_types": ["full_attention", "sliding_attention"]},
+        MISTRAL | {"sliding_window": None},
+        MIXTRAL | {"sliding_window": 16},
+        QWEN2 | {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1},
+        QWEN3 | {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 0},
+        MOE | {"use_sliding_window": True, "sliding_window": 16},
     ],
 )
 def test_a_written_configuration_reads_back(tmp_path: Path, values: dict) -> None:
@@ -113,7 +172,9 @@ def test_what_a_file_cannot_express_is_not_written(tmp_path: Path) -> None:
     fields = {name: getattr(config, name) for name in ModelConfig.__dataclass_fields__}
     with pytest.raises(ValueError, match="o_bias is True"):
         to_hf(ModelConfig(**fields | {"o_bias": True}))
-    with pytest.raises(ModelError, match=r"'gpt' is not supported; supported: llama, qwen3, qwen3_moe"):
+    with pytest.raises(
+        ModelError, match=r"'gpt' is not supported; supported: llama, mistral, mixtral, qwen2, qwen3, qwen3_moe"
+    ):
         to_hf(ModelConfig(**fields | {"family": "gpt"}))
 
 
@@ -139,7 +200,11 @@ def test_harmless_and_switched_off_keys_are_accepted(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("base", "change", "key"),
     [
-        (LLAMA, {"model_type": "gpt2"}, "'model_type' is 'gpt2'; supported: llama, qwen3, qwen3_moe"),
+        (
+            LLAMA,
+            {"model_type": "gpt2"},
+            "'model_type' is 'gpt2'; supported: llama, mistral, mixtral, qwen2, qwen3, qwen3_moe",
+        ),
         (LLAMA, {"model_type": None}, "'model_type' is missing"),
         (LLAMA, {"hidden_size": None}, "'hidden_size' is missing"),
         (LLAMA, {"hidden_size": 32.0}, "'hidden_size' is 32.0; an integer"),
@@ -159,7 +224,16 @@ def test_harmless_and_switched_off_keys_are_accepted(tmp_path: Path) -> None:
         (LLAMA, {"tie_word_embeddings": 1}, "'tie_word_embeddings' is 1; true or false"),
         (LLAMA, {"hidden_act": "gelu"}, "'hidden_act' is 'gelu'"),
         (LLAMA, {"sliding_window": 512}, "'sliding_window' is 512"),
-        (QWEN3, {"sliding_window": 512, "use_sliding_window": True}, "'use_sliding_window' is true"),
+        (QWEN3, {"sliding_window": 0, "use_sliding_window": True, "max_window_layers": 1}, "sliding_window is 0"),
+        (QWEN3, {"layer_types": ["full_attention", "sliding_attention"]}, "'layer_types'.*no sliding_window"),
+        (MOE, {"use_sliding_window": True, "max_window_layers": 1}, "'max_window_layers' is 1, which versions"),
+        (LLAMA, {"max_window_layers": 1}, "'max_window_layers' is 1"),
+        (MISTRAL, {"sliding_window": -4}, "sliding_window is -4"),
+        (MISTRAL, {"sliding_window": "8"}, "'sliding_window' is '8'"),
+        (MISTRAL, {"layer_types": ["sliding_attention", "chunked_attention"]}, "'layer_types'"),
+        (MISTRAL, {"attention_bias": True}, "'attention_bias' is true"),
+        (MIXTRAL, {"num_experts_per_tok": 9}, "num_experts_per_tok"),
+        (QWEN2, {"mlp_bias": True}, "'mlp_bias'"),
         (LLAMA, {"layer_types": ["full_attention", "sliding_attention"]}, "'layer_types'"),
         (LLAMA, {"layer_types": ["full_attention"]}, "'layer_types' has 1 entries"),
         (LLAMA, {"quantization_config": {"quant_method": "fp8"}}, "'quantization_config'"),
@@ -210,11 +284,21 @@ json_values = st.recursive(
     lambda children: st.lists(children, max_size=3) | st.dictionaries(st.text(max_size=5), children, max_size=3),
     max_leaves=5,
 )
-KEYS = [*sorted(MOE), "rope_theta", "rope_scaling", "rope_parameters", "layer_types", "mlp_only_layers", "hidden_act"]
+WINDOW_KEYS = ["sliding_window", "use_sliding_window", "max_window_layers", "num_local_experts"]
+KEYS = [
+    *sorted(MOE),
+    *WINDOW_KEYS,
+    "rope_theta",
+    "rope_scaling",
+    "rope_parameters",
+    "layer_types",
+    "mlp_only_layers",
+    "hidden_act",
+]
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(base=st.sampled_from([LLAMA, QWEN3, MOE]), key=st.sampled_from(KEYS), value=json_values)
+@given(base=st.sampled_from([LLAMA, QWEN2, QWEN3, MOE, MISTRAL, MIXTRAL]), key=st.sampled_from(KEYS), value=json_values)
 def test_any_value_gives_a_configuration_or_a_model_error(tmp_path: Path, base: dict, key: str, value: object) -> None:
     try:
         config = read(tmp_path, base | {key: value})

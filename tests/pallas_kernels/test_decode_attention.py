@@ -12,7 +12,7 @@ from jaxtyping import TypeCheckError
 from pallas_kernels.decode_attention import decode_attention
 
 PAGE, DIM, WIDTH = 4, 8, 4
-jitted = jax.jit(decode_attention, static_argnames="scale")
+jitted = jax.jit(decode_attention, static_argnames=("scale", "window"))
 LENGTHS = (0, 1, 3, 4, 5, 8, 16, 13)
 
 
@@ -41,6 +41,47 @@ def test_agrees_with_plain_attention(arena: bool, q_heads: int, kv_heads: int, s
         if length:
             want = attend(q[s], case.keys[s], case.values[s], DIM**-0.5 if scale is None else scale)
             np.testing.assert_allclose(out[s], want, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("arena", [True, False])
+@pytest.mark.parametrize("window", [1, 3, 4, 6, 13, 100])
+def test_a_window_hides_all_keys_before_it_whatever_they_hold(arena: bool, window: int) -> None:
+    case = paged(LENGTHS, page_size=PAGE, kv_heads=2, head_dim=DIM, width=WIDTH, arena=arena, seed=window)
+    q = queries(len(LENGTHS), 4)
+    for s, length in enumerate(LENGTHS):
+        for position in range(max(0, length - window)):
+            case.k_pages[case.k_table[s, position // PAGE], position % PAGE] = np.nan
+            case.v_pages[case.v_table[s, position // PAGE], position % PAGE] = np.nan
+    out = jitted(
+        jnp.asarray(q),
+        jnp.asarray(case.k_pages),
+        jnp.asarray(case.v_pages),
+        jnp.asarray(case.k_table),
+        jnp.asarray(LENGTHS, jnp.int32),
+        v_page_table=jnp.asarray(case.v_table),
+        window=window,
+    )
+    assert not np.asarray(out[0]).any(), "a row of length 0 is zero"
+    for s, length in enumerate(LENGTHS):
+        if length:
+            first = max(0, length - window)
+            want = attend(q[s], case.keys[s][first:], case.values[s][first:], DIM**-0.5)
+            np.testing.assert_allclose(out[s], want, atol=2e-6, rtol=1e-5)
+
+
+def test_a_table_may_leave_out_the_pages_before_the_window() -> None:
+    case = paged([15], page_size=PAGE, kv_heads=2, head_dim=DIM, width=WIDTH, arena=True, seed=9)
+    q, pages = jnp.asarray(queries(1, 4)), jnp.asarray(case.k_pages)
+    k_table, v_table = jnp.asarray(case.k_table), jnp.asarray(case.v_table)
+    whole = jitted(q, pages, pages, k_table, jnp.asarray([15], jnp.int32), v_page_table=v_table, window=5)
+    kept = jitted(q, pages, pages, k_table[:, 2:], jnp.asarray([7], jnp.int32), v_page_table=v_table[:, 2:], window=5)
+    np.testing.assert_allclose(kept, whole, atol=1e-6)
+
+
+def test_a_window_without_keys_is_refused() -> None:
+    pages, table = jnp.zeros((1, 4, 1, 8)), jnp.zeros((1, 1), jnp.int32)
+    with pytest.raises(ValueError, match="window=0 must be at least 1"):
+        decode_attention(jnp.zeros((1, 1, 8)), pages, pages, table, jnp.ones((1,), jnp.int32), window=0)
 
 
 def test_values_lie_in_the_rows_of_the_keys_where_no_other_table_is_given() -> None:

@@ -15,7 +15,7 @@ from pallas_kernels.prefill_attention import prefill_attention
 PAGE, DIM, WIDTH, CHUNK = 4, 8, 4, 6
 STARTS = (0, 0, 3, 4, 8, 0, 9)
 COUNTS = (6, 1, 4, 5, 6, 0, 3)
-jitted = jax.jit(prefill_attention, static_argnames="scale")
+jitted = jax.jit(prefill_attention, static_argnames=("scale", "window"))
 LENGTHS = tuple(start + count for start, count in zip(STARTS, COUNTS, strict=True))
 
 
@@ -52,6 +52,41 @@ def test_agrees_with_plain_causal_attention_after_a_cached_prefix(arena: bool, q
             want = attend(q[s, i], case.keys[s][:seen], case.values[s][:seen], DIM**-0.5)
             np.testing.assert_allclose(out[s, i], want, atol=2e-6, rtol=1e-5)
         assert not out[s, count:].any(), "padded queries give zero"
+
+
+@pytest.mark.parametrize("arena", [True, False])
+@pytest.mark.parametrize("window", [1, 3, 4, 6, 11, 100])
+def test_a_window_hides_all_keys_before_it(arena: bool, window: int) -> None:
+    case = paged(LENGTHS, page_size=PAGE, kv_heads=2, head_dim=DIM, width=WIDTH, arena=arena, seed=window)
+    q = queries(4)
+    for s, start in enumerate(STARTS):
+        for position in range(max(0, start - window + 1)):  # no query of the chunk sees these
+            case.k_pages[case.k_table[s, position // PAGE], position % PAGE] = np.nan
+            case.v_pages[case.v_table[s, position // PAGE], position % PAGE] = np.nan
+    out = run(q, case, STARTS, COUNTS, window=window)
+    for s, (start, count) in enumerate(zip(STARTS, COUNTS, strict=True)):
+        for i in range(count):
+            seen = slice(max(0, start + i + 1 - window), start + i + 1)
+            want = attend(q[s, i], case.keys[s][seen], case.values[s][seen], DIM**-0.5)
+            np.testing.assert_allclose(out[s, i], want, atol=2e-6, rtol=1e-5)
+        assert not out[s, count:].any(), "padded queries give zero"
+
+
+def test_a_table_may_leave_out_the_pages_before_the_window() -> None:
+    case = paged([15], page_size=PAGE, kv_heads=2, head_dim=DIM, width=WIDTH, arena=True, seed=9)
+    q, pages = jnp.asarray(queries(4, 1, 3)), jnp.asarray(case.k_pages)
+    k_table, v_table, counts = jnp.asarray(case.k_table), jnp.asarray(case.v_table), jnp.asarray([3], jnp.int32)
+    whole = jitted(q, pages, pages, k_table, jnp.asarray([12], jnp.int32), counts, v_page_table=v_table, window=5)
+    kept = jitted(
+        q, pages, pages, k_table[:, 2:], jnp.asarray([4], jnp.int32), counts, v_page_table=v_table[:, 2:], window=5
+    )
+    np.testing.assert_allclose(kept, whole, atol=1e-6)
+
+
+def test_a_window_without_keys_is_refused() -> None:
+    pages, table, one = jnp.zeros((1, 4, 1, 8)), jnp.zeros((1, 1), jnp.int32), jnp.ones((1,), jnp.int32)
+    with pytest.raises(ValueError, match="window=0 must be at least 1"):
+        prefill_attention(jnp.zeros((1, 1, 1, 8)), pages, pages, table, one, one, window=0)
 
 
 def test_scale_is_used() -> None:
