@@ -7,9 +7,9 @@ import math
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import dispatch
-from pallas_kernels.decode_attention import reference
+from pallas_kernels.decode_attention import reference, xla
 
-_IMPLEMENTATIONS = {"xla": reference.decode_attention}
+_IMPLEMENTATIONS = {"xla": xla.decode_attention, "reference": reference.decode_attention}
 
 
 def decode_attention(
@@ -37,7 +37,8 @@ def decode_attention(
       window: sliding window: a query at position p sees the keys at positions j with `p - window < j <= p`; all keys up
         to its own if left out. Only differences of positions count, so a table may leave out whole pages before the
         first key in sight if `lengths` are counted from the first page that it has.
-      implementation: "auto" or "xla" (gathers the pages; memory `batch * width * page_size` keys and values).
+      implementation: "auto", "xla" (a page of each sequence at a time) or "reference" (gathers the pages: memory
+        `batch * width * page_size` keys and values).
 
     Raises:
       ValueError: shapes that don't fit together.

@@ -1,4 +1,4 @@
-"""Decode attention in plain XLA: the specification of the operation, and its CPU path."""
+"""Decode attention in plain XLA over gathered pages: the specification of the operation."""
 
 from __future__ import annotations
 

@@ -7,9 +7,9 @@ import math
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import dispatch
-from pallas_kernels.prefill_attention import reference
+from pallas_kernels.prefill_attention import reference, xla
 
-_IMPLEMENTATIONS = {"xla": reference.prefill_attention}
+_IMPLEMENTATIONS = {"xla": xla.prefill_attention, "reference": reference.prefill_attention}
 
 
 def prefill_attention(
@@ -42,7 +42,8 @@ def prefill_attention(
       window: sliding window: a query at position p sees the keys at positions j with `p - window < j <= p`; all keys up
         to its own if left out. Only differences of positions count, so a table may leave out whole pages before the
         first key in sight if `starts` are counted from the first page that it has.
-      implementation: "auto" or "xla" (memory `seqs * q_heads * chunk * width * page_size` scores).
+      implementation: "auto"; "xla" (a page of each sequence at a time, memory `seqs * q_heads * chunk * page_size`
+        scores); or "reference" (gathers the pages, memory `seqs * q_heads * chunk * width * page_size` scores).
 
     Raises:
       ValueError: shapes that don't fit together.

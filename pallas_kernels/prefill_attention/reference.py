@@ -1,4 +1,4 @@
-"""Prefill attention in plain XLA: the specification of the operation, and its CPU path."""
+"""Prefill attention in plain XLA over gathered pages: the specification of the operation."""
 
 from __future__ import annotations
 

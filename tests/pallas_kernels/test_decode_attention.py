@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +15,8 @@ from jaxtyping import TypeCheckError
 from pallas_kernels.decode_attention import decode_attention
 
 PAGE, DIM, WIDTH = 4, 8, 4
-jitted = jax.jit(decode_attention, static_argnames=("scale", "window"))
+compiled = jax.jit(decode_attention, static_argnames=("scale", "window", "implementation"))
+type Attention = Callable[..., jax.Array]
 LENGTHS = (0, 1, 3, 4, 5, 8, 16, 13)
 
 
@@ -20,10 +24,17 @@ def queries(batch: int, heads: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal((batch, heads, DIM)).astype(np.float32)
 
 
+@pytest.fixture(params=["xla", "reference"])
+def jitted(request: pytest.FixtureRequest) -> Attention:
+    return partial(compiled, implementation=request.param)
+
+
 @pytest.mark.parametrize("arena", [True, False])
 @pytest.mark.parametrize(("q_heads", "kv_heads"), [(1, 1), (4, 4), (6, 2), (4, 1)])
 @pytest.mark.parametrize("scale", [None, 0.7])
-def test_agrees_with_plain_attention(arena: bool, q_heads: int, kv_heads: int, scale: float | None) -> None:
+def test_agrees_with_plain_attention(
+    jitted: Attention, arena: bool, q_heads: int, kv_heads: int, scale: float | None
+) -> None:
     case = paged(LENGTHS, page_size=PAGE, kv_heads=kv_heads, head_dim=DIM, width=WIDTH, arena=arena, seed=q_heads)
     q = queries(len(LENGTHS), q_heads)
     k_pages = jnp.asarray(case.k_pages)
@@ -45,7 +56,7 @@ def test_agrees_with_plain_attention(arena: bool, q_heads: int, kv_heads: int, s
 
 @pytest.mark.parametrize("arena", [True, False])
 @pytest.mark.parametrize("window", [1, 3, 4, 6, 13, 100])
-def test_a_window_hides_all_keys_before_it_whatever_they_hold(arena: bool, window: int) -> None:
+def test_a_window_hides_all_keys_before_it_whatever_they_hold(jitted: Attention, arena: bool, window: int) -> None:
     case = paged(LENGTHS, page_size=PAGE, kv_heads=2, head_dim=DIM, width=WIDTH, arena=arena, seed=window)
     q = queries(len(LENGTHS), 4)
     for s, length in enumerate(LENGTHS):
@@ -69,7 +80,7 @@ def test_a_window_hides_all_keys_before_it_whatever_they_hold(arena: bool, windo
             np.testing.assert_allclose(out[s], want, atol=2e-6, rtol=1e-5)
 
 
-def test_a_table_may_leave_out_the_pages_before_the_window() -> None:
+def test_a_table_may_leave_out_the_pages_before_the_window(jitted: Attention) -> None:
     case = paged([15], page_size=PAGE, kv_heads=2, head_dim=DIM, width=WIDTH, arena=True, seed=9)
     q, pages = jnp.asarray(queries(1, 4)), jnp.asarray(case.k_pages)
     k_table, v_table = jnp.asarray(case.k_table), jnp.asarray(case.v_table)
@@ -84,7 +95,7 @@ def test_a_window_without_keys_is_refused() -> None:
         decode_attention(jnp.zeros((1, 1, 8)), pages, pages, table, jnp.ones((1,), jnp.int32), window=0)
 
 
-def test_values_lie_in_the_rows_of_the_keys_where_no_other_table_is_given() -> None:
+def test_values_lie_in_the_rows_of_the_keys_where_no_other_table_is_given(jitted: Attention) -> None:
     case = paged([6, 2], page_size=PAGE, kv_heads=2, head_dim=DIM, width=2, arena=False, seed=1)
     values = np.random.default_rng(5).standard_normal(case.k_pages.shape).astype(np.float32)
     arguments = [jnp.asarray(x) for x in (queries(2, 2), case.k_pages, values, case.k_table)]
@@ -95,7 +106,7 @@ def test_values_lie_in_the_rows_of_the_keys_where_no_other_table_is_given() -> N
     assert np.isfinite(one).all()
 
 
-def test_a_row_does_not_depend_on_what_stands_beside_it() -> None:
+def test_a_row_does_not_depend_on_what_stands_beside_it(jitted: Attention) -> None:
     case = paged([5, 9], page_size=PAGE, kv_heads=2, head_dim=DIM, width=3, arena=True, seed=2)
     pages, q = jnp.asarray(case.k_pages), queries(2, 4)
     k_table, v_table = jnp.asarray(case.k_table), jnp.asarray(case.v_table)
@@ -106,7 +117,7 @@ def test_a_row_does_not_depend_on_what_stands_beside_it() -> None:
     assert not np.asarray(one[1]).any()
 
 
-def test_bfloat16_stays_bfloat16_and_close() -> None:
+def test_bfloat16_stays_bfloat16_and_close(jitted: Attention) -> None:
     case = paged([7], page_size=PAGE, kv_heads=1, head_dim=DIM, width=2, arena=True, seed=3)
     pages, q = jnp.asarray(case.k_pages, jnp.bfloat16), jnp.asarray(queries(1, 2), jnp.bfloat16)
     lengths = jnp.asarray([7], jnp.int32)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +19,8 @@ from pallas_kernels.prefill_attention import prefill_attention
 PAGE, DIM, WIDTH, CHUNK = 4, 8, 4, 6
 STARTS = (0, 0, 3, 4, 8, 0, 9)
 COUNTS = (6, 1, 4, 5, 6, 0, 3)
-jitted = jax.jit(prefill_attention, static_argnames=("scale", "window"))
+compiled = jax.jit(prefill_attention, static_argnames=("scale", "window", "implementation"))
+type Attention = Callable[..., Any]
 LENGTHS = tuple(start + count for start, count in zip(STARTS, COUNTS, strict=True))
 
 
@@ -23,24 +28,37 @@ def queries(heads: int, seqs: int = len(STARTS), chunk: int = CHUNK) -> np.ndarr
     return np.random.default_rng(heads).standard_normal((seqs, chunk, heads, DIM)).astype(np.float32)
 
 
-def run(q: np.ndarray, case: Paged, starts: tuple[int, ...], counts: tuple[int, ...], **more: float) -> np.ndarray:
-    k_pages = jnp.asarray(case.k_pages)
-    out = jitted(
-        jnp.asarray(q),
-        k_pages,
-        k_pages if case.v_pages is case.k_pages else jnp.asarray(case.v_pages),
-        jnp.asarray(case.k_table),
-        jnp.asarray(starts, jnp.int32),
-        jnp.asarray(counts, jnp.int32),
-        v_page_table=jnp.asarray(case.v_table),
-        **more,  # type: ignore[arg-type]
-    )
-    return np.asarray(out)
+@pytest.fixture(params=["xla", "reference"])
+def jitted(request: pytest.FixtureRequest) -> Attention:
+    return partial(compiled, implementation=request.param)
+
+
+@pytest.fixture
+def run(jitted: Attention) -> Attention:
+    """Calls with a `Paged` case, and returns numpy."""
+
+    def call(q: np.ndarray, case: Paged, starts: Sequence[int], counts: Sequence[int], **more: Any) -> np.ndarray:
+        k_pages = jnp.asarray(case.k_pages)
+        out = jitted(
+            jnp.asarray(q),
+            k_pages,
+            k_pages if case.v_pages is case.k_pages else jnp.asarray(case.v_pages),
+            jnp.asarray(case.k_table),
+            jnp.asarray(starts, jnp.int32),
+            jnp.asarray(counts, jnp.int32),
+            v_page_table=jnp.asarray(case.v_table),
+            **more,
+        )
+        return np.asarray(out)
+
+    return call
 
 
 @pytest.mark.parametrize("arena", [True, False])
 @pytest.mark.parametrize(("q_heads", "kv_heads"), [(1, 1), (4, 4), (6, 2), (4, 1)])
-def test_agrees_with_plain_causal_attention_after_a_cached_prefix(arena: bool, q_heads: int, kv_heads: int) -> None:
+def test_agrees_with_plain_causal_attention_after_a_cached_prefix(
+    run: Attention, arena: bool, q_heads: int, kv_heads: int
+) -> None:
     case = paged(LENGTHS, page_size=PAGE, kv_heads=kv_heads, head_dim=DIM, width=WIDTH, arena=arena, seed=q_heads)
     q = queries(q_heads)
     for s, count in enumerate(COUNTS):
@@ -56,7 +74,7 @@ def test_agrees_with_plain_causal_attention_after_a_cached_prefix(arena: bool, q
 
 @pytest.mark.parametrize("arena", [True, False])
 @pytest.mark.parametrize("window", [1, 3, 4, 6, 11, 100])
-def test_a_window_hides_all_keys_before_it(arena: bool, window: int) -> None:
+def test_a_window_hides_all_keys_before_it(run: Attention, arena: bool, window: int) -> None:
     case = paged(LENGTHS, page_size=PAGE, kv_heads=2, head_dim=DIM, width=WIDTH, arena=arena, seed=window)
     q = queries(4)
     for s, start in enumerate(STARTS):
@@ -72,7 +90,7 @@ def test_a_window_hides_all_keys_before_it(arena: bool, window: int) -> None:
         assert not out[s, count:].any(), "padded queries give zero"
 
 
-def test_a_table_may_leave_out_the_pages_before_the_window() -> None:
+def test_a_table_may_leave_out_the_pages_before_the_window(jitted: Attention) -> None:
     case = paged([15], page_size=PAGE, kv_heads=2, head_dim=DIM, width=WIDTH, arena=True, seed=9)
     q, pages = jnp.asarray(queries(4, 1, 3)), jnp.asarray(case.k_pages)
     k_table, v_table, counts = jnp.asarray(case.k_table), jnp.asarray(case.v_table), jnp.asarray([3], jnp.int32)
@@ -89,14 +107,14 @@ def test_a_window_without_keys_is_refused() -> None:
         prefill_attention(jnp.zeros((1, 1, 1, 8)), pages, pages, table, one, one, window=0)
 
 
-def test_scale_is_used() -> None:
+def test_scale_is_used(run: Attention) -> None:
     case = paged([5], page_size=PAGE, kv_heads=1, head_dim=DIM, width=2, arena=True, seed=1)
     q = queries(2, 1, 5)
     out = run(q, case, (0,), (5,), scale=1.9)
     np.testing.assert_allclose(out[0, 4], attend(q[0, 4], case.keys[0], case.values[0], 1.9), atol=2e-6, rtol=1e-5)
 
 
-def test_chunks_give_what_the_whole_prompt_gives() -> None:
+def test_chunks_give_what_the_whole_prompt_gives(run: Attention) -> None:
     case = paged([11], page_size=PAGE, kv_heads=2, head_dim=DIM, width=3, arena=True, seed=4)
     q = queries(4, 1, 11)
     whole = run(q, case, (0,), (11,))
@@ -104,7 +122,7 @@ def test_chunks_give_what_the_whole_prompt_gives() -> None:
     np.testing.assert_allclose(np.concatenate(parts, axis=1), whole, atol=1e-6)
 
 
-def test_a_chunk_of_one_token_is_a_decode_step() -> None:
+def test_a_chunk_of_one_token_is_a_decode_step(run: Attention) -> None:
     case = paged([10], page_size=PAGE, kv_heads=2, head_dim=DIM, width=3, arena=True, seed=6)
     q, pages = queries(4, 1, 1), jnp.asarray(case.k_pages)
     out = run(q, case, (9,), (1,))
