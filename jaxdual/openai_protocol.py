@@ -13,6 +13,7 @@ from jaxdual.sampling_params import MAX_LOGPROBS, SamplingParams
 
 MAX_STOP_STRINGS = 16
 MAX_CHOICES = 128
+_ANY_TOP_K = 2**31 - 1
 
 _IGNORED = (
     *("user", "metadata", "store", "service_tier", "safety_identifier"),
@@ -268,7 +269,7 @@ def _sampling(fields: _Fields) -> dict[str, Any]:
         "n": fields.integer("n", 1, MAX_CHOICES),
         "temperature": fields.number("temperature", 0, 2),
         "top_p": fields.number("top_p", 0, 1, above=True),
-        "top_k": fields.integer("top_k", -1),
+        "top_k": _top_k(fields.integer("top_k", -1)),
         "min_p": fields.number("min_p", 0, 1),
         "presence_penalty": fields.number("presence_penalty", -2, 2),
         "frequency_penalty": fields.number("frequency_penalty", -2, 2),
@@ -283,6 +284,11 @@ def _sampling(fields: _Fields) -> dict[str, Any]:
         "include_stop_str_in_output": fields.boolean("include_stop_str_in_output", False),
         "prompt_logprobs": fields.integer("prompt_logprobs", 0, MAX_LOGPROBS),
     }
+
+
+def _top_k(value: int | None) -> int | None:
+    """`value`, or a number above all vocabularies that a message between processes can hold."""
+    return None if value is None else min(value, _ANY_TOP_K)
 
 
 def _params(sampling: Mapping[str, Any], defaults: Mapping[str, Any] | None) -> SamplingParams:

@@ -1,0 +1,1 @@
+"""Network faces of jaxdual."""

@@ -1,0 +1,154 @@
+"""The HTTP application: routes, API key, request ids, and errors in OpenAI's form."""
+
+from __future__ import annotations
+
+import hmac
+import importlib.metadata
+import re
+import time
+import uuid
+from collections.abc import Sequence
+
+from starlette.applications import Starlette
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from jaxdual.async_api import AsyncLLM, EngineState
+from jaxdual.errors import NotServingError
+from jaxdual.openai_protocol import ProtocolError, parse_chat, parse_completion
+from server.http.errors import JSONResponse, problem_of, wrong_key
+from server.http.generation import GenerationEndpoint
+from server.metrics import Metrics
+
+DEFAULT_MAX_BODY_BYTES = 32 * 2**20
+_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,256}")
+
+
+def create_app(
+    llm: AsyncLLM,
+    metrics: Metrics,
+    *,
+    api_key: str | None = None,
+    max_body_bytes: int = DEFAULT_MAX_BODY_BYTES,
+) -> Starlette:
+    """The OpenAI-compatible application over a model.
+
+    Args:
+        llm: what is served; of the loop that the application runs on.
+        metrics: of the server.
+        api_key: what clients of `/v1` must bring as `Authorization: Bearer KEY`; None lets everybody in.
+        max_body_bytes: of a request.
+
+    Raises:
+        ValueError: an empty key, or a limit below 1.
+    """
+    if api_key == "":
+        raise ValueError("api_key='' must have at least one character; None lets everybody in")
+    if max_body_bytes < 1:
+        raise ValueError(f"max_body_bytes={max_body_bytes} must be at least 1")
+    about = _About(llm, metrics)
+    chat = GenerationEndpoint(llm, metrics, parse_chat, max_body_bytes)
+    completions = GenerationEndpoint(llm, metrics, parse_completion, max_body_bytes)
+    application = Starlette(
+        routes=[
+            Route("/v1/models", about.models, methods=["GET"]),
+            Route("/v1/models/{model:path}", about.model, methods=["GET"]),
+            Route("/v1/completions", completions, methods=["POST"]),
+            Route("/v1/chat/completions", chat, methods=["POST"]),
+            Route("/health", about.health, methods=["GET"]),
+            Route("/metrics", about.metrics, methods=["GET"]),
+            Route("/version", about.version, methods=["GET"]),
+        ],
+        middleware=[Middleware(_Door, metrics=metrics, api_key=api_key)],
+        exception_handlers={
+            HTTPException: _show_problem,
+            ProtocolError: _show_problem,
+            NotServingError: _show_problem,
+            Exception: _show_problem,
+        },
+    )
+    application.router.redirect_slashes = False
+    return application
+
+
+class _About:
+    """The endpoints that tell what is served, and how it does."""
+
+    def __init__(self, llm: AsyncLLM, metrics: Metrics) -> None:
+        self._llm = llm
+        self._metrics = metrics
+        self._created = int(time.time())
+        self._version = importlib.metadata.version("jaxdual")
+
+    async def models(self, request: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [self._card()]})
+
+    async def model(self, request: Request) -> Response:
+        name = request.path_params["model"]
+        card = self._card()
+        if name != card["id"]:
+            message = f"the model {name[:80]!r} does not exist; {card['id']!r} is served"
+            raise ProtocolError(message, "model", "model_not_found")
+        return JSONResponse(card)
+
+    async def health(self, request: Request) -> Response:
+        state = self._llm.state
+        return JSONResponse({"status": state.value}, 200 if state is EngineState.SERVING else 503)
+
+    async def metrics(self, request: Request) -> Response:
+        content, content_type = self._metrics.expose(request.headers.get("accept", ""))
+        return Response(content, headers={"Content-Type": content_type})
+
+    async def version(self, request: Request) -> Response:
+        return JSONResponse({"version": self._version})
+
+    def _card(self) -> dict[str, object]:
+        return {
+            "id": self._llm.served_model_name,
+            "object": "model",
+            "created": self._created,
+            "owned_by": "jaxdual",
+            "max_model_len": self._llm.max_model_len,
+        }
+
+
+class _Door:
+    """Checks the API key of requests to `/v1`, and gives each response the id of its request."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, api_key: str | None) -> None:
+        self._app = app
+        self._metrics = metrics
+        self._expected = None if api_key is None else f"Bearer {api_key}".encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        given = headers.get("x-request-id", "")
+        request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)["X-Request-Id"] = request_id
+            await send(message)
+
+        if scope["path"].startswith("/v1/") and not self._may_enter(headers.getlist("authorization")):
+            self._metrics.refused("unauthorized")
+            await wrong_key().response()(scope, receive, send_with_id)
+            return
+        await self._app(scope, receive, send_with_id)
+
+    def _may_enter(self, authorization: Sequence[str]) -> bool:
+        if self._expected is None:
+            return True
+        return len(authorization) == 1 and hmac.compare_digest(authorization[0].encode("latin-1"), self._expected)
+
+
+async def _show_problem(request: Request, error: Exception) -> Response:
+    return problem_of(error).response()

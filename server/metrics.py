@@ -1,0 +1,263 @@
+"""Prometheus metrics of a server, in vLLM's names under `jaxdual:`."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from typing import Self
+
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from jaxdual.async_api import AsyncLLM, EngineState, RequestStream
+from jaxdual.errors import NotServingError
+from jaxdual.outputs import EngineStats, RequestOutput
+
+_PREFIX = "jaxdual:"
+_LABELS = ("model_name",)
+_FIRST_TOKEN_SECONDS = (
+    *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5),
+    *(10.0, 20.0, 40.0, 80.0, 160.0, 640.0, 2560.0),
+)
+_TOKEN_SECONDS = (
+    *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5),
+    *(10.0, 20.0, 40.0, 80.0),
+)
+_REQUEST_SECONDS = (
+    *(0.05, 0.1, 0.2, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0),
+    *(120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0),
+)
+_TOKEN_COUNTS = tuple(float(step * 10**power) for power in range(6) for step in (1, 2, 5))
+# Of a request with several outputs, the reason that tells most about what went wrong counts.
+_REASONS = ("error", "abort", "length", "stop")
+_ENGINE_COUNTERS = (
+    ("num_preemptions", "preemptions", "Sequences that had to give way to others."),
+    ("prefix_cache_queries", "prefix_cache_queries", "Prompt tokens looked up in the prefix cache."),
+    ("prefix_cache_hits", "prefix_cache_hits", "Prompt tokens found in the prefix cache."),
+)
+
+
+class Metrics:
+    """Counts and times the requests of all faces, and shows them with the engine's own figures.
+
+    Args:
+      llm: the engine's front, started or not.
+    """
+
+    def __init__(self, llm: AsyncLLM) -> None:
+        self.registry = CollectorRegistry()
+        self._llm = llm
+        self.registry.register(_EngineCollector(llm))
+        self._finished = self._counter("request_success", "Requests that ended, by reason.", "finished_reason")
+        self._refused = self._counter("request_refused", "Requests that were not taken, by reason.", "reason")
+        self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of requests that gave a token.")
+        self._generation_tokens = self._counter("generation_tokens", "Tokens generated.")
+        self._first_token = self._histogram(
+            "time_to_first_token_seconds", "From arrival to the first token.", _FIRST_TOKEN_SECONDS
+        )
+        self._between_tokens = self._histogram(
+            "inter_token_latency_seconds", "Between two tokens of an output.", _TOKEN_SECONDS
+        )
+        self._latency = self._histogram(
+            "e2e_request_latency_seconds", "From arrival to the last token.", _REQUEST_SECONDS
+        )
+        self._prompt_lengths = self._histogram("request_prompt_tokens", "Prompt tokens of a request.", _TOKEN_COUNTS)
+        self._output_lengths = self._histogram(
+            "request_generation_tokens", "Generated tokens of a request, all outputs together.", _TOKEN_COUNTS
+        )
+
+    def observe(self, stream: RequestStream) -> ObservedStream:
+        """`stream`, with its tokens counted and its times measured as it is read.
+
+        Iterate over the result in place of the stream, and close the result in place of the stream.
+        """
+        return ObservedStream(stream, self._for_model)
+
+    def refused(self, reason: str) -> None:
+        """Counts a request that was not taken; `reason` is one of a few short words, such as "queue_full"."""
+        self._refused.labels(_model_name(self._llm), reason).inc()
+
+    def expose(self, accept: str = "") -> tuple[bytes, str]:
+        """All metrics as text, with its content type.
+
+        Args:
+          accept: the scraper's Accept header.
+        """
+        encode, content_type = choose_encoder(accept)
+        return encode(self.registry), content_type
+
+    @functools.cached_property
+    def _for_model(self) -> _ModelMetrics:
+        model = self._llm.served_model_name
+        return _ModelMetrics(
+            model=model,
+            finished=self._finished,
+            prompt_tokens=self._prompt_tokens.labels(model),
+            generation_tokens=self._generation_tokens.labels(model),
+            first_token=self._first_token.labels(model),
+            between_tokens=self._between_tokens.labels(model),
+            latency=self._latency.labels(model),
+            prompt_lengths=self._prompt_lengths.labels(model),
+            output_lengths=self._output_lengths.labels(model),
+        )
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(_PREFIX + name, text, (*_LABELS, *labels), registry=self.registry)
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(_PREFIX + name, text, _LABELS, registry=self.registry, buckets=buckets)
+
+
+@dataclass(frozen=True, slots=True)
+class _ModelMetrics:
+    """The metrics of requests, bound to the model's name once, for looking labels up costs more than counting."""
+
+    model: str
+    finished: Counter
+    prompt_tokens: Counter
+    generation_tokens: Counter
+    first_token: Histogram
+    between_tokens: Histogram
+    latency: Histogram
+    prompt_lengths: Histogram
+    output_lengths: Histogram
+
+    def first(self, output: RequestOutput) -> None:
+        """Counts a request that has its first token."""
+        self.prompt_tokens.inc(len(output.prompt_token_ids))
+        times = output.metrics
+        if times.first_token_time is not None:
+            self.first_token.observe(times.first_token_time - times.arrival_time)
+
+    def last(self, output: RequestOutput) -> None:
+        """Counts a request that has ended."""
+        reasons = {completion.finish_reason or "abort" for completion in output.outputs}
+        reason = next(reason for reason in _REASONS if reason in reasons)
+        self.finished.labels(self.model, reason).inc()
+        if reason in ("error", "abort"):
+            return
+        self.prompt_lengths.observe(len(output.prompt_token_ids))
+        self.output_lengths.observe(sum(len(completion.token_ids) for completion in output.outputs))
+        times = output.metrics
+        if times.finished_time is not None:
+            self.latency.observe(times.finished_time - times.arrival_time)
+
+
+class ObservedStream:
+    """A `RequestStream` whose tokens are counted as they are read; made by `Metrics.observe`."""
+
+    __slots__ = ("_counted", "_counts", "_iterator", "_last", "_metrics", "_stream")
+
+    def __init__(self, stream: RequestStream, metrics: _ModelMetrics) -> None:
+        self._stream = stream
+        self._iterator: AsyncIterator[RequestOutput] = aiter(stream)
+        self._metrics = metrics
+        self._counts = [0] * len(stream.output.outputs)
+        self._last = [0.0] * len(stream.output.outputs)
+        self._counted = False
+
+    @property
+    def output(self) -> RequestOutput:
+        """The request's output so far."""
+        return self._stream.output
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> RequestOutput:
+        output = await anext(self._iterator)
+        self._count(output)
+        return output
+
+    def close(self) -> None:
+        """Ends the request if it is unfinished; it then counts as aborted. Calling it again does nothing."""
+        self._stream.close()
+        self._end()
+
+    def _count(self, output: RequestOutput) -> None:
+        now = time.monotonic()
+        fresh = 0
+        begun = any(self._counts)
+        for i, completion in enumerate(output.outputs):
+            grown = len(completion.token_ids) - self._counts[i]
+            if not grown:
+                continue
+            if self._counts[i]:
+                # Tokens that came together shared the time since the ones before them.
+                seconds = (now - self._last[i]) / grown
+                for _ in range(grown):
+                    self._metrics.between_tokens.observe(seconds)
+            self._counts[i] += grown
+            self._last[i] = now
+            fresh += grown
+        if fresh:
+            self._metrics.generation_tokens.inc(fresh)
+            if not begun:
+                self._metrics.first(output)
+        if output.finished:
+            self._end()
+
+    def _end(self) -> None:
+        if not self._counted:
+            self._counted = True
+            self._metrics.last(self._stream.output)
+
+
+class _EngineCollector(Collector):
+    """The engine's figures, as last heard of; counters go on where a restarted engine begins at zero."""
+
+    def __init__(self, llm: AsyncLLM) -> None:
+        self._llm = llm
+        self._restarts = 0
+        self._dead: EngineStats | None = None  # the last figures of an engine that is gone
+        self._before = dict.fromkeys((field for _, field, _ in _ENGINE_COUNTERS), 0)
+        llm.on_state(self._note_state)
+
+    def collect(self) -> Iterator[Metric]:
+        model = _model_name(self._llm)
+        load = self._llm.load()
+        if load is self._dead:
+            load = None
+        running, waiting = (load.num_running, load.num_waiting) if load else (0, self._llm.num_unfinished)
+        blocks, available, cached = (load.kv_blocks, load.kv_blocks_free, load.kv_blocks_cached) if load else (0, 0, 0)
+        used = (blocks - available) / blocks if blocks else 0.0
+        for name, text, value in (
+            ("num_requests_running", "Sequences that run now.", running),
+            ("num_requests_waiting", "Sequences that wait for their turn.", waiting),
+            ("kv_cache_usage_perc", "Part of the KV blocks that sequences use, 1 for all.", used),
+            ("kv_blocks_live", "KV blocks that sequences use.", blocks - available),
+            ("kv_blocks_cached", "KV blocks that only the prefix cache uses.", cached),
+            ("kv_blocks_free", "KV blocks that hold nothing.", available - cached),
+        ):
+            gauge = GaugeMetricFamily(_PREFIX + name, text, labels=_LABELS)
+            gauge.add_metric([model], value)
+            yield gauge
+        counts = {name: getattr(load, field, 0) + self._before[field] for name, field, _ in _ENGINE_COUNTERS}
+        texts = {name: text for name, _, text in _ENGINE_COUNTERS}
+        counts["engine_restarts"], texts["engine_restarts"] = self._restarts, "Engines that were lost and replaced."
+        for name, count in counts.items():
+            counter = CounterMetricFamily(_PREFIX + name, texts[name], labels=_LABELS)
+            counter.add_metric([model], count)
+            yield counter
+
+    def _note_state(self, state: EngineState) -> None:
+        if state is not EngineState.RESTARTING:
+            return
+        self._restarts += 1
+        last = self._llm.load()
+        if last is not self._dead:
+            self._dead = last
+            for field in self._before:
+                self._before[field] += getattr(last, field, 0)
+
+
+def _model_name(llm: AsyncLLM) -> str:
+    try:
+        return llm.served_model_name
+    except NotServingError:  # not known yet
+        return ""
