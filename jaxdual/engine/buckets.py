@@ -55,7 +55,8 @@ class Buckets:
 
     Args:
       max_num_seqs: sequences that run at once.
-      max_pages: pages of the longest sequence.
+      max_pages: entries of the longest page table: pages of the longest sequence, or fewer if all layers look through
+        windows.
       max_chunk: tokens of the longest chunk.
       page_size: tokens a page.
     """
@@ -73,8 +74,8 @@ class Buckets:
         self._prefill_pairs = sorted(pairs, key=lambda pair: (pair[0] * pair[1], pair[0]))
 
     def decode(self, rows: int, pages: int) -> DecodeShape:
-        """The smallest shape for `rows` sequences, the longest of `pages` pages."""
-        return DecodeShape(_at_least(self.rows, rows), _at_least(self.widths, pages))
+        """The smallest shape for `rows` sequences, the longest of `pages` pages (at most `max_pages` count)."""
+        return DecodeShape(_at_least(self.rows, rows), _at_least(self.widths, min(pages, self.widths[-1])))
 
     def prefill(self, chunks: Sequence[Chunk]) -> list[PrefillBatch]:
         """Groups chunks into batches, longest first, so that little is padded."""
@@ -119,7 +120,8 @@ class Buckets:
         return tuple(width for width in self.widths[:-1] if width * self._page_size >= length) + self.widths[-1:]
 
     def _prefill_width(self, length: int, chunks: Sequence[Chunk]) -> int:
-        return _at_least(self._prefill_widths(length), max(len(chunk.pages) for chunk in chunks))
+        end = max(chunk.start + len(chunk.tokens) for chunk in chunks)
+        return _at_least(self._prefill_widths(length), min(-(-end // self._page_size), self.widths[-1]))
 
 
 def _growing(first: int, step: int, last: int) -> tuple[int, ...]:

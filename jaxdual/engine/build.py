@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,8 +16,8 @@ from jaxdual.engine.buckets import Buckets
 from jaxdual.engine.engine import Engine
 from jaxdual.engine.runner import Runner
 from jaxdual.engine.sampler import SAMPLER_BYTES_PER_TOKEN_ID
-from jaxdual.kv.layout import KVLayout
-from jaxdual.kv.manager import KVManager
+from jaxdual.kv.layout import KVLayout, most_blocks
+from jaxdual.kv.manager import GroupPages, KVManager
 from jaxdual.model_folder import find_model
 from jaxdual.outputs import EngineInfo, EngineStats
 from jaxdual.sampling_params import MAX_STOP_TOKENS, RECOMMENDED_SAMPLING
@@ -83,16 +84,14 @@ def build_engine(config: EngineConfig) -> BuiltEngine:
     start = time.perf_counter()
     folder, served_model_name = find_model(config)
     model_config = load_config(folder)
-    if model_config.layer_windows:
-        raise ConfigError(f"{folder}: sliding windows are not served yet")
     generation = load_generation_config(folder)
     max_model_len = _max_model_len(config, model_config)
     model = load(folder, dtype=config.dtype)
     load_seconds = time.perf_counter() - start
 
     dtype = jnp.dtype(model.embedding[...].dtype)
-    layout = KVLayout(
-        num_layers=model_config.num_layers,
+    layout = KVLayout.of_layers(
+        [_window(model_config, layer, max_model_len) for layer in range(model_config.num_layers)],
         kv_heads=model_config.num_kv_heads,
         head_dim=model_config.head_dim,
         page_size=config.block_size,
@@ -105,12 +104,10 @@ def build_engine(config: EngineConfig) -> BuiltEngine:
         raise ConfigError(
             f"{folder}: {len(eos_token_ids)} end-of-sequence tokens; at most {MAX_STOP_TOKENS} are supported"
         )
-    max_pages = layout.pages_for(max_model_len)
-    num_pages = _num_pages(config, layout, max_pages, model_config)
-    host_pages = config.host_cache_bytes // layout.full_block_bytes
-    _check_host_memory(config, layout, num_pages, host_pages, model_config)
     max_chunk = min(config.max_num_batched_tokens, max_model_len)
-    kv = KVManager(num_pages, config.block_size, host_pages=host_pages, prefix_caching=config.enable_prefix_caching)
+    memory = _group_pages(config, layout, max_model_len, max_chunk, model_config)
+    _check_host_memory(config, layout, memory, model_config)
+    kv = KVManager(memory, config.block_size, prefix_caching=config.enable_prefix_caching, max_chunk=max_chunk)
     limits = BatchLimits(
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
@@ -120,10 +117,13 @@ def build_engine(config: EngineConfig) -> BuiltEngine:
     runner = Runner(
         model,
         layout,
-        num_pages=num_pages,
-        host_pages=host_pages,
+        memory=memory,
         max_num_seqs=config.max_num_seqs,
-        buckets=Buckets(config.max_num_seqs, max_pages, max_chunk, config.block_size),
+        max_model_len=max_model_len,
+        max_chunk=max_chunk,
+        buckets=Buckets(
+            config.max_num_seqs, max(_sequence_pages(layout, max_model_len, max_chunk)), max_chunk, config.block_size
+        ),
     )
     engine = Engine(
         runner,
@@ -182,38 +182,65 @@ def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:
     return config.max_model_len
 
 
-def _num_pages(config: EngineConfig, layout: KVLayout, max_pages: int, model: ModelConfig) -> int:
+def _window(model: ModelConfig, layer: int, max_model_len: int) -> int | None:
+    """Window of a layer; one that no sequence outgrows is full attention."""
+    window = model.window_of(layer)
+    return None if window is None or window >= max_model_len else window
+
+
+def _sequence_pages(layout: KVLayout, max_model_len: int, max_chunk: int) -> list[int]:
+    """Pages that the longest sequence holds at most at a time, in each layer group."""
+    longest = layout.pages_for(max_model_len)
+    return [most_blocks(group.window, max_chunk, layout.page_size, longest) for group in layout.groups]
+
+
+def _group_pages(
+    config: EngineConfig, layout: KVLayout, max_model_len: int, max_chunk: int, model: ModelConfig
+) -> tuple[GroupPages, ...]:
+    """Memory of each layer group: shares in proportion to what the longest sequence holds in it.
+
+    `num_kv_blocks` counts pages of the first group, the one with full attention if there is one.
+    """
+    needed = _sequence_pages(layout, max_model_len, max_chunk)
+    sequence_bytes = sum(pages * layout.full_block_bytes(group) for group, pages in enumerate(needed))
     if config.num_kv_blocks is not None:
-        num_pages, source = config.num_kv_blocks, "num_kv_blocks"
+        source = "num_kv_blocks"
+        num_pages = [config.num_kv_blocks, *(-(-config.num_kv_blocks * pages // needed[0]) for pages in needed[1:])]
     else:
         if config.kv_cache_memory_bytes is not None:
             memory, source = config.kv_cache_memory_bytes, "kv_cache_memory_bytes"
         elif jax.default_backend() == "cpu":
-            memory, source = max(_CPU_KV_BYTES, max_pages * layout.full_block_bytes), "the default KV memory"
+            memory, source = max(_CPU_KV_BYTES, sequence_bytes), "the default KV memory"
         else:
             memory, source = _free_device_memory(config, layout, model), "gpu_memory_utilization"
-        num_pages = min(memory // layout.full_block_bytes, config.max_num_seqs * max_pages)
-    if num_pages < max_pages:
-        raise ConfigError(
-            f"{source} gives {num_pages} KV pages, but one sequence of {max_pages * layout.page_size} tokens needs "
-            f"{max_pages} ({max_pages * layout.full_block_bytes} bytes): give more memory or a smaller max_model_len"
-        )
-    return num_pages
+        num_pages = [min(memory * pages // sequence_bytes, config.max_num_seqs * pages) for pages in needed]
+    for group, (pages, most) in enumerate(zip(num_pages, needed, strict=True)):
+        if pages < most:
+            raise ConfigError(
+                f"{source} gives {pages} KV pages, but one sequence of {max_model_len} tokens needs "
+                f"{most} ({most * layout.full_block_bytes(group)} bytes): give more memory or a smaller max_model_len"
+            )
+    return tuple(
+        GroupPages(pages, config.host_cache_bytes * most // sequence_bytes, group.window)
+        for pages, most, group in zip(num_pages, needed, layout.groups, strict=True)
+    )
 
 
 def _check_host_memory(
-    config: EngineConfig, layout: KVLayout, num_pages: int, host_pages: int, model: ModelConfig
+    config: EngineConfig, layout: KVLayout, memory: Sequence[GroupPages], model: ModelConfig
 ) -> None:
     """Refuses what this machine can't hold, before an allocation fails somewhere inside."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     on_cpu = jax.default_backend() == "cpu"
     per_sequence = model.vocab_size * SAMPLER_BYTES_PER_TOKEN_ID
+    device = sum(pages.num_pages * layout.full_block_bytes(group) for group, pages in enumerate(memory))
+    host = sum(pages.host_pages * layout.full_block_bytes(group) for group, pages in enumerate(memory))
     for need, setting in (
         (
-            num_pages * layout.full_block_bytes * on_cpu,
-            f"KV memory of {num_pages} pages of block_size={layout.page_size}",
+            device * on_cpu,
+            f"KV memory of {sum(pages.num_pages for pages in memory)} pages of block_size={layout.page_size}",
         ),
-        (host_pages * layout.full_block_bytes, f"host_cache_bytes={config.host_cache_bytes}"),
+        (host, f"host_cache_bytes={config.host_cache_bytes}"),
         (config.max_num_seqs * per_sequence * on_cpu, f"max_num_seqs={config.max_num_seqs}"),
     ):
         if need > total:

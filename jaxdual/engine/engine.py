@@ -221,10 +221,6 @@ class Engine:
 
     def _retire(self, flight: _Flight) -> None:
         result = self.runner.fetch(flight.launch)
-        for chunk in flight.plan.chunks:
-            output = self._outputs.get(chunk.seq_id)
-            if output is not None and not chunk.samples:
-                self.scheduler.publish_prompt(output.sequence)
         for seq_id, scores in result.prompt_logprobs.items():
             if seq_id in self._outputs:
                 self._outputs[seq_id].prompt_logprobs.extend(scores)

@@ -1,10 +1,13 @@
-"""Attention of a model's layers over the paged arena: what `models.Decoder` takes as `attend`."""
+"""Attention of a model's layers over the paged arenas: what `models.Decoder` takes as `attend`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int32
 
 from jaxdual.kv.layout import ROWS_PER_LAYER, KVLayout
@@ -12,73 +15,122 @@ from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.prefill_attention import prefill_attention
 
 Arena = Float[Array, "rows page_size kv_heads head_dim"]
-Attend = Callable[..., tuple[Array, Arena]]
+Arenas = tuple[Arena, ...]
+Attend = Callable[..., tuple[Array, Arenas]]
+
+
+class GroupTable(NamedTuple):
+    """Page tables of a step's sequences in one layer group.
+
+    Attributes:
+      pages: `[seqs, width]` page ids in token order, padded with any valid id.
+      first: `[seqs]` position of the first token of each table, since blocks out of a window's sight are left out; None
+        under full attention, where all begin at 0.
+    """
+
+    pages: Int32[Array, "seqs width"] | Int32[np.ndarray, "seqs width"]
+    first: Int32[Array, " seqs"] | Int32[np.ndarray, " seqs"] | None = None
+
+    def relative(self, positions: Int32[Array, " seqs"]) -> Int32[Array, " seqs"]:
+        """Positions counted from the first token of each table."""
+        return positions if self.first is None else positions - self.first
 
 
 def prefill_attend(
     layout: KVLayout,
     starts: Int32[Array, " seqs"],
     counts: Int32[Array, " seqs"],
-    table: Int32[Array, "seqs width"],
+    tables: Sequence[GroupTable],
     chunk: int,
 ) -> Attend:
     """Writes and attends for `seqs` chunks laid side by side, `chunk` tokens each.
 
     Args:
-      layout: of the arena.
+      layout: of the arenas.
       starts: position of the first token of each chunk.
       counts: real tokens of each chunk.
-      table: page ids of each sequence, padded with any valid id.
+      tables: one for each layer group.
       chunk: padded tokens of a chunk.
     """
     offsets = jnp.arange(chunk, dtype=jnp.int32)
-    positions = starts[:, None] + offsets[None, :]
-    pages = jnp.take_along_axis(table, positions // layout.page_size, axis=1, mode="clip")
-    # Padding goes past the end of the arena, where a write is dropped.
-    pages = jnp.where(offsets[None, :] < counts[:, None], pages, _nowhere())
-    slots = (positions % layout.page_size).reshape(-1)
+    real = offsets[None, :] < counts[:, None]
+    # Masks depend on differences of positions only, so each group counts from the first block that it keeps.
+    begins = [table.relative(starts) for table in tables]
+    places = [
+        _places(layout, begin[:, None] + offsets[None, :], real, table)
+        for begin, table in zip(begins, tables, strict=True)
+    ]
 
     def attend(
         layer: int,
         q: Float[Array, "tokens q_heads head_dim"],
         k: Float[Array, "tokens kv_heads head_dim"],
         v: Float[Array, "tokens kv_heads head_dim"],
-        arena: Arena,
-    ) -> tuple[Float[Array, "tokens q_heads head_dim"], Arena]:
-        arena = _write(arena, _k_rows(layout, pages.reshape(-1), layer), slots, k, v)
-        rows = _k_rows(layout, table, layer)
+        arenas: Arenas,
+    ) -> tuple[Float[Array, "tokens q_heads head_dim"], Arenas]:
+        group, index = layout.place_of(layer)
+        arena = _write(layout, group, index, arenas[group], places[group], k, v)
+        rows = _k_rows(layout, group, index, jnp.asarray(tables[group].pages))
         out = prefill_attention(
-            q.reshape(starts.shape[0], chunk, *q.shape[1:]), arena, arena, rows, starts, counts, v_page_table=rows + 1
+            q.reshape(starts.shape[0], chunk, *q.shape[1:]),
+            arena,
+            arena,
+            rows,
+            begins[group],
+            counts,
+            v_page_table=rows + 1,
+            window=layout.groups[group].window,
         )
-        return out.reshape(q.shape), arena
+        return out.reshape(q.shape), _replaced(arenas, group, arena)
 
     return attend
 
 
-def decode_attend(layout: KVLayout, positions: Int32[Array, " seqs"], table: Int32[Array, "seqs width"]) -> Attend:
+def decode_attend(layout: KVLayout, positions: Int32[Array, " seqs"], tables: Sequence[GroupTable]) -> Attend:
     """Writes and attends for one token of each sequence.
 
     Args:
-      layout: of the arena.
+      layout: of the arenas.
       positions: of the tokens; -1 for padding.
-      table: page ids of each sequence, padded with any valid id.
+      tables: one for each layer group.
     """
-    pages = jnp.take_along_axis(table, jnp.maximum(positions, 0)[:, None] // layout.page_size, axis=1, mode="clip")
-    pages = jnp.where(positions >= 0, pages[:, 0], _nowhere())
-    slots = positions % layout.page_size
+    real = positions >= 0
+    relative = [jnp.where(real, table.relative(positions), -1) for table in tables]
+    places = [
+        _places(layout, jnp.maximum(begin, 0)[:, None], real[:, None], table)
+        for begin, table in zip(relative, tables, strict=True)
+    ]
 
     def attend(
         layer: int,
         q: Float[Array, "seqs q_heads head_dim"],
         k: Float[Array, "seqs kv_heads head_dim"],
         v: Float[Array, "seqs kv_heads head_dim"],
-        arena: Arena,
-    ) -> tuple[Float[Array, "seqs q_heads head_dim"], Arena]:
-        arena = _write(arena, _k_rows(layout, pages, layer), slots, k, v)
-        rows = _k_rows(layout, table, layer)
-        return decode_attention(q, arena, arena, rows, positions + 1, v_page_table=rows + 1), arena
+        arenas: Arenas,
+    ) -> tuple[Float[Array, "seqs q_heads head_dim"], Arenas]:
+        group, index = layout.place_of(layer)
+        arena = _write(layout, group, index, arenas[group], places[group], k, v)
+        rows = _k_rows(layout, group, index, jnp.asarray(tables[group].pages))
+        out = decode_attention(
+            q,
+            arena,
+            arena,
+            rows,
+            relative[group] + 1,
+            v_page_table=rows + 1,
+            window=layout.groups[group].window,
+        )
+        return out, _replaced(arenas, group, arena)
 
     return attend
+
+
+def _places(
+    layout: KVLayout, positions: Int32[Array, "seqs chunk"], real: Array, table: GroupTable
+) -> tuple[jax.Array, jax.Array]:
+    """Page and slot in it of every token, flat; padding goes past the end of the arena, where a write is dropped."""
+    pages = jnp.take_along_axis(jnp.asarray(table.pages), positions // layout.page_size, axis=1, mode="clip")
+    return jnp.where(real, pages, _nowhere()).reshape(-1), (positions % layout.page_size).reshape(-1)
 
 
 def _nowhere() -> int:
@@ -86,16 +138,24 @@ def _nowhere() -> int:
     return 2**21
 
 
-def _k_rows(layout: KVLayout, pages: Int32[Array, "*any"], layer: int) -> Int32[Array, "*any"]:
-    return (pages * layout.num_layers + layer) * ROWS_PER_LAYER
+def _k_rows(layout: KVLayout, group: int, index: int, pages: Int32[Array, "*any"]) -> Int32[Array, "*any"]:
+    return (pages * len(layout.groups[group].layers) + index) * ROWS_PER_LAYER
 
 
 def _write(
+    layout: KVLayout,
+    group: int,
+    index: int,
     arena: Arena,
-    k_rows: Int32[Array, " tokens"],
-    slots: Int32[Array, " tokens"],
+    places: tuple[jax.Array, jax.Array],
     k: Float[Array, "tokens kv_heads head_dim"],
     v: Float[Array, "tokens kv_heads head_dim"],
 ) -> Arena:
+    pages, slots = places
+    k_rows = _k_rows(layout, group, index, pages)
     rows = jnp.concatenate([k_rows, k_rows + 1])
     return arena.at[rows, jnp.tile(slots, 2)].set(jnp.concatenate([k, v]).astype(arena.dtype), mode="drop")
+
+
+def _replaced(arenas: Arenas, group: int, arena: Arena) -> Arenas:
+    return (*arenas[:group], arena, *arenas[group + 1 :])

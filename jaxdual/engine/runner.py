@@ -14,11 +14,12 @@ import numpy as np
 
 from jaxdual.engine import sampler
 from jaxdual.engine.buckets import Buckets, PrefillBatch
+from jaxdual.engine.paged import GroupTable
 from jaxdual.engine.request import TokenLogprobs
 from jaxdual.engine.sampler import Logprobs, SlotSampling
 from jaxdual.engine.steps import Programs
-from jaxdual.kv.layout import KVLayout
-from jaxdual.kv.manager import PageCopy
+from jaxdual.kv.layout import KVLayout, most_blocks
+from jaxdual.kv.manager import GroupPages, PageCopy, TableChange
 from jaxdual.kv.slots import IntegrityError
 from jaxdual.scheduling.batch import Row, StepPlan
 from models import Decoder
@@ -86,6 +87,35 @@ class _Scored:
     parts: tuple[tuple[int, int, Sequence[int]], ...]
 
 
+class _Tables:
+    """Page tables of all slots in one layer group, as the plans' changes left them.
+
+    Args:
+      memory: of the group.
+      slots: rows; the last one is padding's and stays zero.
+      page_size: tokens a page.
+      max_pages: pages of the longest sequence.
+      max_chunk: tokens of the longest chunk.
+    """
+
+    def __init__(self, memory: GroupPages, slots: int, page_size: int, max_pages: int, max_chunk: int) -> None:
+        self._window = memory.window
+        self._page_size = page_size
+        self._max_pages = max_pages
+        self._pages = np.zeros((slots, most_blocks(memory.window, max_chunk, page_size, max_pages)), np.int32)
+        self._first = np.zeros(slots, np.int32)
+
+    def change(self, slot: int, change: TableChange) -> None:
+        self._pages[slot, change.start : change.start + len(change.pages)] = change.pages
+        self._first[slot] = change.first * self._page_size
+
+    def of(self, slots: np.ndarray, chunk: int, width: int) -> GroupTable:
+        """Tables of `slots` for `chunk` queries each, in a step whose longest table has `width` entries."""
+        width = most_blocks(self._window, chunk, self._page_size, min(width, self._pages.shape[1]))
+        # Fancy indices copy: the device may still read a step's tables when the next one changes these.
+        return GroupTable(self._pages[slots, :width], None if self._window is None else self._first[slots])
+
+
 @dataclass(slots=True)
 class Launch:
     """A step that was dispatched and not fetched yet."""
@@ -95,16 +125,17 @@ class Launch:
 
 
 class Runner:
-    """Owns what lies on the device: weights, arena, per-sequence sampler state.
+    """Owns what lies on the device: weights, arenas, per-sequence sampler state; and the tables that lead there.
 
     Dispatch returns at once; the device works in dispatch order, so a later step sees what an earlier one wrote.
 
     Args:
       model: to run.
-      layout: of the arena.
-      num_pages: pages of the arena.
-      host_pages: pages of the host tier.
+      layout: of the arenas.
+      memory: of each layer group, in the order of the layout's.
       max_num_seqs: sequences that run at once.
+      max_model_len: tokens of the longest sequence.
+      max_chunk: tokens of the longest chunk.
       buckets: padded shapes.
     """
 
@@ -113,9 +144,10 @@ class Runner:
         model: Decoder,
         layout: KVLayout,
         *,
-        num_pages: int,
-        host_pages: int,
+        memory: Sequence[GroupPages],
         max_num_seqs: int,
+        max_model_len: int,
+        max_chunk: int,
         buckets: Buckets,
     ) -> None:
         self.buckets = buckets
@@ -124,13 +156,23 @@ class Runner:
         self.layout = layout
         # Committed to the weights' device from the start, as what programs return is: else they compile twice.
         (device,) = self.programs.leaves[0].devices()
-        self.arena = jax.device_put(jnp.zeros(layout.arena_shape(num_pages), layout.dtype), device)
-        self._arena_address = self.arena.unsafe_buffer_pointer()
+        self.arenas = tuple(
+            jax.device_put(jnp.zeros(layout.arena_shape(pages.num_pages, group), layout.dtype), device)
+            for group, pages in enumerate(memory)
+        )
+        self._addresses = [arena.unsafe_buffer_pointer() for arena in self.arenas]
+        self._tables = [
+            _Tables(pages, max_num_seqs + 1, layout.page_size, layout.pages_for(max_model_len), max_chunk)
+            for pages in memory
+        ]
         self._state = jax.device_put(sampler.new_state(max_num_seqs, self.vocab_size), device)
         self._padding_slot = max_num_seqs
-        self._num_pages = num_pages
-        self._host = np.zeros((host_pages, *layout.block_shape()), jnp.dtype(layout.dtype))
-        self._landing: deque[tuple[jax.Array, list[int]]] = deque()
+        self._memory = tuple(memory)
+        self._host = [
+            np.zeros((pages.host_pages, *layout.block_shape(group)), jnp.dtype(layout.dtype))
+            for group, pages in enumerate(memory)
+        ]
+        self._landing: deque[tuple[int, jax.Array, list[int]]] = deque()
         self._sampling: dict[int, SlotSampling] = {}
 
     def dispatch(self, plan: StepPlan, bindings: Sequence[SlotBinding], targets: Mapping[int, ScoreTargets]) -> Launch:
@@ -143,6 +185,8 @@ class Runner:
         """
         launch = Launch()
         self._copy(plan.copies)
+        for slot, change in plan.tables:
+            self._tables[change.group].change(slot, change)
         for binding in bindings:
             self._bind(binding)
         # Rows before chunks: they wait for the step before this one already, so their tokens come first.
@@ -181,25 +225,23 @@ class Runner:
             report(name, time.perf_counter() - start)
 
     def check_arena(self) -> None:
-        """Raises `IntegrityError` if the arena is not the buffer that it was at the start."""
-        address = self.arena.unsafe_buffer_pointer()
-        if address != self._arena_address:
-            raise IntegrityError(f"the arena moved from {self._arena_address:#x} to {address:#x}")
+        """Raises `IntegrityError` if an arena is not the buffer that it was at the start."""
+        for group, (arena, before) in enumerate(zip(self.arenas, self._addresses, strict=True)):
+            address = arena.unsafe_buffer_pointer()
+            if address != before:
+                raise IntegrityError(f"the arena of group {group} moved from {before:#x} to {address:#x}")
 
     # Parts of a step.
 
     def _decode(self, launch: Launch, rows: Sequence[Row]) -> None:
-        shape = self.buckets.decode(len(rows), max(len(row.pages) for row in rows))
+        shape = self.buckets.decode(len(rows), self.layout.pages_for(max(row.position for row in rows) + 1))
         slots = np.full(shape.rows, self._padding_slot, np.int32)
         tokens = np.zeros(shape.rows, np.int32)
         positions = np.full(shape.rows, -1, np.int32)
-        table = np.zeros((shape.rows, shape.width), np.int32)
-        for index, row in enumerate(rows):
-            slots[index] = row.slot
-            tokens[index] = -1 if row.token is None else row.token
-            positions[index] = row.position
-            table[index, : len(row.pages)] = row.pages
-        x = self._run_decode(slots, tokens, positions, table)
+        slots[: len(rows)] = [row.slot for row in rows]
+        tokens[: len(rows)] = [-1 if row.token is None else row.token for row in rows]
+        positions[: len(rows)] = [row.position for row in rows]
+        x = self._run_decode(slots, tokens, positions, self._group_tables(slots, 1, shape.width))
         self._sample(launch, x, [(index, row.seq_id, row.slot, row.output_index) for index, row in enumerate(rows)])
 
     def _prefill(self, launch: Launch, batch: PrefillBatch, targets: Mapping[int, ScoreTargets]) -> None:
@@ -207,13 +249,13 @@ class Runner:
         tokens = np.zeros((shape.rows, shape.chunk), np.int32)
         starts = np.zeros(shape.rows, np.int32)
         counts = np.zeros(shape.rows, np.int32)
-        table = np.zeros((shape.rows, shape.width), np.int32)
+        slots = np.full(shape.rows, self._padding_slot, np.int32)
         for index, chunk in enumerate(batch.chunks):
             tokens[index, : len(chunk.tokens)] = chunk.tokens
             starts[index] = chunk.start
             counts[index] = len(chunk.tokens)
-            table[index, : len(chunk.pages)] = chunk.pages
-        x, last = self._run_prefill(tokens, starts, counts, table)
+            slots[index] = chunk.slot
+        x, last = self._run_prefill(tokens, starts, counts, self._group_tables(slots, shape.chunk, shape.width))
         parts = tuple(
             (chunk.seq_id, index * shape.chunk + targets[chunk.seq_id].skip, targets[chunk.seq_id].tokens)
             for index, chunk in enumerate(batch.chunks)
@@ -228,6 +270,9 @@ class Runner:
         ]
         if sampling:
             self._sample(launch, last, sampling)
+
+    def _group_tables(self, slots: np.ndarray, chunk: int, width: int) -> tuple[GroupTable, ...]:
+        return tuple(tables.of(slots, chunk, width) for tables in self._tables)
 
     def _sample(self, launch: Launch, x: jax.Array, rows: Sequence[tuple[int, int, int, int]]) -> None:
         """Samples rows of `x`, given as row number, sequence, slot and output index."""
@@ -273,37 +318,40 @@ class Runner:
     # Copies between tiers.
 
     def _copy(self, copies: Sequence[PageCopy]) -> None:
-        for direction, run in _runs(copies):
-            if direction == "out":
-                leaving = self._run_gather(_padded_pages(run, self._num_pages - 1))
-                self._landing.append((leaving, [copy.slot for copy in run]))
+        for run in _runs(copies):
+            group, slots = run[0].group, [copy.slot for copy in run]
+            num_pages, host = self._memory[group].num_pages, self._host[group]
+            if run[0].direction == "out":
+                self._landing.append((group, self._run_gather(group, _padded_pages(run, num_pages - 1)), slots))
             else:
                 self._land()
-                blocks = np.zeros((_COPY_PAGES, *self._host.shape[1:]), self._host.dtype)
-                blocks[: len(run)] = self._host[[copy.slot for copy in run]]
-                self._run_scatter(_padded_pages(run, self._num_pages), blocks)
+                blocks = np.zeros((_COPY_PAGES, *host.shape[1:]), host.dtype)
+                blocks[: len(run)] = host[slots]
+                self._run_scatter(group, _padded_pages(run, num_pages), blocks)
 
     def _land(self) -> None:
         """Brings blocks on their way out into their host slots, in the order in which they left."""
         while self._landing:
-            blocks, slots = self._landing.popleft()
-            self._host[slots] = np.asarray(blocks)[: len(slots)]
+            group, blocks, slots = self._landing.popleft()
+            self._host[group][slots] = np.asarray(blocks)[: len(slots)]
 
     # Programs: each is called in one place, so that warm-up and steps can't differ.
 
-    def _run_decode(self, slots: np.ndarray, tokens: np.ndarray, positions: np.ndarray, table: np.ndarray) -> jax.Array:
+    def _run_decode(
+        self, slots: np.ndarray, tokens: np.ndarray, positions: np.ndarray, tables: tuple[GroupTable, ...]
+    ) -> jax.Array:
         programs = self.programs
         x: jax.Array
-        self.arena, x = programs.decode(
-            programs.leaves, self.arena, self._state.last_token, slots, tokens, positions, table
+        self.arenas, x = programs.decode(
+            programs.leaves, self.arenas, self._state.last_token, slots, tokens, positions, tables
         )
         return x
 
     def _run_prefill(
-        self, tokens: np.ndarray, starts: np.ndarray, counts: np.ndarray, table: np.ndarray
+        self, tokens: np.ndarray, starts: np.ndarray, counts: np.ndarray, tables: tuple[GroupTable, ...]
     ) -> tuple[jax.Array, jax.Array]:
         programs = self.programs
-        self.arena, x, last = programs.prefill(programs.leaves, self.arena, tokens, starts, counts, table)
+        self.arenas, x, last = programs.prefill(programs.leaves, self.arenas, tokens, starts, counts, tables)
         return x, last
 
     def _run_sample(self, x: jax.Array, inputs: sampler.SampleInputs) -> tuple[jax.Array, Logprobs]:
@@ -316,12 +364,14 @@ class Runner:
     def _run_set_slot(self, slot: int, counts: np.ndarray, in_prompt: np.ndarray, bias: np.ndarray) -> None:
         self._state = self.programs.set_slot(self._state, np.int32(slot), counts, in_prompt, bias)
 
-    def _run_gather(self, pages: np.ndarray) -> jax.Array:
-        blocks: jax.Array = self.programs.gather(self.arena, pages)
+    def _run_gather(self, group: int, pages: np.ndarray) -> jax.Array:
+        rows = self.layout.groups[group].rows_per_page
+        blocks: jax.Array = self.programs.gather(self.arenas[group], pages, rows_per_page=rows)
         return blocks
 
-    def _run_scatter(self, pages: np.ndarray, blocks: np.ndarray) -> None:
-        self.arena = self.programs.scatter(self.arena, pages, blocks)
+    def _run_scatter(self, group: int, pages: np.ndarray, blocks: np.ndarray) -> None:
+        arena = self.programs.scatter(self.arenas[group], pages, blocks)
+        self.arenas = (*self.arenas[:group], arena, *self.arenas[group + 1 :])
 
     def warm_up_runs(self) -> Iterator[tuple[str, Callable[[], object]]]:
         """Name and call of every program in every shape, all on padding."""
@@ -329,7 +379,7 @@ class Runner:
 
         def decode(rows: int, width: int) -> object:
             slots, empty = np.full(rows, self._padding_slot, np.int32), np.zeros(rows, np.int32)
-            hidden[rows] = self._run_decode(slots, empty, empty - 1, np.zeros((rows, width), np.int32))
+            hidden[rows] = self._run_decode(slots, empty, empty - 1, self._group_tables(slots, 1, width))
             return hidden[rows]
 
         def sample(rows: int) -> object:
@@ -337,7 +387,8 @@ class Runner:
 
         def prefill(rows: int, chunk: int, width: int) -> object:
             tokens, empty = np.zeros((rows, chunk), np.int32), np.zeros(rows, np.int32)
-            return self._run_prefill(tokens, empty, empty, np.zeros((rows, width), np.int32))
+            slots = np.full(rows, self._padding_slot, np.int32)
+            return self._run_prefill(tokens, empty, empty, self._group_tables(slots, chunk, width))
 
         def score() -> object:
             x = hidden[self.buckets.rows[0]]
@@ -348,13 +399,13 @@ class Runner:
             self._run_set_slot(self._padding_slot, row, row.astype(bool), row.astype(np.float32))
             return self._state
 
-        def copy_out() -> object:
-            return self._run_gather(np.zeros(_COPY_PAGES, np.int32))
+        def copy_out(group: int) -> object:
+            return self._run_gather(group, np.zeros(_COPY_PAGES, np.int32))
 
-        def copy_in() -> object:
-            blocks = np.zeros((_COPY_PAGES, *self._host.shape[1:]), self._host.dtype)
-            self._run_scatter(np.full(_COPY_PAGES, self._num_pages, np.int32), blocks)
-            return self.arena
+        def copy_in(group: int) -> object:
+            blocks = np.zeros((_COPY_PAGES, *self._host[group].shape[1:]), self._host[group].dtype)
+            self._run_scatter(group, np.full(_COPY_PAGES, self._memory[group].num_pages, np.int32), blocks)
+            return self.arenas[group]
 
         for d in self.buckets.decode_shapes():
             yield f"decode rows={d.rows} pages={d.width}", partial(decode, d.rows, d.width)
@@ -364,21 +415,22 @@ class Runner:
             yield f"prefill rows={p.rows} tokens={p.chunk} pages={p.width}", partial(prefill, p.rows, p.chunk, p.width)
         yield f"score tokens={_SCORE_TOKENS}", score
         yield "set slot", set_slot
-        if len(self._host):
-            yield f"copy out pages={_COPY_PAGES}", copy_out
-            yield f"copy in pages={_COPY_PAGES}", copy_in
+        for group, host in enumerate(self._host):
+            if len(host):
+                yield f"copy out group={group} pages={_COPY_PAGES}", partial(copy_out, group)
+                yield f"copy in group={group} pages={_COPY_PAGES}", partial(copy_in, group)
 
 
-def _runs(copies: Sequence[PageCopy]) -> Iterator[tuple[str, list[PageCopy]]]:
-    """Neighbouring copies of one direction, at most as many as one program moves."""
+def _runs(copies: Sequence[PageCopy]) -> Iterator[list[PageCopy]]:
+    """Neighbouring copies of one direction and group, at most as many as one program moves."""
     run: list[PageCopy] = []
     for copy in copies:
-        if run and (copy.direction != run[0].direction or len(run) == _COPY_PAGES):
-            yield run[0].direction, run
+        if run and ((copy.direction, copy.group) != (run[0].direction, run[0].group) or len(run) == _COPY_PAGES):
+            yield run
             run = []
         run.append(copy)
     if run:
-        yield run[0].direction, run
+        yield run
 
 
 def _padded_pages(run: Sequence[PageCopy], padding: int) -> np.ndarray:

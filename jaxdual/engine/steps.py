@@ -1,8 +1,7 @@
-"""The jitted programs of an engine, as pure functions of parameters, arena and per-sequence state."""
+"""The jitted programs of an engine, as pure functions of parameters, arenas and per-sequence state."""
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import jax
@@ -11,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int32
 
 from jaxdual.engine import sampler
-from jaxdual.engine.paged import Arena, decode_attend, prefill_attend
+from jaxdual.engine.paged import Arenas, GroupTable, decode_attend, prefill_attend
 from jaxdual.engine.sampler import Logprobs, SampleInputs, SamplerState
 from jaxdual.kv.layout import KVLayout
 from models import Decoder
@@ -21,11 +20,11 @@ Leaves = list[jax.Array]
 
 
 class Programs:
-    """Compiled per padded shape on first use; the arena and the sampler state are donated.
+    """Compiled per padded shape on first use; the arenas and the sampler state are donated.
 
     Args:
       model: whose weights are handed to each call as leaves (`leaves`), so that nothing is baked into a program.
-      layout: of the arena.
+      layout: of the arenas.
     """
 
     def __init__(self, model: Decoder, layout: KVLayout) -> None:
@@ -38,7 +37,7 @@ class Programs:
         self.sample = jax.jit(self._sample, donate_argnums=2)
         self.score = jax.jit(self._score)
         self.set_slot = jax.jit(sampler.set_slot, donate_argnums=0)
-        self.gather = jax.jit(partial(gather_blocks, rows_per_page=layout.rows_per_page))
+        self.gather = jax.jit(gather_blocks, static_argnames="rows_per_page")
         self.scatter = jax.jit(scatter_blocks, donate_argnums=0)
 
     def _model(self, leaves: Leaves) -> Any:
@@ -47,35 +46,35 @@ class Programs:
     def _prefill(
         self,
         leaves: Leaves,
-        arena: Arena,
+        arenas: Arenas,
         tokens: Int32[Array, "seqs chunk"],
         starts: Int32[Array, " seqs"],
         counts: Int32[Array, " seqs"],
-        table: Int32[Array, "seqs width"],
-    ) -> tuple[Arena, Float[Array, "tokens hidden"], Float[Array, "seqs hidden"]]:
+        tables: tuple[GroupTable, ...],
+    ) -> tuple[Arenas, Float[Array, "tokens hidden"], Float[Array, "seqs hidden"]]:
         """Residual stream of all tokens, and of the last token of each chunk."""
         seqs, chunk = tokens.shape
         positions = starts[:, None] + jnp.arange(chunk, dtype=jnp.int32)[None, :]
-        attend = prefill_attend(self._layout, starts, counts, table, chunk)
-        x, arena = self._model(leaves)(tokens.reshape(-1), positions.reshape(-1), attend, arena)
+        attend = prefill_attend(self._layout, starts, counts, tables, chunk)
+        x, arenas = self._model(leaves)(tokens.reshape(-1), positions.reshape(-1), attend, arenas)
         last = jnp.arange(seqs, dtype=jnp.int32) * chunk + jnp.maximum(counts - 1, 0)
-        return arena, x, x[last]
+        return arenas, x, x[last]
 
     def _decode(
         self,
         leaves: Leaves,
-        arena: Arena,
+        arenas: Arenas,
         last_token: Int32[Array, " slots"],
         slots: Int32[Array, " seqs"],
         tokens: Int32[Array, " seqs"],
         positions: Int32[Array, " seqs"],
-        table: Int32[Array, "seqs width"],
-    ) -> tuple[Arena, Float[Array, "seqs hidden"]]:
+        tables: tuple[GroupTable, ...],
+    ) -> tuple[Arenas, Float[Array, "seqs hidden"]]:
         """Residual stream of one token of each sequence; a token of -1 stands for the last one sampled in its slot."""
         tokens = jnp.where(tokens < 0, last_token[slots], tokens)
-        attend = decode_attend(self._layout, positions, table)
-        x, arena = self._model(leaves)(tokens, jnp.maximum(positions, 0), attend, arena)
-        return arena, x
+        attend = decode_attend(self._layout, positions, tables)
+        x, arenas = self._model(leaves)(tokens, jnp.maximum(positions, 0), attend, arenas)
+        return arenas, x
 
     def _sample(
         self, leaves: Leaves, x: Float[Array, "rows hidden"], state: SamplerState, inputs: SampleInputs

@@ -1,52 +1,107 @@
-"""Where the keys and values of a token lie: pages, rows, blocks and their sizes."""
+"""Where the keys and values of a token lie: layer groups, pages, rows, blocks and their sizes."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 ROWS_PER_LAYER = 2  # one of keys, one of values
+
+
+def first_block(window: int | None, position: int, page_size: int) -> int:
+    """Number of the first block that a query at `position`, or a later one, sees through `window`."""
+    return 0 if window is None else max(0, position - window + 1) // page_size
+
+
+def most_blocks(window: int | None, queries: int, page_size: int, longest: int) -> int:
+    """Blocks that `queries` neighbouring queries of a sequence see at most, their own included.
+
+    Args:
+      window: sliding window in tokens, or None.
+      queries: tokens of a chunk; 1 for a decode step.
+      page_size: tokens a block.
+      longest: blocks of the longest sequence.
+    """
+    if window is None:
+        return longest
+    # Worst where the first of these tokens is the last one of its block.
+    return min(longest, (window - 1 + queries + page_size - 2) // page_size + 1)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerGroup:
+    """Layers that keep keys and values of the same tokens, and so share an arena, a page table and a freeing rule.
+
+    Attributes:
+      layers: their numbers, in order.
+      window: sliding window in tokens; None for layers that attend to everything.
+    """
+
+    layers: tuple[int, ...]
+    window: int | None = None
+
+    @property
+    def rows_per_page(self) -> int:
+        return len(self.layers) * ROWS_PER_LAYER
 
 
 @dataclass(frozen=True, slots=True)
 class KVLayout:
     """Page-major layout of the KV memory of one model.
 
-    A page holds `page_size` tokens of every layer. The arena is `[num_pages * rows_per_page, page_size, kv_heads,
-    head_dim]`; row `(page * num_layers + layer) * 2` holds keys, the next one values. So the Full Block of a page is
-    one contiguous run of rows, and a Layer Block a contiguous slice of it.
+    Each layer group has an arena of its own. A page of it holds `page_size` tokens of every layer of the group: the
+    arena is `[num_pages * rows_per_page, page_size, kv_heads, head_dim]`; row `(page * layers + index) * 2` holds the
+    keys of the group's layer number `index`, the next one its values. So the Full Block of a page is one contiguous run
+    of rows, and a Layer Block a contiguous slice of it.
 
     Attributes:
-      num_layers, kv_heads, head_dim: of the model.
+      groups: the one with full attention first, if there is one, then by window; every layer is in one of them.
+      kv_heads, head_dim: of the model.
       page_size: tokens a page.
       dtype: name of the element type, such as "float32" or "bfloat16".
       itemsize: bytes of an element.
     """
 
-    num_layers: int
+    groups: tuple[LayerGroup, ...]
     kv_heads: int
     head_dim: int
     page_size: int
     dtype: str
     itemsize: int
 
-    @property
-    def rows_per_page(self) -> int:
-        return self.num_layers * ROWS_PER_LAYER
+    @classmethod
+    def of_layers(
+        cls, windows: Sequence[int | None], *, kv_heads: int, head_dim: int, page_size: int, dtype: str, itemsize: int
+    ) -> Self:
+        """The layout of a model whose layer `i` has the sliding window `windows[i]`."""
+        sizes = sorted({0 if window is None else window for window in windows})
+        groups = tuple(
+            LayerGroup(tuple(i for i, window in enumerate(windows) if (window or 0) == size), size or None)
+            for size in sizes
+        )
+        return cls(groups, kv_heads, head_dim, page_size, dtype, itemsize)
 
     @property
-    def bytes_per_token(self) -> int:
-        return self.rows_per_page * self.kv_heads * self.head_dim * self.itemsize
+    def num_layers(self) -> int:
+        return sum(len(group.layers) for group in self.groups)
 
-    @property
-    def full_block_bytes(self) -> int:
-        """Bytes of a page in all layers."""
-        return self.bytes_per_token * self.page_size
+    def place_of(self, layer: int) -> tuple[int, int]:
+        """Number of the group of layer `layer`, and the layer's index in it."""
+        for number, group in enumerate(self.groups):
+            if layer in group.layers:
+                return number, group.layers.index(layer)
+        raise ValueError(f"{layer=} is not one of the {self.num_layers} layers")
 
-    def arena_shape(self, num_pages: int) -> tuple[int, int, int, int]:
-        return (num_pages * self.rows_per_page, self.page_size, self.kv_heads, self.head_dim)
+    def full_block_bytes(self, group: int = 0) -> int:
+        """Bytes of a page in all layers of a group."""
+        return self.groups[group].rows_per_page * self.page_size * self.kv_heads * self.head_dim * self.itemsize
 
-    def block_shape(self) -> tuple[int, int, int, int]:
-        return (self.rows_per_page, self.page_size, self.kv_heads, self.head_dim)
+    def arena_shape(self, num_pages: int, group: int = 0) -> tuple[int, int, int, int]:
+        return (num_pages * self.groups[group].rows_per_page, self.page_size, self.kv_heads, self.head_dim)
+
+    def block_shape(self, group: int = 0) -> tuple[int, int, int, int]:
+        return (self.groups[group].rows_per_page, self.page_size, self.kv_heads, self.head_dim)
 
     def pages_for(self, num_tokens: int) -> int:
         """Pages that hold `num_tokens` tokens."""
@@ -54,4 +109,5 @@ class KVLayout:
 
     def fingerprint(self) -> bytes:
         """What a block's bytes depend on besides the model and the tokens."""
-        return repr((self.num_layers, self.kv_heads, self.head_dim, self.page_size, self.dtype)).encode()
+        groups = tuple((group.layers, group.window) for group in self.groups)
+        return repr((groups, self.kv_heads, self.head_dim, self.page_size, self.dtype)).encode()

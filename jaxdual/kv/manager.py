@@ -8,26 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
+from jaxdual.kv.group import GroupAccount, GroupPages, Journal, KVStats, PageCopy
 from jaxdual.kv.keys import BlockKey
-from jaxdual.kv.prefix_tree import Node, PrefixTree
-from jaxdual.kv.slots import IntegrityError, SlotPool
+from jaxdual.kv.slots import IntegrityError
 
-
-@dataclass(frozen=True, slots=True)
-class PageCopy:
-    """One Full Block to move between the device and the host tier.
-
-    Attributes:
-      direction: "out" from page to slot, "in" from slot to page.
-      page: device page.
-      slot: host slot.
-    """
-
-    direction: Literal["out", "in"]
-    page: int
-    slot: int
+__all__ = ["Admission", "GroupPages", "KVManager", "KVStats", "PageCopy", "TableChange"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,100 +29,113 @@ class Admission:
     cached: int
 
 
-@dataclass(slots=True)
-class _Held:
-    """Pages of a running sequence: cached blocks first, which it has locked, then pages of its own."""
+@dataclass(frozen=True, slots=True)
+class TableChange:
+    """New entries of a sequence's page table in one layer group.
 
-    path: list[Node]
-    pages: list[int]  # all of them, in token order
+    Attributes:
+      group: number of the group.
+      first: number of the block that entry 0 is of, from now on.
+      start: the first entry that changes.
+      pages: entries from `start` on; those after them are used no more.
+    """
 
-    @property
-    def own(self) -> list[int]:
-        return self.pages[len(self.path) :]
-
-
-@dataclass(slots=True)
-class _Swapped:
-    """A preempted sequence's own pages in the host tier: blocks from number `first` on; `computed` tokens in all."""
-
+    group: int
     first: int
-    slots: list[int]
-    computed: int
-
-
-@dataclass(slots=True)
-class KVStats:
-    """Counters since start, in tokens or pages, and present occupation in pages."""
-
-    prefix_queries: int = 0
-    prefix_hits: int = 0
-    host_hits: int = 0
-    evictions: int = 0
-    copied_out: int = 0
-    copied_in: int = 0
+    start: int
+    pages: tuple[int, ...]
 
 
 class KVManager:
-    """Pages, prefix tree and host tier of one engine.
+    """Pages, cached blocks and host tiers of one engine: one account for each layer group, kept in step.
+
+    A sequence is admitted, grows, is swapped and released in all groups or in none. It goes on from a cached prefix if
+    every group has the blocks that later queries see: under full attention all of them, behind a window the last ones.
 
     Args:
-      num_pages: device pages.
+      groups: memory of each layer group, in the order of `KVLayout.groups`.
       page_size: tokens a page.
-      host_pages: capacity of the host tier in pages; 0 for none.
       prefix_caching: whether full blocks are shared between sequences.
+      max_chunk: tokens that a step computes of one sequence at most; None for a whole prompt. Behind a window, a
+        prompt is admitted with room for its window and one chunk.
     """
 
-    def __init__(self, num_pages: int, page_size: int, *, host_pages: int = 0, prefix_caching: bool = True) -> None:
+    def __init__(
+        self,
+        groups: Sequence[GroupPages],
+        page_size: int,
+        *,
+        prefix_caching: bool = True,
+        max_chunk: int | None = None,
+    ) -> None:
         self.page_size = page_size
-        self.num_pages = num_pages
         self.prefix_caching = prefix_caching
-        self.stats = KVStats()
-        self._pool = SlotPool(num_pages)
-        self._host = SlotPool(host_pages)
-        self._tree = PrefixTree()
-        self._held: dict[int, _Held] = {}
-        self._swapped: dict[int, _Swapped] = {}
-        self._copies: list[PageCopy] = []
+        self._journal = Journal()
+        self.groups = tuple(
+            GroupAccount(number, memory, page_size, max_chunk, self._journal) for number, memory in enumerate(groups)
+        )
+        self._published: dict[int, int] = {}  # of each running sequence, in blocks
+        self._swapped: dict[int, int] = {}  # of each swapped sequence: computed tokens
+
+    @property
+    def stats(self) -> KVStats:
+        return self._journal.stats
 
     # What the scheduler asks.
 
     @property
+    def num_pages(self) -> int:
+        """Device pages of all groups."""
+        return sum(group.memory.num_pages for group in self.groups)
+
+    @property
     def num_available(self) -> int:
-        """Pages that could be handed out now: free ones, and cached ones that nobody uses."""
-        return self._pool.num_free + self._tree.num_evictable
+        """Pages that could be handed out now, in all groups: free ones, and cached ones that nobody uses."""
+        return sum(group.num_available for group in self.groups)
 
     @property
     def num_cached(self) -> int:
-        """Device pages that hold cached blocks which nobody uses."""
-        return self._tree.num_evictable
+        """Device pages that hold cached blocks which nobody uses, in all groups."""
+        return sum(group.tree.num_evictable for group in self.groups)
 
     def pages_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.page_size)
 
-    def pages_of(self, seq_id: int) -> list[int]:
-        """Pages of a running sequence in token order; the manager's own list, not to be changed."""
-        return self._held[seq_id].pages
+    def pages_of(self, seq_id: int, group: int = 0) -> list[int]:
+        """Pages of a running sequence in a group, in token order; the account's own list, not to be changed."""
+        return self.groups[group].held[seq_id].pages
+
+    def first_of(self, seq_id: int, group: int = 0) -> int:
+        """Number of the first block whose page a running sequence still holds in a group."""
+        return self.groups[group].held[seq_id].first
 
     def num_cached_blocks(self, keys: Sequence[BlockKey]) -> int:
-        """Blocks of the longest cached prefix of `keys`, in any tier."""
-        return len(self._tree.match(keys)) if self.prefix_caching else 0
+        """Blocks of the longest prefix of `keys` that a sequence could go on from, in any tier."""
+        depth = len(keys) if self.prefix_caching else 0
+        # What one group allows, another may not; only less can follow, so this ends.
+        while True:
+            allowed = min(group.match(keys, depth) for group in self.groups)
+            if allowed == depth or len(self.groups) == 1:
+                return allowed
+            depth = allowed
 
-    def num_shared(self, seq_id: int) -> int:
-        """Blocks of a running sequence that lie in the prefix tree: its first ones."""
-        return len(self._held[seq_id].path)
+    def num_published(self, seq_id: int) -> int:
+        """Blocks of a running sequence, from its first one, that it took from the cache or has shared."""
+        return self._published[seq_id]
 
     def admit(
         self, seq_id: int, keys: Sequence[BlockKey], num_tokens: int, *, reserve: int = 0, use_cache: bool = True
     ) -> Admission | None:
-        """Gives a sequence pages for its first `num_tokens` tokens, cached and swapped ones where there are some.
+        """Gives a sequence room for its first `num_tokens` tokens, with cached and swapped blocks where there are some.
 
-        At least the last token is left to compute, since its logits are wanted.
+        At least the last token is left to compute, since its logits are wanted. Under full attention the sequence gets
+        all pages now; behind a window `grow` gives them, chunk by chunk.
 
         Args:
           seq_id: a sequence that holds nothing, or one that was swapped out.
           keys: keys of the full blocks among its first `num_tokens - 1` tokens.
           num_tokens: tokens to make room for.
-          reserve: pages that must stay available afterwards.
+          reserve: pages that must stay available afterwards, in each group.
           use_cache: False computes all tokens anew, for results that only computing gives.
 
         Returns:
@@ -145,46 +144,46 @@ class KVManager:
         Raises:
           IntegrityError: the sequence holds pages already.
         """
-        if seq_id in self._held:
+        if seq_id in self._published:
             raise IntegrityError(f"sequence {seq_id} is admitted already")
-        path = self._tree.match(keys) if self.prefix_caching and use_cache else []
+        usable = keys if self.prefix_caching and use_cache else []
+        depth = self.num_cached_blocks(usable)
+        cached = start = depth * self.page_size
+        usable, resumed = usable[:depth], None
         swapped = self._swapped.get(seq_id)
-        new_pages = self.pages_for(num_tokens) - sum(node.page is not None for node in path)
-        idle = sum(node.page is not None and node.locks == 0 for node in path)
-        if self.num_available - idle < new_pages + reserve:
+        if swapped is not None and swapped > cached:
+            before = keys[: swapped // self.page_size] if self.prefix_caching and use_cache else []
+            if all(group.can_resume(seq_id, before, swapped) for group in self.groups):
+                usable, start, resumed = before, swapped, swapped
+        offers = [group.offer(usable, start, num_tokens) for group in self.groups]
+        if not all(group.has_room(offer, reserve) for group, offer in zip(self.groups, offers, strict=True)):
             return None
 
-        self._tree.lock(path)
-        for node in path:
-            if node.page is None:
-                node.page = self._take_page()
-                self._copy("in", node.page, node.host_slot)
-                self.stats.host_hits += self.page_size
-        held = _Held(path=path, pages=[node.page for node in path if node.page is not None])
-        self._held[seq_id] = held
-        self._extend(held, self.pages_for(num_tokens))
-
-        computed = cached = len(path) * self.page_size
-        if swapped is not None:
-            del self._swapped[seq_id]
-            if swapped.first <= len(path) and swapped.computed > computed:
-                for block, slot in enumerate(swapped.slots, start=swapped.first):
-                    if block >= len(path):
-                        self._copy("in", held.pages[block], slot)
-                computed = swapped.computed
-            self._host.free(swapped.slots)
-        elif self.prefix_caching and use_cache:
+        from_host: set[int] = set()
+        for group, offer in zip(self.groups, offers, strict=True):
+            from_host |= group.admit(seq_id, offer, num_tokens, resumed)
+        self._published[seq_id] = min(offer.first + len(offer.path) for offer in offers)
+        self._swapped.pop(seq_id, None)
+        self.stats.host_hits += len(from_host) * self.page_size
+        if swapped is None and self.prefix_caching and use_cache:
             self.stats.prefix_queries += num_tokens
             self.stats.prefix_hits += cached
-        return Admission(computed=computed, cached=cached)
+        return Admission(computed=start, cached=cached)
 
-    def grow(self, seq_id: int, num_tokens: int) -> bool:
-        """Makes room for `num_tokens` tokens of a running sequence; False, with nothing changed, if there is none."""
-        held = self._held[seq_id]
-        missing = self.pages_for(num_tokens) - len(held.pages)
-        if missing > self.num_available:
+    def grow(self, seq_id: int, start: int, end: int) -> bool:
+        """Makes room for computing the positions `start` to `end - 1` of a running sequence.
+
+        Behind a window, blocks that no query from `start` on sees are given back first, in any case.
+
+        Returns:
+          False, and nothing more has changed, if some group has no room.
+        """
+        for group in self.groups:
+            group.leave(seq_id, start)
+        if not all(group.has_room_for(seq_id, end) for group in self.groups):
             return False
-        self._extend(held, self.pages_for(num_tokens))
+        for group in self.groups:
+            group.extend(seq_id, end)
         return True
 
     def publish(self, seq_id: int, keys: Sequence[BlockKey]) -> None:
@@ -194,32 +193,26 @@ class KVManager:
         """
         if not self.prefix_caching:
             return
-        held = self._held[seq_id]
-        while len(held.path) < len(keys):
-            block = len(held.path)
-            key = keys[block]
-            page = held.pages[block]
-            node = self._tree.get(key)
-            if node is None:
-                node = self._tree.insert(held.path[-1] if held.path else None, key)
-                node.page = page
-            elif node.page is None:
-                node.page = page
-            else:
-                held.pages[block] = node.page
-                self._pool.free([page])
-            self._tree.lock([node])
-            held.path.append(node)
+        for group in self.groups:
+            group.publish(seq_id, keys)
+        self._published[seq_id] = max(self._published[seq_id], len(keys))
+
+    def take_changes(self, seq_id: int) -> list[TableChange]:
+        """Entries of a running sequence's page tables that have changed since the last call, each handed out once."""
+        changes = []
+        for number, group in enumerate(self.groups):
+            held = group.held[seq_id]
+            if held.told < len(held.pages):
+                changes.append(TableChange(number, held.first, held.told, tuple(held.pages[held.told :])))
+                held.told = len(held.pages)
+        return changes
 
     def release(self, seq_id: int) -> None:
         """Takes back everything that a sequence has, running or swapped out; what it published stays cached."""
-        held = self._held.pop(seq_id, None)
-        if held is not None:
-            self._tree.unlock(held.path)
-            self._pool.free(held.own)
-        swapped = self._swapped.pop(seq_id, None)
-        if swapped is not None:
-            self._host.free(swapped.slots)
+        self._published.pop(seq_id, None)
+        self._swapped.pop(seq_id, None)
+        for group in self.groups:
+            group.release(seq_id)
 
     def swap_out(self, seq_id: int, computed: int) -> bool:
         """Moves a running sequence's own pages to the host tier, and releases its cached ones.
@@ -229,107 +222,35 @@ class KVManager:
           computed: tokens whose keys and values it has.
 
         Returns:
-          False, and nothing but the host tier's cached blocks has changed, if that tier has no room.
+          False, and only the host tier's cached blocks and blocks out of sight have changed, if that tier has no room.
         """
-        held = self._held[seq_id]
-        moving = held.own[: max(0, self.pages_for(computed) - len(held.path))]
-        slots: list[int] = []
-        for _ in moving:
-            slot = self._take_host_slot()
-            if slot is None:
-                self._host.free(slots)
+        slots: list[list[int]] = []
+        for group in self.groups:
+            group.leave(seq_id, computed)
+            taken = group.reserve_slots(seq_id, computed)
+            if taken is None:
+                for other, others in zip(self.groups, slots, strict=False):
+                    other.return_slots(others)
                 return False
-            slots.append(slot)
-        for page, slot in zip(moving, slots, strict=True):
-            self._copy("out", page, slot)
-        self._swapped[seq_id] = _Swapped(first=len(held.path), slots=slots, computed=computed)
-        del self._held[seq_id]
-        self._tree.unlock(held.path)
-        self._pool.free(held.own)
+            slots.append(taken)
+        for group, own in zip(self.groups, slots, strict=True):
+            group.swap_out(seq_id, own)
+        del self._published[seq_id]
+        self._swapped[seq_id] = computed
         return True
 
     def take_copies(self) -> tuple[PageCopy, ...]:
         """Copies to make, in this order, before the next step; each is handed out once."""
-        copies = tuple(self._copies)
-        self._copies.clear()
+        copies = tuple(self._journal.copies)
+        self._journal.copies.clear()
         return copies
 
     def check_integrity(self) -> None:
         """Raises `IntegrityError` unless every page and slot has exactly one owner and all links agree."""
-        self._tree.check()
-        on_device = [node.page for node in self._tree if node.page is not None]
-        own = [page for held in self._held.values() for page in held.own]
-        self._pool.check(on_device + own)
-        on_host = [node.host_slot for node in self._tree if node.host_slot is not None]
-        self._host.check(on_host + [slot for swapped in self._swapped.values() for slot in swapped.slots])
-        locks: dict[BlockKey, int] = {}
-        for seq_id, held in self._held.items():
-            if held.pages[: len(held.path)] != [node.page for node in held.path]:
-                raise IntegrityError(f"sequence {seq_id}: its first pages are not those of its cached blocks")
-            for node in held.path:
-                locks[node.key] = locks.get(node.key, 0) + 1
-        for node in self._tree:
-            if node.locks != locks.get(node.key, 0):
-                raise IntegrityError(
-                    f"block {node.key.hex()[:12]} has {node.locks} locks, not {locks.get(node.key, 0)}"
-                )
+        for group in self.groups:
+            group.check(set(self._published), set(self._swapped))
 
     @property
     def num_held(self) -> int:
         """Sequences that hold pages or host slots."""
-        return len(self._held) + len(self._swapped)
-
-    # How pages and slots are found.
-
-    def _extend(self, held: _Held, num_pages: int) -> None:
-        while len(held.pages) < num_pages:
-            held.pages.append(self._take_page())
-
-    def _take_page(self) -> int:
-        page = self._pool.take()
-        return self._evict() if page is None else page
-
-    def _evict(self) -> int:
-        node = self._tree.pop_device_victim()
-        if node is None or node.page is None:
-            raise IntegrityError("a page was promised, but none can be had")
-        page, node.page = node.page, None
-        self.stats.evictions += 1
-        if node.host_slot is None:
-            slot = self._take_host_slot()
-            if slot is None:
-                self._drop(node)
-                return page
-            self._copy("out", page, slot)
-            self._tree.set_host_slot(node, slot)
-        return page
-
-    def _take_host_slot(self) -> int | None:
-        slot = self._host.take()
-        if slot is not None:
-            return slot
-        victim = self._tree.host_victim()
-        if victim is None:
-            return None
-        slot = victim.host_slot
-        if victim.page is not None:
-            self._tree.set_host_slot(victim, None)
-        else:
-            self._drop(victim, keep_slot=True)
-        return slot
-
-    def _drop(self, node: Node, *, keep_slot: bool = False) -> None:
-        for removed in self._tree.remove(node):
-            if removed.page is not None:
-                self._pool.free([removed.page])
-            if removed.host_slot is not None and not (keep_slot and removed is node):
-                self._host.free([removed.host_slot])
-
-    def _copy(self, direction: Literal["out", "in"], page: int, slot: int | None) -> None:
-        if slot is None:
-            raise IntegrityError("a block to be copied lies in no host slot")
-        self._copies.append(PageCopy(direction, page, slot))
-        if direction == "out":
-            self.stats.copied_out += 1
-        else:
-            self.stats.copied_in += 1
+        return len(self._published) + len(self._swapped)

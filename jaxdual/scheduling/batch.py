@@ -14,7 +14,7 @@ from enum import Enum
 from typing import Literal
 
 from jaxdual.kv.keys import BlockKey, KeyChain
-from jaxdual.kv.manager import KVManager, PageCopy
+from jaxdual.kv.manager import KVManager, PageCopy, TableChange
 from jaxdual.kv.slots import IntegrityError
 
 
@@ -88,7 +88,6 @@ class Chunk:
       seq_id, slot: the sequence and its row of the per-sequence device state.
       start: position of the first token.
       tokens: the tokens.
-      pages: pages of the sequence up to the last token of the chunk.
       samples: whether this is the last chunk, whose last position gives a token.
       output_index: number of the output token that it gives, from 0.
     """
@@ -97,7 +96,6 @@ class Chunk:
     slot: int
     start: int
     tokens: Sequence[int]
-    pages: Sequence[int]
     samples: bool
     output_index: int
 
@@ -111,7 +109,6 @@ class Row:
       position: of the input token.
       token: the input token; None if the step before sampled it and only the device knows it.
       output_index: number of the output token that this step samples, from 0.
-      pages: pages of the sequence in token order.
     """
 
     seq_id: int
@@ -119,21 +116,22 @@ class Row:
     position: int
     token: int | None
     output_index: int
-    pages: Sequence[int]
 
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """One step: copies first, in order, then chunks and rows.
+    """One step: copies and page tables first, each in order, then chunks and rows.
 
     Attributes:
       copies: pages to move between tiers.
+      tables: what changes in page tables, with the slot of each; the tables of a slot keep everything else.
       admitted: sequences that run from this step on, whose device state must be set before.
       chunks, rows: what to compute.
       preempted: sequences that had to give way.
     """
 
     copies: tuple[PageCopy, ...]
+    tables: tuple[tuple[int, TableChange], ...]
     admitted: tuple[int, ...]
     chunks: tuple[Chunk, ...]
     rows: tuple[Row, ...]
@@ -181,6 +179,7 @@ class _Plan:
     """A step being planned."""
 
     budget: int
+    tables: list[tuple[int, TableChange]] = field(default_factory=list)
     admitted: list[int] = field(default_factory=list)
     chunks: list[Chunk] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
@@ -190,9 +189,10 @@ class _Plan:
 class BatchScheduler:
     """Continuous batching: decode first, then prompts in order, in chunks.
 
-    A prompt's pages are reserved as a whole at admission; a decoding sequence takes a page at a time, and if none is to
-    be had, the sequence last in order gives way. The first in order is never asked to while another one runs, and KV
-    memory holds at least one sequence of the greatest length, so something always goes on.
+    A prompt has room from its admission on: all pages, or behind a sliding window those of the window and a chunk. A
+    decoding sequence takes a page at a time. If none is to be had, the sequence last in order gives way. The first in
+    order is never asked to while another one runs, and KV memory holds at least one sequence of the greatest length,
+    so something always goes on.
 
     A sequence whose next block another one is about to compute waits for it, and then finds it in the prefix cache: a
     prompt that many requests share is computed once, also when they come together.
@@ -244,13 +244,12 @@ class BatchScheduler:
         """
         step = _Plan(budget=self.limits.max_num_batched_tokens)
         self._plan_rows(step)
-        for sequence in self._running:
-            if not sequence.wants_decode:
-                self._plan_chunk(step, sequence)
+        self._plan_chunks(step)
         if not step.preempted:
             self._admit(step, now)
         plan = StepPlan(
             copies=self._kv.take_copies(),
+            tables=tuple(step.tables),
             admitted=tuple(step.admitted),
             chunks=tuple(step.chunks),
             rows=tuple(step.rows),
@@ -277,11 +276,6 @@ class BatchScheduler:
                 self.finish(sequence, "stop")
             elif sequence.num_output >= sequence.max_output:
                 self.finish(sequence, "length")
-
-    def publish_prompt(self, sequence: SequenceState) -> None:
-        """Shares the blocks of a chunk whose step has run, while more of the prompt is still to come."""
-        if sequence.phase is Phase.RUNNING:
-            self._publish(sequence)
 
     def check_integrity(self) -> None:
         """Raises `IntegrityError` unless queues, slots and KV accounting agree."""
@@ -310,12 +304,24 @@ class BatchScheduler:
                 continue
             if step.budget == 0:
                 return
-            while not self._kv.grow(sequence.seq_id, sequence.computed + 1):
-                victim = self._running[-1]
-                self._preempt(step, victim)
-                if victim is sequence:
-                    return
+            self._publish_planned(sequence)
+            if not self._make_room(step, sequence, 1):
+                return
             self._plan_row(step, sequence)
+
+    def _make_room(self, step: _Plan, sequence: SequenceState, length: int) -> bool:
+        """Pages for the next `length` tokens, taken from the last in order if need be; False if this is that one."""
+        while not self._kv.grow(sequence.seq_id, sequence.computed, sequence.computed + length):
+            victim = self._running[-1]
+            self._preempt(step, victim)
+            if victim is sequence:
+                return False
+        self._tell_tables(step, sequence)
+        return True
+
+    def _tell_tables(self, step: _Plan, sequence: SequenceState) -> None:
+        for change in self._kv.take_changes(sequence.seq_id):
+            step.tables.append((sequence.slot, change))
 
     def _plan_row(self, step: _Plan, sequence: SequenceState) -> None:
         step.rows.append(
@@ -325,7 +331,6 @@ class BatchScheduler:
                 position=sequence.computed,
                 token=None if sequence.pending else sequence.tokens[-1],
                 output_index=sequence.num_output + sequence.pending,
-                pages=tuple(self._kv.pages_of(sequence.seq_id)),
             )
         )
         sequence.computed += 1
@@ -333,6 +338,12 @@ class BatchScheduler:
         step.budget -= 1
 
     def _preempt(self, step: _Plan, victim: SequenceState) -> None:
+        if step.rows and step.rows[-1].seq_id == victim.seq_id:
+            # A chunk needs room, and rows are planned before chunks.
+            step.rows.pop()
+            victim.computed -= 1
+            victim.pending -= 1
+            step.budget += 1
         step.preempted.append(victim.seq_id)
         if self.limits.preemption == "swap" and self._kv.swap_out(victim.seq_id, victim.computed):
             self.stats.preemptions_swap += 1
@@ -346,10 +357,22 @@ class BatchScheduler:
 
     # Chunks.
 
-    def _plan_chunk(self, step: _Plan, sequence: SequenceState) -> None:
-        length = min(len(sequence.tokens) - sequence.computed, step.budget, self.limits.max_chunk)
-        if length <= 0:
-            return
+    def _plan_chunks(self, step: _Plan) -> None:
+        position = 0
+        while position < len(self._running):
+            sequence = self._running[position]
+            position += 1
+            if sequence.wants_decode:
+                continue
+            self._publish_planned(sequence)
+            length = self._chunk_length(step, sequence)
+            if length > 0 and self._make_room(step, sequence, length):
+                self._plan_chunk(step, sequence, length)
+
+    def _chunk_length(self, step: _Plan, sequence: SequenceState) -> int:
+        return min(len(sequence.tokens) - sequence.computed, step.budget, self.limits.max_chunk)
+
+    def _plan_chunk(self, step: _Plan, sequence: SequenceState, length: int) -> None:
         end = sequence.computed + length
         samples = end == len(sequence.tokens)
         step.chunks.append(
@@ -358,7 +381,6 @@ class BatchScheduler:
                 slot=sequence.slot,
                 start=sequence.computed,
                 tokens=sequence.tokens[sequence.computed : end],
-                pages=tuple(self._kv.pages_of(sequence.seq_id)[: self._kv.pages_for(end)]),
                 samples=samples,
                 output_index=sequence.num_output,
             )
@@ -395,12 +417,16 @@ class BatchScheduler:
                 sequence.cached = admission.cached
             bisect.insort(self._running, sequence, key=lambda s: s.order)
             step.admitted.append(sequence.seq_id)
-            for key in keys[self._kv.num_shared(sequence.seq_id) :] if self._kv.prefix_caching else ():
+            for key in keys[self._kv.num_published(sequence.seq_id) :] if self._kv.prefix_caching else ():
                 self._coming.setdefault(key, sequence.seq_id)
+            length = 1 if sequence.wants_decode else self._chunk_length(step, sequence)
+            if not self._kv.grow(sequence.seq_id, sequence.computed, sequence.computed + length):
+                raise IntegrityError(f"sequence {sequence.seq_id} was admitted without room for {length} tokens")
+            self._tell_tables(step, sequence)
             if sequence.wants_decode:
                 self._plan_row(step, sequence)
             else:
-                self._plan_chunk(step, sequence)
+                self._plan_chunk(step, sequence, length)
 
     def _is_coming(self, sequence: SequenceState, keys: Sequence[BlockKey]) -> bool:
         """Whether a running sequence is about to share the first block that this one would not find in the cache."""
@@ -417,12 +443,21 @@ class BatchScheduler:
         self._slots.append(sequence.slot)
         sequence.slot = -1
 
+    def _publish_planned(self, sequence: SequenceState) -> None:
+        """Shares what earlier steps compute, before blocks out of sight are given back.
+
+        Those steps may still be under way, but whoever reads the blocks is dispatched later.
+        """
+        if sequence.num_output == 0:
+            self._publish(sequence)
+
     def _publish(self, sequence: SequenceState) -> None:
         blocks = min(sequence.computed, len(sequence.tokens)) // self._kv.page_size
-        if blocks <= self._kv.num_shared(sequence.seq_id) or not self._kv.prefix_caching:
+        published = self._kv.num_published(sequence.seq_id)
+        if blocks <= published or not self._kv.prefix_caching:
             return
         keys = sequence.keys.upto(sequence.tokens, blocks)
-        self._forget_coming(sequence, keys[self._kv.num_shared(sequence.seq_id) :])
+        self._forget_coming(sequence, keys[published:])
         self._kv.publish(sequence.seq_id, keys)
 
     def _forget_coming(self, sequence: SequenceState, keys: Sequence[BlockKey]) -> None:

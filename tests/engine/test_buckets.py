@@ -12,9 +12,8 @@ from jaxdual.scheduling.batch import Chunk
 sizes = st.tuples(st.integers(1, 80), st.integers(1, 700), st.sampled_from([1, 2, 16, 64]), st.integers(1, 300))
 
 
-def chunk_of(seq_id: int, length: int, start: int, page_size: int) -> Chunk:
-    pages = range(-(-(start + length) // page_size))
-    return Chunk(seq_id, seq_id, start, [1] * length, pages, samples=True, output_index=0)
+def chunk_of(seq_id: int, length: int, start: int) -> Chunk:
+    return Chunk(seq_id, seq_id, start, [1] * length, samples=True, output_index=0)
 
 
 @settings(max_examples=300, derandomize=True, deadline=None)
@@ -36,7 +35,7 @@ def test_every_shape_of_run_time_is_enumerated_and_holds_its_work(
     for seq_id in range(data.draw(st.integers(0, min(max_num_seqs, 12)))):
         length = data.draw(st.integers(1, max_chunk))
         start = data.draw(st.integers(0, max_pages * page_size - length))
-        chunks.append(chunk_of(seq_id, length, start, page_size))
+        chunks.append(chunk_of(seq_id, length, start))
     batches = buckets.prefill(chunks)
     assert sorted(chunk.seq_id for batch in batches for chunk in batch.chunks) == list(range(len(chunks)))
     shapes = set(buckets.prefill_shapes())
@@ -45,7 +44,7 @@ def test_every_shape_of_run_time_is_enumerated_and_holds_its_work(
         assert batch.shape.rows in buckets.rows  # the sampler is compiled for these row counts only
         assert 1 <= len(batch.chunks) <= batch.shape.rows
         assert all(len(chunk.tokens) <= batch.shape.chunk for chunk in batch.chunks)
-        assert all(len(chunk.pages) <= batch.shape.width for chunk in batch.chunks)
+        assert all(-(-(chunk.start + len(chunk.tokens)) // page_size) <= batch.shape.width for chunk in batch.chunks)
         assert batch.shape.tokens == batch.shape.rows * batch.shape.chunk
 
 
@@ -75,16 +74,21 @@ def test_number_of_programs_stays_small() -> None:
 
 def test_short_prompts_share_a_prefill() -> None:
     buckets = Buckets(max_num_seqs=64, max_pages=16, max_chunk=512, page_size=64)
-    (batch,) = buckets.prefill([chunk_of(i, 20, 0, 64) for i in range(16)])
+    (batch,) = buckets.prefill([chunk_of(i, 20, 0) for i in range(16)])
     assert (batch.shape.rows, batch.shape.chunk) == (16, 32)
-    (batch,) = buckets.prefill([chunk_of(0, 400, 0, 64)])
+    (batch,) = buckets.prefill([chunk_of(0, 400, 0)])
     assert (batch.shape.rows, batch.shape.chunk) == (1, 512)
 
 
-@pytest.mark.parametrize(("rows", "pages"), [(65, 1), (1, 17)])
-def test_work_above_the_largest_bucket_is_refused(rows: int, pages: int) -> None:
+def test_more_rows_than_the_largest_bucket_are_refused() -> None:
     with pytest.raises(ValueError, match="above the largest bucket"):
-        Buckets(64, 16, 512, 64).decode(rows, pages)
+        Buckets(64, 16, 512, 64).decode(65, 1)
+
+
+def test_behind_a_window_longer_sequences_need_no_longer_tables() -> None:
+    buckets = Buckets(64, 16, 512, 64)
+    assert buckets.decode(1, 100) == buckets.decode(1, 16)
+    assert buckets.prefill([chunk_of(0, 400, 50_000)])[0].shape.width == 16
 
 
 def test_nothing_to_prefill_is_no_batch() -> None:

@@ -18,7 +18,7 @@ from jaxdual.kv.layout import KVLayout
 from jaxdual.telemetry import CompileCounter
 from tests.engine.models import FIXTURES, load
 
-LAYOUT = KVLayout(num_layers=4, kv_heads=2, head_dim=16, page_size=64, dtype="float32", itemsize=4)
+LAYOUT = KVLayout.of_layers((None,) * 4, kv_heads=2, head_dim=16, page_size=64, dtype="float32", itemsize=4)
 PAGES = 512
 I32 = jnp.int32
 

@@ -8,19 +8,44 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxdual.kv.keys import KeyChain, child_key, root_key
-from jaxdual.kv.layout import KVLayout
+from jaxdual.kv.layout import KVLayout, first_block, most_blocks
 from jaxdual.kv.prefix_tree import PrefixTree
 from jaxdual.kv.slots import IntegrityError, SlotPool
 
-LAYOUT = KVLayout(num_layers=3, kv_heads=2, head_dim=5, page_size=4, dtype="bfloat16", itemsize=2)
+SIZES = {"kv_heads": 2, "head_dim": 5, "page_size": 4, "dtype": "bfloat16", "itemsize": 2}
+LAYOUT = KVLayout.of_layers((None,) * 3, **SIZES)  # type: ignore[arg-type]
 
 
 def test_layout_sizes_agree_with_an_array_of_that_shape() -> None:
     arena = np.zeros(LAYOUT.arena_shape(7), np.float16)
-    assert arena.nbytes == 7 * LAYOUT.full_block_bytes
-    assert np.zeros(LAYOUT.block_shape(), np.float16).nbytes == LAYOUT.full_block_bytes
-    assert LAYOUT.full_block_bytes == 4 * LAYOUT.bytes_per_token
-    assert LAYOUT.bytes_per_token == 3 * 2 * 2 * 5 * 2  # layers, K and V, heads, head_dim, bytes
+    assert arena.nbytes == 7 * LAYOUT.full_block_bytes()
+    assert np.zeros(LAYOUT.block_shape(), np.float16).nbytes == LAYOUT.full_block_bytes()
+    assert LAYOUT.full_block_bytes() == 4 * 3 * 2 * 2 * 5 * 2  # tokens, layers, K and V, heads, head_dim, bytes
+
+
+def test_layers_of_one_window_share_a_group() -> None:
+    layout = KVLayout.of_layers((8, None, 8, 4, None, 8), **SIZES)  # type: ignore[arg-type]
+    assert [(group.layers, group.window) for group in layout.groups] == [((1, 4), None), ((3,), 4), ((0, 2, 5), 8)]
+    assert [layout.place_of(layer) for layer in range(6)] == [(2, 0), (0, 0), (2, 1), (1, 0), (0, 1), (2, 2)]
+    assert [layout.full_block_bytes(group) for group in range(3)] == [320, 160, 480]
+    assert layout.arena_shape(5, 2) == (5 * 6, 4, 2, 5)
+    with pytest.raises(ValueError, match="layer=6"):
+        layout.place_of(6)
+
+
+@settings(max_examples=200, derandomize=True, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 9), st.integers(0, 100))
+def test_most_blocks_is_the_greatest_number_that_queries_see(
+    window: int, queries: int, page_size: int, start: int
+) -> None:
+    def seen(start: int) -> int:
+        return (start + queries - 1) // page_size - first_block(window, start, page_size) + 1
+
+    most = most_blocks(window, queries, page_size, 10**6)
+    assert seen(start) <= most
+    assert most == max(seen(window + offset) for offset in range(page_size))
+    assert most_blocks(window, queries, page_size, 2) == min(most, 2)
+    assert most_blocks(None, queries, page_size, 7) == 7
 
 
 @pytest.mark.parametrize(("tokens", "pages"), [(0, 0), (1, 1), (4, 1), (5, 2), (8, 2)])
@@ -28,11 +53,11 @@ def test_pages_for_rounds_up(tokens: int, pages: int) -> None:
     assert LAYOUT.pages_for(tokens) == pages
 
 
-@pytest.mark.parametrize("field", ["num_layers", "kv_heads", "head_dim", "page_size", "dtype"])
-def test_layout_fingerprint_depends_on_every_part(field: str) -> None:
-    values = {"num_layers": 3, "kv_heads": 2, "head_dim": 5, "page_size": 4, "dtype": "bfloat16", "itemsize": 2}
-    values[field] = "float16" if field == "dtype" else 9
-    assert KVLayout(**values).fingerprint() != LAYOUT.fingerprint()  # type: ignore[arg-type]
+@pytest.mark.parametrize("field", ["windows", "kv_heads", "head_dim", "page_size", "dtype"])
+@pytest.mark.parametrize("windows", [(None, None), (None, None, 8), (None, None, None, None)])
+def test_layout_fingerprint_depends_on_every_part(field: str, windows: tuple[int | None, ...]) -> None:
+    values = SIZES | {"windows": (None,) * 3, field: {"windows": windows, "dtype": "float16"}.get(field, 9)}
+    assert KVLayout.of_layers(**values).fingerprint() != LAYOUT.fingerprint()  # type: ignore[arg-type]
 
 
 def test_root_key_keeps_its_parts_apart() -> None:

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxdual.kv.keys import KeyChain, root_key
-from jaxdual.kv.manager import KVManager
+from jaxdual.kv.layout import most_blocks
+from jaxdual.kv.manager import GroupPages, KVManager
 from jaxdual.kv.slots import IntegrityError
 from jaxdual.scheduling.batch import BatchLimits, BatchScheduler, Phase, SequenceState, StepPlan
 from tests.kv.memory import Memory
@@ -62,7 +63,10 @@ class Simulation:
     def __init__(self, kv: KVManager, limits: BatchLimits, *, late: bool) -> None:
         self.kv, self.limits, self.late = kv, limits, late
         self.scheduler = BatchScheduler(limits, kv)
-        self.memory = Memory(kv.page_size)
+        self.windows = [group.memory.window for group in kv.groups]
+        self.memory = Memory(kv.page_size, self.windows)
+        # Page tables of each slot: first block and pages in each group, as the plans' changes left them.
+        self.tables: dict[int, list[tuple[int, list[int]]]] = {}
         self.jobs: dict[int, Job] = {}
         self.last_token: dict[int, int | None] = {}
         self.flight: tuple[StepPlan, list[tuple[int, int]]] | None = None
@@ -152,16 +156,11 @@ class Simulation:
         self.memory.execute(plan.copies)
         for seq_id in plan.admitted:
             self.last_token[self.jobs[seq_id].sequence.slot] = None
-        size = self.kv.page_size
-        written = [(row.pages[row.position // size], row.seq_id) for row in plan.rows]  # page, sequence
-        written += [
-            (chunk.pages[position // size], chunk.seq_id)
-            for chunk in plan.chunks
-            for position in range(chunk.start, chunk.start + len(chunk.tokens))
-        ]
-        for part in [*plan.rows, *plan.chunks]:
-            foreign = {page for page, seq_id in written if seq_id != part.seq_id}
-            assert not foreign & set(part.pages), "reads a page that another sequence writes in this step"
+        for slot, change in plan.tables:
+            table = self.tables.setdefault(slot, [(0, [])] * len(self.windows))
+            pages = [*table[change.group][1][: change.start], *change.pages]
+            table[change.group] = (change.first, pages)
+        self._check_tables(plan)
         sampled = []
         for row in plan.rows:
             job = self.jobs[row.seq_id]
@@ -169,28 +168,45 @@ class Simulation:
             assert row.output_index == row.position + 1 - job.sequence.prompt_length
             token = self.last_token[row.slot] if row.token is None else row.token
             assert token is not None
-            self.memory.check(row.pages, job.expected, row.position)
-            prefix = self._prefix(row.pages, row.position)
-            self.memory.write(row.pages, row.position, (*prefix, token))
-            sampled.append((row.seq_id, self._sample(row.slot, (*prefix, token), job.seed)))
+            prefix = self._compute(row.slot, row.position, tuple(job.expected[: row.position]), token)
+            sampled.append((row.seq_id, self._sample(row.slot, prefix, job.seed)))
         for chunk in plan.chunks:
             job = self.jobs[chunk.seq_id]
             assert chunk.slot == job.sequence.slot
             end = chunk.start + len(chunk.tokens)
-            self.memory.check(chunk.pages, job.expected, chunk.start)
-            prefix = self._prefix(chunk.pages, chunk.start)
+            prefix = tuple(job.expected[: chunk.start])
             for offset, token in enumerate(chunk.tokens):
-                prefix = (*prefix, token)
-                self.memory.write(chunk.pages, chunk.start + offset, prefix)
+                prefix = self._compute(chunk.slot, chunk.start + offset, prefix, token)
             if chunk.samples:
                 assert chunk.output_index == end - job.sequence.prompt_length
                 sampled.append((chunk.seq_id, self._sample(chunk.slot, prefix, job.seed)))
         return sampled
 
-    def _prefix(self, pages: Sequence[int], position: int) -> tuple[int, ...]:
-        cell = self.memory.read(pages, position - 1) if position else ()
-        assert cell is not None
-        return cell
+    def _compute(self, slot: int, position: int, prefix: tuple[int, ...], token: int) -> tuple[int, ...]:
+        """Writes one token in all groups, after a look at what it sees of those before."""
+        for group, (first, pages) in enumerate(self.tables[slot]):
+            self.memory.check(pages, prefix, position, group=group, first=first)
+            self.memory.write(pages, position, (*prefix, token), group=group, first=first)
+        return (*prefix, token)
+
+    def _check_tables(self, plan: StepPlan) -> None:
+        """Behind a window few pages are held, and no sequence holds one that another writes in this step."""
+        size = self.kv.page_size
+        spans = [(row.seq_id, row.slot, row.position, 1) for row in plan.rows]
+        spans += [(chunk.seq_id, chunk.slot, chunk.start, len(chunk.tokens)) for chunk in plan.chunks]
+        for group, window in enumerate(self.windows):
+            writers: dict[int, int] = {}
+            for seq_id, slot, start, length in spans:
+                first, pages = self.tables[slot][group]
+                assert pages == self.kv.pages_of(seq_id, group)
+                assert first == self.kv.first_of(seq_id, group)
+                if window is not None:
+                    assert len(pages) <= most_blocks(window, length, size, 10**6)
+                for block in range(start // size, (start + length - 1) // size + 1):
+                    assert writers.setdefault(pages[block - first], seq_id) == seq_id, "two write one page"
+            for seq_id, slot, _, _ in spans:
+                for page in self.tables[slot][group][1]:
+                    assert writers.get(page, seq_id) == seq_id, "reads a page that another writes in this step"
 
     def _sample(self, slot: int, prefix: tuple[int, ...], seed: int) -> int:
         token = next_token(prefix, seed)
@@ -198,9 +214,6 @@ class Simulation:
         return token
 
     def _retire(self, plan: StepPlan, sampled: list[tuple[int, int]]) -> None:
-        for chunk in plan.chunks:
-            if not chunk.samples:
-                self.scheduler.publish_prompt(self.jobs[chunk.seq_id].sequence)
         for seq_id, token in sampled:
             self.scheduler.complete([(self.jobs[seq_id].sequence, token)])
 
@@ -226,16 +239,23 @@ def run_random(
     preemption: Literal["recompute", "swap"],
     prefix_caching: bool,
     host_pages: int,
+    windows: tuple[int | None, ...] = (None,),
 ) -> Simulation:
     """Requests, groups and aborts at random times, in very little memory."""
     draw = random.Random(seed)
     page_size = draw.choice((1, 2, 3))
     num_pages = draw.randint(3, 9)
-    longest = num_pages * page_size
+    longest = (num_pages if None in windows else 12) * page_size
     seqs = draw.randint(1, 5)
     tokens = draw.randint(seqs, seqs + 8)
     limits = BatchLimits(seqs, tokens, draw.randint(1, tokens), preemption)
-    kv = KVManager(num_pages, page_size, host_pages=host_pages, prefix_caching=prefix_caching)
+    blocks = -(-longest // page_size)
+    memory = [GroupPages(num_pages, host_pages)] if None in windows else []
+    for window in windows:
+        if window is not None:
+            least_pages = most_blocks(window, limits.max_chunk, page_size, blocks)
+            memory.append(GroupPages(least_pages + draw.choice((0, 1, 4)), host_pages, window))
+    kv = KVManager(memory, page_size, prefix_caching=prefix_caching, max_chunk=limits.max_chunk)
     simulation = Simulation(kv, limits, late=late)
     ids = 0
     for _ in range(draw.randint(2, 9)):
@@ -282,19 +302,33 @@ def run_random(
         ("swap", False, 4),
     ],
 )
-@settings(max_examples=120, derandomize=True, deadline=None)
+@pytest.mark.parametrize("windows", [(None,), (5,), (None, 4), (None, 1, 6)])
+@settings(max_examples=100, derandomize=True, deadline=None)
 @given(seed=st.integers(0, 2**32))
 def test_every_sequence_gets_its_tokens(
-    late: bool, preemption: Literal["recompute", "swap"], prefix_caching: bool, host_pages: int, seed: int
+    late: bool,
+    preemption: Literal["recompute", "swap"],
+    prefix_caching: bool,
+    host_pages: int,
+    windows: tuple[int | None, ...],
+    seed: int,
 ) -> None:
-    run_random(seed, late=late, preemption=preemption, prefix_caching=prefix_caching, host_pages=host_pages)
+    run_random(
+        seed,
+        late=late,
+        preemption=preemption,
+        prefix_caching=prefix_caching,
+        host_pages=host_pages,
+        windows=windows,
+    )
 
 
-def test_random_runs_preempt_swap_and_hit_the_cache() -> None:
+@pytest.mark.parametrize("windows", [(None,), (5,), (None, 4)])
+def test_random_runs_preempt_swap_and_hit_the_cache(windows: tuple[int | None, ...]) -> None:
     swaps = recomputes = hits = host_hits = 0
     for seed in range(100):
         mode: Literal["recompute", "swap"] = "swap" if seed < 50 else "recompute"
-        done = run_random(seed, late=seed % 2 == 1, preemption=mode, prefix_caching=True, host_pages=4)
+        done = run_random(seed, late=seed % 2 == 1, preemption=mode, prefix_caching=True, host_pages=4, windows=windows)
         swaps += done.scheduler.stats.preemptions_swap
         recomputes += done.scheduler.stats.preemptions_recompute
         hits += done.kv.stats.prefix_hits
@@ -306,7 +340,7 @@ def test_random_runs_preempt_swap_and_hit_the_cache() -> None:
 
 
 def scheduler_of(num_pages: int = 16, *, seqs: int = 4, tokens: int = 8, chunk: int = 8) -> BatchScheduler:
-    return BatchScheduler(BatchLimits(seqs, tokens, chunk), KVManager(num_pages, 2))
+    return BatchScheduler(BatchLimits(seqs, tokens, chunk), KVManager([GroupPages(num_pages)], 2))
 
 
 def test_prompt_is_cut_into_chunks_and_only_the_last_one_samples() -> None:
@@ -398,9 +432,8 @@ def test_a_longer_prompt_waits_only_for_the_blocks_that_it_shares() -> None:
     scheduler.add(first)
     scheduler.add(second)
     assert scheduler.plan(0.0).admitted == (0,)
-    scheduler.publish_prompt(first)
     plan = scheduler.plan(0.0)
-    assert plan.admitted == (1,), "the first block is there; the others are not shared"
+    assert plan.admitted == (1,), "the first block is under way; the others are not shared"
     assert second.cached == 2
 
 
