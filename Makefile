@@ -6,13 +6,14 @@ PY := $(VENV)/bin/python
 JAX_VERSION ?= 0.11.2
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup demo test test-fast test-newest lint clean
+.PHONY: help setup demo test test-fast test-newest lint proto clean
 help:
 	@echo "make demo         run a real batch file through the shipped model"
 	@echo "make test         lint, types and all tests"
 	@echo "make test-fast    tests that take under ten seconds each"
 	@echo "make test-newest  all tests with the newest JAX, in .venv-newest/"
 	@echo "make lint         ruff and mypy"
+	@echo "make proto        the modules of server/proto/*.proto"
 
 setup: $(STAMP)
 
@@ -52,6 +53,10 @@ lint: $(STAMP)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+# The modules made here are committed, so that nobody needs the compiler to install or run.
+proto: $(STAMP)
+	$(PY) -m grpc_tools.protoc -I . --python_out=. --pyi_out=. --grpc_python_out=. $$(find server/proto -name '*.proto')
 
 clean:
 	rm -rf build .mypy_cache .ruff_cache .hypothesis

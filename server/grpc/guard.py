@@ -1,0 +1,120 @@
+"""What every call of a face goes through: the API key, messages that are none, and failures told as a status."""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Awaitable, Callable, Collection
+from typing import TYPE_CHECKING, Any
+
+import grpc
+from google.protobuf.message import DecodeError
+
+from server.grpc.errors import CallError, refusal_of, status_of
+
+if TYPE_CHECKING:
+    from server.metrics import Metrics
+
+type _Behaviour = Callable[[Any, grpc.aio.ServicerContext], Awaitable[Any]]
+
+
+class Malformed:
+    """Stands in for a message that is no valid protobuf message of its type."""
+
+    def check(self) -> None:
+        raise CallError(grpc.StatusCode.INVALID_ARGUMENT, "the request is not a valid message of its type")
+
+
+class CallGuard(grpc.aio.ServerInterceptor):
+    """Guards the calls of some services; others pass.
+
+    Handlers of guarded services are coroutines that write to their context, so that a cancelled call unwinds them at
+    once.
+
+    Args:
+      services: full names of the guarded ones.
+      api_key: wanted as metadata `authorization: Bearer KEY`; None to let everybody in.
+      metrics: counts refusals.
+    """
+
+    def __init__(self, services: Collection[str], api_key: str | None, metrics: Metrics) -> None:
+        self._services = frozenset(services)
+        self._authorization = None if api_key is None else f"Bearer {api_key}".encode()
+        self._metrics = metrics
+        self._handlers: dict[str, grpc.RpcMethodHandler] = {}
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler | None]],
+        details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler | None:
+        """The guarded handler of the called method."""
+        method: str = details.method
+        guarded = self._handlers.get(method)
+        if guarded is None:
+            handler = await continuation(details)
+            if handler is None or method.split("/")[1] not in self._services:
+                return handler
+            guarded = self._handlers[method] = self._guard(handler)
+        if self._authorization is not None and not self._admits(details):
+            self._metrics.refused("unauthorized")
+            return _REFUSALS[guarded.request_streaming]
+        return guarded
+
+    def _admits(self, details: grpc.HandlerCallDetails) -> bool:
+        given = next((value for key, value in details.invocation_metadata or () if key == "authorization"), "")
+        given_bytes = given if isinstance(given, bytes) else given.encode(errors="replace")
+        return hmac.compare_digest(given_bytes, self._authorization or b"")
+
+    def _guard(self, handler: grpc.RpcMethodHandler) -> grpc.RpcMethodHandler:
+        behaviour: _Behaviour
+        if handler.request_streaming:
+            make, behaviour = grpc.stream_stream_rpc_method_handler, handler.stream_stream
+        elif handler.response_streaming:
+            make, behaviour = grpc.unary_stream_rpc_method_handler, handler.unary_stream
+        else:
+            make, behaviour = grpc.unary_unary_rpc_method_handler, handler.unary_unary
+
+        async def call(request: Any, context: grpc.aio.ServicerContext) -> Any:
+            try:
+                if isinstance(request, Malformed):
+                    request.check()
+                return await behaviour(request, context)
+            except grpc.aio.AbortError:
+                raise
+            except Exception as error:
+                count_refusal(error, self._metrics)
+                await context.abort(*status_of(error))
+
+        return make(call, _lenient(handler.request_deserializer), handler.response_serializer)
+
+
+def count_refusal(error: Exception, metrics: Metrics) -> None:
+    """Counts a request that was not taken."""
+    reason = refusal_of(error)
+    if reason is not None:
+        metrics.refused(reason)
+
+
+def _lenient(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+    """Gives `Malformed` where `deserialize` raises, which gRPC would tell the client as an unknown error."""
+
+    def deserialize_or_mark(data: bytes) -> Any:
+        try:
+            return deserialize(data)
+        except DecodeError:
+            return Malformed()
+
+    return deserialize_or_mark
+
+
+async def _refuse(request: object, context: grpc.aio.ServicerContext) -> None:
+    await context.abort(
+        grpc.StatusCode.UNAUTHENTICATED, "a valid API key is needed, as metadata `authorization: Bearer KEY`"
+    )
+
+
+# By whether the client streams; a refusal has no answer, so one form serves single and streamed answers alike.
+_REFUSALS = {
+    False: grpc.unary_stream_rpc_method_handler(_refuse),
+    True: grpc.stream_stream_rpc_method_handler(_refuse),
+}

@@ -1,0 +1,235 @@
+"""The service jaxdual.v1.Inference."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from typing import TYPE_CHECKING
+
+import grpc
+
+from jaxdual.async_api import AsyncLLM, EngineState, RequestStream
+from jaxdual.front import Prompt, TokenizedPrompt
+from jaxdual.outputs import Logprob, RequestOutput
+from jaxdual.sampling_params import SamplingParams
+from jaxdual.tokenizer import TokenizerError
+from server.grpc.deltas import Delta, Deltas
+from server.grpc.errors import check_model, raise_if_failed
+from server.grpc.prompts import chat_messages, no_prompt, sampling_params, template_variables
+from server.proto.jaxdual.v1 import inference_pb2 as pb
+from server.proto.jaxdual.v1 import inference_pb2_grpc
+
+if TYPE_CHECKING:
+    from server.metrics import Metrics, ObservedStream
+
+_FINISH_REASONS = {
+    "stop": pb.FINISH_REASON_STOP,
+    "length": pb.FINISH_REASON_LENGTH,
+    "abort": pb.FINISH_REASON_ABORT,
+    # Told as the call's status.
+    "error": pb.FINISH_REASON_UNSPECIFIED,
+    None: pb.FINISH_REASON_UNSPECIFIED,
+}
+
+
+class InferenceServicer(inference_pb2_grpc.InferenceServicer):
+    """Serves an `AsyncLLM`; method names and messages are those of inference.proto."""
+
+    def __init__(self, llm: AsyncLLM, metrics: Metrics) -> None:
+        self._llm = llm
+        self._metrics = metrics
+
+    async def Generate(self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext) -> None:  # noqa: N802
+        """Writes a message whenever the request has grown."""
+        stream, params = await self._submit(request)
+        responses = _Responses(params)
+        with closing(stream):
+            async for output in stream:
+                await context.write(responses.take(output))
+        raise_if_failed(stream.output)
+
+    async def GenerateUnary(  # noqa: N802
+        self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext
+    ) -> pb.GenerateResponse:
+        """The finished request."""
+        stream, params = await self._submit(request)
+        with closing(stream):
+            async for _ in stream:
+                pass
+        raise_if_failed(stream.output)
+        return _Responses(params).take(stream.output)
+
+    async def Tokenize(  # noqa: N802
+        self, request: pb.TokenizeRequest, context: grpc.aio.ServicerContext
+    ) -> pb.TokenizeResponse:
+        """Token ids of a text or a conversation."""
+        self._check_model(request.model)
+        match request.WhichOneof("input"):
+            case "text":
+                special = request.add_special_tokens if request.HasField("add_special_tokens") else True
+                prompt = await self._llm.tokenize(request.text, add_special_tokens=special)
+            case "chat":
+                prompt = await self._render(request.chat, add_special_tokens=request.add_special_tokens)
+            case _:
+                raise no_prompt(("text", "chat"))
+        return pb.TokenizeResponse(token_ids=prompt.tokens, max_model_len=self._llm.max_model_len)
+
+    async def Detokenize(  # noqa: N802
+        self, request: pb.DetokenizeRequest, context: grpc.aio.ServicerContext
+    ) -> pb.DetokenizeResponse:
+        """Text of token ids."""
+        self._check_model(request.model)
+        vocab_size = self._llm.info.vocab_size
+        ids = list(request.token_ids)
+        if ids and max(ids) >= vocab_size:
+            raise ValueError(f"token id {max(ids)} must be in [0, {vocab_size - 1}]")
+        text = self._llm.get_tokenizer().decode(ids, skip_special_tokens=request.skip_special_tokens)
+        return pb.DetokenizeResponse(text=text)
+
+    async def Abort(  # noqa: N802
+        self, request: pb.AbortRequest, context: grpc.aio.ServicerContext
+    ) -> pb.AbortResponse:
+        """Ends a request."""
+        if not request.request_id:
+            raise ValueError("request_id is empty: it must be the id of a request")
+        return pb.AbortResponse(aborted=self._llm.abort(request.request_id))
+
+    async def GetModelInfo(  # noqa: N802
+        self, request: pb.GetModelInfoRequest, context: grpc.aio.ServicerContext
+    ) -> pb.GetModelInfoResponse:
+        """What is served."""
+        info = self._llm.info
+        try:
+            tokenizer = self._llm.get_tokenizer()
+        except TokenizerError:
+            tokenizer = None
+        return pb.GetModelInfoResponse(
+            model=info.served_model_name,
+            family=info.family,
+            num_layers=info.num_layers,
+            dtype=info.dtype,
+            vocab_size=info.vocab_size,
+            max_model_len=info.max_model_len,
+            max_num_seqs=info.max_num_seqs,
+            block_size=info.block_size,
+            system_fingerprint=info.system_fingerprint,
+            has_tokenizer=tokenizer is not None,
+            has_chat_template=tokenizer is not None and tokenizer.has_chat_template,
+            default_sampling_params=_params_message(self._llm.get_default_sampling_params()),
+            device=info.device,
+        )
+
+    async def GetLoad(  # noqa: N802
+        self, request: pb.GetLoadRequest, context: grpc.aio.ServicerContext
+    ) -> pb.GetLoadResponse:
+        """How busy the server is, by the latest figures of the engine; zeros before the first ones."""
+        response = pb.GetLoadResponse(state=_STATES[self._llm.state], num_unfinished=self._llm.num_unfinished)
+        load = self._llm.load()
+        if load is not None:
+            response.num_running = load.num_running
+            response.num_waiting = load.num_waiting
+            response.kv_blocks = load.kv_blocks
+            response.kv_blocks_free = load.kv_blocks_free
+            response.kv_blocks_cached = load.kv_blocks_cached
+        return response
+
+    def _check_model(self, name: str) -> None:
+        if name:
+            check_model(name, self._llm.served_model_name)
+
+    async def _submit(self, request: pb.GenerateRequest) -> tuple[ObservedStream, SamplingParams]:
+        """Checks a request and queues it; the caller closes the stream."""
+        self._check_model(request.model)
+        kind = request.WhichOneof("prompt")
+        params = sampling_params(
+            request.sampling_params, self._llm.get_default_sampling_params(), open_ended=kind == "chat"
+        )
+        prompt: Prompt | TokenizedPrompt
+        match kind:
+            case "text":
+                prompt = request.text
+            case "token_ids":
+                prompt = {"prompt_token_ids": request.token_ids.ids}
+            case "chat":
+                prompt = await self._render(request.chat, add_special_tokens=False)
+            case _:
+                raise no_prompt(("text", "token_ids", "chat"))
+        stream: RequestStream = await self._llm.submit(
+            prompt, params, request.request_id or None, priority=request.priority
+        )
+        return self._metrics.observe(stream), params
+
+    async def _render(self, chat: pb.Chat, *, add_special_tokens: bool) -> TokenizedPrompt:
+        return await self._llm.tokenize_chat(
+            chat_messages(chat),
+            add_generation_prompt=chat.add_generation_prompt if chat.HasField("add_generation_prompt") else True,
+            add_special_tokens=add_special_tokens,
+            template_vars=template_variables(chat),
+        )
+
+
+class _Responses:
+    """Makes messages of a growing request, each with what the ones before it don't have."""
+
+    def __init__(self, params: SamplingParams) -> None:
+        self._params = params
+        self._deltas = Deltas(params.n)
+        self._first = True
+        self._wants_prompt_logprobs = params.prompt_logprobs is not None
+
+    def take(self, output: RequestOutput) -> pb.GenerateResponse:
+        deltas = self._deltas.take(output)
+        response = pb.GenerateResponse(outputs=[_delta(delta, self._params.logprobs) for delta in deltas])
+        if self._first:
+            self._first = False
+            response.request_id = output.request_id
+        if self._wants_prompt_logprobs and output.prompt_logprobs is not None:
+            self._wants_prompt_logprobs = False
+            response.prompt_logprobs.extend(
+                pb.PositionLogprobs() if entries is None else _position(entries, self._params.prompt_logprobs or 0)
+                for entries in output.prompt_logprobs
+            )
+        if output.finished:
+            response.usage.prompt_tokens = len(output.prompt_token_ids)
+            response.usage.completion_tokens = sum(len(completion.token_ids) for completion in output.outputs)
+            response.usage.cached_tokens = output.num_cached_tokens
+        return response
+
+
+def _delta(delta: Delta, num_logprobs: int | None) -> pb.OutputDelta:
+    output = delta.output
+    message = pb.OutputDelta(index=output.index, text=delta.text, token_ids=delta.token_ids)
+    if delta.logprobs is not None:
+        message.logprobs.extend(_position(entries, num_logprobs or 0) for entries in delta.logprobs)
+    if delta.finished:
+        message.finish_reason = _FINISH_REASONS[output.finish_reason]
+        if isinstance(output.stop_reason, str):
+            message.stop_string = output.stop_reason
+        elif output.stop_reason is not None:
+            message.stop_token_id = output.stop_reason
+        if output.cumulative_logprob is not None:
+            message.cumulative_logprob = output.cumulative_logprob
+    return message
+
+
+def _position(entries: dict[int, Logprob], count: int) -> pb.PositionLogprobs:
+    """The chosen token stands first in `entries`, whatever its rank."""
+    messages = [
+        pb.TokenLogprob(token_id=token, logprob=entry.logprob, rank=entry.rank, text=entry.decoded_token or "")
+        for token, entry in entries.items()
+    ]
+    top = sorted((message for message in messages if message.rank <= count), key=lambda message: message.rank)
+    return pb.PositionLogprobs(chosen=messages[0], top=top)
+
+
+def _params_message(params: SamplingParams) -> pb.SamplingParams:
+    return pb.SamplingParams(**{**params.as_dict(), "stop": params.stop_strings})  # None leaves a field absent
+
+
+_STATES = {
+    EngineState.STARTING: pb.SERVER_STATE_STARTING,
+    EngineState.WARMING: pb.SERVER_STATE_WARMING,
+    EngineState.SERVING: pb.SERVER_STATE_SERVING,
+    EngineState.RESTARTING: pb.SERVER_STATE_RESTARTING,
+    EngineState.DRAINING: pb.SERVER_STATE_DRAINING,
+    EngineState.STOPPED: pb.SERVER_STATE_STOPPED,
+}

@@ -1,0 +1,1 @@
+"""jaxdual's own gRPC interface."""
