@@ -1,0 +1,1 @@
+"""Measurements: `python -m bench.engine` and `python -m bench.serve`."""

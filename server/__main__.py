@@ -1,0 +1,37 @@
+"""`python -m server`: serves a model over HTTP, as OpenAI does, and over gRPC.
+
+Exit status: 0 after SIGTERM or Ctrl-C, 1 when the engine can't be started any more, 2 for a call that can't work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import sys
+from collections.abc import Sequence
+
+from jaxdual.config import EngineConfig, ServerConfig, add_arguments, read_config
+from server.serve import Server
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m server",
+        description="Serves a model: OpenAI's HTTP API and metrics on one port, gRPC (jaxdual.v1, KServe's Open "
+        "Inference Protocol, health, reflection) on the other.",
+    )
+    add_arguments(parser, ServerConfig, EngineConfig)
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    try:
+        engine_config, server_config = read_config(EngineConfig, options), read_config(ServerConfig, options)
+        return asyncio.run(Server(engine_config, server_config).run())
+    except (ValueError, OSError) as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

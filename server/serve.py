@@ -1,0 +1,179 @@
+"""One server: engine, faces, and their common life from start to drain."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import uvicorn
+
+from jaxdual.async_api import AsyncLLM, EngineState
+from jaxdual.config import EngineConfig, ServerConfig
+from server.grpc import GrpcServer, create_server
+from server.http import create_app
+from server.metrics import Metrics
+
+_logger = logging.getLogger("server")
+
+_GRACE_SECONDS = 2.0  # for faces to hand over the last bytes once all requests have ended
+_BACKLOG = 2048
+
+
+class Server:
+    """Listens at once, and says that it serves when the engine has compiled all its shapes.
+
+    Args:
+      engine_config, server_config: what to serve, and how.
+    """
+
+    def __init__(self, engine_config: EngineConfig, server_config: ServerConfig) -> None:
+        self._config = server_config
+        self._llm = AsyncLLM.from_config(engine_config, max_queued_requests=server_config.max_queued_requests)
+        self._metrics = Metrics(self._llm)
+        self._stop = asyncio.Event()
+        self._hurry = asyncio.Event()
+
+    async def run(self) -> int:
+        """Serves until a signal or the engine's end; returns the exit status.
+
+        Raises:
+          ConfigError, ModelError, TokenizerError: what is to be served can't be.
+          OSError: an address can't be listened on.
+        """
+        began = time.monotonic()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._on_signal, number)
+        self._llm.on_state(self._on_state)
+        config = self._config
+        with self._listen() as listener:
+            grpc_server = self._grpc()
+            http_server = self._http()
+            await grpc_server.start()
+            serving = asyncio.create_task(http_server.serve([listener]))
+            scheme = "http" if config.ssl_certfile is None else "https"
+            address = f"{scheme}://{config.host}:{listener.getsockname()[1]}"
+            _logger.info("listening on %s and, for gRPC, on %s:%d", address, config.host, grpc_server.port)
+            try:
+                await self._serve(began)
+            finally:
+                # Health says no, nothing new is taken, what runs may finish: then the faces close.
+                await self._drain()
+                await grpc_server.stop(_GRACE_SECONDS)
+                http_server.should_exit = True
+                await serving
+                await self._llm.shutdown()
+        return 0 if self._stop.is_set() else 1
+
+    async def _serve(self, began: float) -> None:
+        start = asyncio.create_task(self._llm.warmed_up())
+        over = [asyncio.create_task(self._stop.wait()), asyncio.create_task(self._ended())]
+        await asyncio.wait((start, *over), return_when=asyncio.FIRST_COMPLETED)
+        if start.done():
+            start.result()
+            self._report(time.monotonic() - began)
+        start.cancel()
+        await asyncio.wait(over, return_when=asyncio.FIRST_COMPLETED)
+        for task in over:
+            task.cancel()
+
+    async def _ended(self) -> None:
+        """Returns when no engine can be started any more."""
+        changed = asyncio.Event()
+        self._llm.on_state(lambda _: changed.set())
+        while self._llm.state is not EngineState.STOPPED:
+            changed.clear()
+            await changed.wait()
+
+    async def _drain(self) -> None:
+        drained = asyncio.create_task(self._llm.drain(self._config.shutdown_timeout))
+        hurry = asyncio.create_task(self._hurry.wait())
+        await asyncio.wait((drained, hurry), return_when=asyncio.FIRST_COMPLETED)
+        drained.cancel()
+        hurry.cancel()
+        if self._hurry.is_set():
+            await self._llm.drain(0)
+
+    def _on_signal(self, number: int) -> None:
+        if self._stop.is_set():
+            _logger.info("a second signal: ending at once")
+            self._hurry.set()
+        else:
+            _logger.info(
+                "%s: finishing %d requests, for at most %g s",
+                signal.Signals(number).name,
+                self._llm.num_unfinished,
+                self._config.shutdown_timeout,
+            )
+            self._stop.set()
+
+    def _on_state(self, state: EngineState) -> None:
+        _logger.info("the engine is %s", state.value)
+
+    def _report(self, seconds: float) -> None:
+        report = self._llm.startup_report()
+        shapes = report["compile_seconds_by_shape"]
+        lines = "\n".join(f"  {shape_seconds:7.2f} s  {name}" for name, shape_seconds in shapes.items())
+        _logger.info(
+            "serving %s after %.1f s: %.1f s loading, %.1f s compiling\n%s",
+            report["model"],
+            seconds,
+            report["load_seconds"],
+            report["compile_seconds"],
+            lines,
+        )
+
+    # Faces.
+
+    def _listen(self) -> socket.socket:
+        family = socket.AF_INET6 if ":" in self._config.host else socket.AF_INET
+        listener = socket.socket(family)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((self._config.host, self._config.port))
+        except OSError as error:
+            listener.close()
+            raise OSError(
+                f"can't listen on {self._config.host}:{self._config.port}: {error.strerror or error}"
+            ) from None
+        listener.listen(_BACKLOG)
+        return listener
+
+    def _http(self) -> uvicorn.Server:
+        config = uvicorn.Config(
+            create_app(self._llm, self._metrics, api_key=self._config.api_key),
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            backlog=_BACKLOG,
+            timeout_graceful_shutdown=int(_GRACE_SECONDS),
+            ssl_certfile=self._config.ssl_certfile,
+            ssl_keyfile=self._config.ssl_keyfile,
+        )
+        return _HttpServer(config)
+
+    def _grpc(self) -> GrpcServer:
+        config = self._config
+        credentials = None
+        if config.ssl_certfile is not None and config.ssl_keyfile is not None:
+            pair = (Path(config.ssl_keyfile).read_bytes(), Path(config.ssl_certfile).read_bytes())
+            credentials = grpc.ssl_server_credentials([pair])
+        host = f"[{config.host}]" if ":" in config.host else config.host
+        return create_server(
+            self._llm, self._metrics, f"{host}:{config.grpc_port}", credentials=credentials, api_key=config.api_key
+        )
+
+
+class _HttpServer(uvicorn.Server):
+    """uvicorn without its signal handlers: this program has its own."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
