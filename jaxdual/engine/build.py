@@ -121,9 +121,7 @@ def build_engine(config: EngineConfig) -> BuiltEngine:
         max_num_seqs=config.max_num_seqs,
         max_model_len=max_model_len,
         max_chunk=max_chunk,
-        buckets=Buckets(
-            config.max_num_seqs, max(_sequence_pages(layout, max_model_len, max_chunk)), max_chunk, config.block_size
-        ),
+        buckets=Buckets(config.max_num_seqs, max_chunk),
     )
     engine = Engine(
         runner,

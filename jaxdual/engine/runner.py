@@ -109,9 +109,9 @@ class _Tables:
         self._pages[slot, change.start : change.start + len(change.pages)] = change.pages
         self._first[slot] = change.first * self._page_size
 
-    def of(self, slots: np.ndarray, chunk: int, width: int) -> GroupTable:
-        """Tables of `slots` for `chunk` queries each, in a step whose longest table has `width` entries."""
-        width = most_blocks(self._window, chunk, self._page_size, min(width, self._pages.shape[1]))
+    def of(self, slots: np.ndarray, chunk: int) -> GroupTable:
+        """Tables of `slots` for `chunk` queries each."""
+        width = most_blocks(self._window, chunk, self._page_size, self._pages.shape[1])
         # Fancy indices copy: the device may still read a step's tables when the next one changes these.
         return GroupTable(self._pages[slots, :width], None if self._window is None else self._first[slots])
 
@@ -234,14 +234,14 @@ class Runner:
     # Parts of a step.
 
     def _decode(self, launch: Launch, rows: Sequence[Row]) -> None:
-        shape = self.buckets.decode(len(rows), self.layout.pages_for(max(row.position for row in rows) + 1))
-        slots = np.full(shape.rows, self._padding_slot, np.int32)
-        tokens = np.zeros(shape.rows, np.int32)
-        positions = np.full(shape.rows, -1, np.int32)
+        padded = self.buckets.decode(len(rows))
+        slots = np.full(padded, self._padding_slot, np.int32)
+        tokens = np.zeros(padded, np.int32)
+        positions = np.full(padded, -1, np.int32)
         slots[: len(rows)] = [row.slot for row in rows]
         tokens[: len(rows)] = [-1 if row.token is None else row.token for row in rows]
         positions[: len(rows)] = [row.position for row in rows]
-        x = self._run_decode(slots, tokens, positions, self._group_tables(slots, 1, shape.width))
+        x = self._run_decode(slots, tokens, positions, self._group_tables(slots, 1))
         self._sample(launch, x, [(index, row.seq_id, row.slot, row.output_index) for index, row in enumerate(rows)])
 
     def _prefill(self, launch: Launch, batch: PrefillBatch, targets: Mapping[int, ScoreTargets]) -> None:
@@ -255,7 +255,7 @@ class Runner:
             starts[index] = chunk.start
             counts[index] = len(chunk.tokens)
             slots[index] = chunk.slot
-        x, last = self._run_prefill(tokens, starts, counts, self._group_tables(slots, shape.chunk, shape.width))
+        x, last = self._run_prefill(tokens, starts, counts, self._group_tables(slots, shape.chunk))
         parts = tuple(
             (chunk.seq_id, index * shape.chunk + targets[chunk.seq_id].skip, targets[chunk.seq_id].tokens)
             for index, chunk in enumerate(batch.chunks)
@@ -271,8 +271,8 @@ class Runner:
         if sampling:
             self._sample(launch, last, sampling)
 
-    def _group_tables(self, slots: np.ndarray, chunk: int, width: int) -> tuple[GroupTable, ...]:
-        return tuple(tables.of(slots, chunk, width) for tables in self._tables)
+    def _group_tables(self, slots: np.ndarray, chunk: int) -> tuple[GroupTable, ...]:
+        return tuple(tables.of(slots, chunk) for tables in self._tables)
 
     def _sample(self, launch: Launch, x: jax.Array, rows: Sequence[tuple[int, int, int, int]]) -> None:
         """Samples rows of `x`, given as row number, sequence, slot and output index."""
@@ -377,18 +377,18 @@ class Runner:
         """Name and call of every program in every shape, all on padding."""
         hidden: dict[int, jax.Array] = {}
 
-        def decode(rows: int, width: int) -> object:
+        def decode(rows: int) -> object:
             slots, empty = np.full(rows, self._padding_slot, np.int32), np.zeros(rows, np.int32)
-            hidden[rows] = self._run_decode(slots, empty, empty - 1, self._group_tables(slots, 1, width))
+            hidden[rows] = self._run_decode(slots, empty, empty - 1, self._group_tables(slots, 1))
             return hidden[rows]
 
         def sample(rows: int) -> object:
             return self._run_sample(hidden[rows], sampler.pack([None] * rows, self._padding_slot, self.vocab_size))
 
-        def prefill(rows: int, chunk: int, width: int) -> object:
+        def prefill(rows: int, chunk: int) -> object:
             tokens, empty = np.zeros((rows, chunk), np.int32), np.zeros(rows, np.int32)
             slots = np.full(rows, self._padding_slot, np.int32)
-            return self._run_prefill(tokens, empty, empty, self._group_tables(slots, chunk, width))
+            return self._run_prefill(tokens, empty, empty, self._group_tables(slots, chunk))
 
         def score() -> object:
             x = hidden[self.buckets.rows[0]]
@@ -407,12 +407,11 @@ class Runner:
             self._run_scatter(group, np.full(_COPY_PAGES, self._memory[group].num_pages, np.int32), blocks)
             return self.arenas[group]
 
-        for d in self.buckets.decode_shapes():
-            yield f"decode rows={d.rows} pages={d.width}", partial(decode, d.rows, d.width)
         for rows in self.buckets.rows:
+            yield f"decode rows={rows}", partial(decode, rows)
             yield f"sample rows={rows}", partial(sample, rows)
-        for p in self.buckets.prefill_shapes():
-            yield f"prefill rows={p.rows} tokens={p.chunk} pages={p.width}", partial(prefill, p.rows, p.chunk, p.width)
+        for shape in self.buckets.prefill_shapes:
+            yield f"prefill rows={shape.rows} tokens={shape.chunk}", partial(prefill, shape.rows, shape.chunk)
         yield f"score tokens={_SCORE_TOKENS}", score
         yield "set slot", set_slot
         for group, host in enumerate(self._host):

@@ -28,7 +28,7 @@ def test_a_block_that_leaves_and_returns_at_once_keeps_its_contents(steps: int) 
         max_num_seqs=2,
         max_model_len=16,
         max_chunk=8,
-        buckets=Buckets(2, 4, 8, 4),
+        buckets=Buckets(2, 8),
     )
     contents = np.random.default_rng(0).normal(size=(PAGES, *LAYOUT.block_shape())).astype(np.float32)
     runner.arenas = (runner.programs.scatter(runner.arenas[0], np.arange(PAGES, dtype=np.int32), contents),)
