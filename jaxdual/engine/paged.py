@@ -15,7 +15,7 @@ from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.prefill_attention import prefill_attention
 
 Arena = Float[Array, "rows page_size kv_heads head_dim"]
-Arenas = tuple[Arena, ...]
+Arenas = tuple[Float[Array, "_ page_size kv_heads head_dim"], ...]  # one of each layer group
 Attend = Callable[..., tuple[Array, Arenas]]
 
 

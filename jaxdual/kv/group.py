@@ -232,14 +232,13 @@ class GroupAccount:
         held.first += count
         held.told = 0
 
-    def has_room_for(self, seq_id: int, num_tokens: int) -> bool:
-        """Whether there are pages for the first `num_tokens` tokens of a running sequence."""
+    def missing(self, seq_id: int, num_tokens: int) -> int:
+        """Pages that a running sequence lacks for its first `num_tokens` tokens."""
         held = self.held[seq_id]
-        missing = self._pages_for(num_tokens) - held.first - len(held.pages)
-        return missing <= 0 or missing <= self.num_available
+        return max(0, -(-num_tokens // self._page_size) - held.first - len(held.pages))
 
     def extend(self, seq_id: int, num_tokens: int) -> None:
-        """Takes the pages that `has_room_for` found."""
+        """Takes the pages that are missing, and must be available, for the first `num_tokens` tokens."""
         held = self.held[seq_id]
         self._extend(held, self._pages_for(num_tokens))
         if num_tokens >= held.admitted:

@@ -178,9 +178,13 @@ class KVManager:
         Returns:
           False, and nothing more has changed, if some group has no room.
         """
+        missing = 0
         for group in self.groups:
             group.leave(seq_id, start)
-        if not all(group.has_room_for(seq_id, end) for group in self.groups):
+            missing += group.missing(seq_id, end)
+        if missing == 0:
+            return True  # most decode steps
+        if not all(group.missing(seq_id, end) <= group.num_available for group in self.groups):
             return False
         for group in self.groups:
             group.extend(seq_id, end)

@@ -1,21 +1,35 @@
-"""Models of the engine's tests: parity fixtures, and what they should give."""
+"""Models of the engine's tests: parity fixtures, models with windows, and what they should give."""
 
 from __future__ import annotations
 
 import functools
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 import models
+from tests import windowed_models
 
 FIXTURES = Path(__file__).parent.parent / "fixtures" / "hf"
 
 
+def folder(name: str) -> Path:
+    """Folder of a parity fixture, or of a model with windows, which is made when it is first asked for."""
+    return Path(_made(name).name) if name in windowed_models.KINDS else FIXTURES / name
+
+
+@functools.cache
+def _made(name: str) -> tempfile.TemporaryDirectory[str]:
+    place = tempfile.TemporaryDirectory(prefix="jaxdual-test-model-")
+    windowed_models.write(name, Path(place.name))
+    return place
+
+
 @functools.cache
 def load(name: str) -> models.Decoder:
-    return models.load(FIXTURES / name, dtype="float32")
+    return models.load(folder(name), dtype="float32")
 
 
 @functools.cache
