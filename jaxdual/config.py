@@ -31,6 +31,8 @@ class EngineConfig:
       block_size: tokens of a KV page, which is also the unit of prefix sharing.
       max_num_seqs: sequences that run at once.
       max_num_batched_tokens: tokens computed in a step.
+      prefill_beside_decode: prompt tokens computed in a step that also decodes; more starts prompts sooner, less keeps
+        running outputs even. None for 128 on a CPU, elsewhere as many as `max_num_batched_tokens` leaves.
       num_kv_blocks: pages of KV memory; None to derive it from the memory settings below.
       kv_cache_memory_bytes: bytes of KV memory; None for `gpu_memory_utilization` of a GPU, or on a CPU what
         `max_num_seqs` sequences of full length need, up to 1 GiB.
@@ -52,6 +54,7 @@ class EngineConfig:
     block_size: int = 64
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 512
+    prefill_beside_decode: int | None = None
     num_kv_blocks: int | None = None
     kv_cache_memory_bytes: int | None = None
     gpu_memory_utilization: float = 0.9
@@ -69,6 +72,7 @@ class EngineConfig:
             ("block_size", 1),
             ("max_num_seqs", 1),
             ("max_num_batched_tokens", 1),
+            ("prefill_beside_decode", 1),
             ("num_kv_blocks", 1),
             ("kv_cache_memory_bytes", 1),
             ("host_cache_bytes", 0),

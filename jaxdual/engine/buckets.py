@@ -14,7 +14,7 @@ from jaxdual.scheduling.batch import Chunk
 _ROWS_STEP = 2
 _SMALLEST_CHUNK = 32
 _CHUNK_STEP = 2
-_SHARED_CHUNK_STEP = 4
+_SHARED_STEP = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +41,8 @@ class Buckets:
     """All shapes of one engine.
 
     Decode steps and the sampler run in row counts that double up to `max_num_seqs`. Prefills come as one chunk, in
-    lengths that double up to `max_chunk`, or as several short ones side by side that hold as many tokens together as
-    the longest chunk.
+    lengths that double up to `max_chunk`, or as several short ones side by side, in lengths and numbers that grow by
+    fours as long as they hold no more tokens together than the longest chunk.
 
     Args:
       max_num_seqs: sequences that run at once.
@@ -56,10 +56,10 @@ class Buckets:
     def __init__(self, max_num_seqs: int, max_chunk: int) -> None:
         self.rows = _growing(1, _ROWS_STEP, max_num_seqs)
         shapes = {PrefillShape(1, length) for length in _growing(_SMALLEST_CHUNK, _CHUNK_STEP, max_chunk)}
-        for length in _growing(_SMALLEST_CHUNK, _SHARED_CHUNK_STEP, max_chunk):
-            # The sampler is compiled for these row counts only.
-            rows = max([count for count in self.rows if count <= max_chunk // length], default=1)
-            shapes.add(PrefillShape(rows, length))
+        for length in _growing(_SMALLEST_CHUNK, _SHARED_STEP, max_chunk):
+            for rows in _growing(_SHARED_STEP, _SHARED_STEP, max_num_seqs):
+                if rows * length <= max_chunk and rows in self.rows:  # the sampler is compiled for these only
+                    shapes.add(PrefillShape(rows, length))
         self.prefill_shapes = tuple(sorted(shapes, key=lambda shape: (shape.tokens, shape.rows)))
 
     def decode(self, rows: int) -> int:

@@ -28,6 +28,7 @@ from models.fingerprint import model_fingerprint
 
 _CPU_KV_BYTES = 1 << 30
 _CPU_MODEL_LEN = 8192
+_CPU_PREFILL_BESIDE_DECODE = 128  # tokens: about what 64 sequences cost to decode, so that a step doubles at most
 _HIDDEN_COPIES = 8  # activations of a step, in residual streams of its widest batch: room left beside the KV memory
 
 
@@ -113,6 +114,7 @@ def build_engine(config: EngineConfig) -> BuiltEngine:
         max_num_batched_tokens=config.max_num_batched_tokens,
         max_chunk=max_chunk,
         preemption=config.preemption_mode,
+        prefill_beside_decode=_prefill_beside_decode(config),
     )
     runner = Runner(
         model,
@@ -169,6 +171,12 @@ def use_compilation_cache(folder: str | None) -> None:
 def _default_sampling(generation: GenerationConfig) -> dict[str, float]:
     values = {name: getattr(generation, name) for name in RECOMMENDED_SAMPLING}
     return {name: value for name, value in values.items() if value is not None}
+
+
+def _prefill_beside_decode(config: EngineConfig) -> int | None:
+    if config.prefill_beside_decode is None and jax.default_backend() == "cpu":
+        return _CPU_PREFILL_BESIDE_DECODE
+    return config.prefill_beside_decode
 
 
 def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:

@@ -156,12 +156,15 @@ class BatchLimits:
       max_chunk: tokens of one sequence's chunk.
       preemption: what happens to a sequence that must give way: its pages are dropped and computed again, or moved to
         the host tier (where that is full, dropped).
+      prefill_beside_decode: prompt tokens computed in a step that also decodes, so that it does not keep running
+        sequences waiting for long; None for as many as fit.
     """
 
     max_num_seqs: int
     max_num_batched_tokens: int
     max_chunk: int
     preemption: Literal["recompute", "swap"] = "recompute"
+    prefill_beside_decode: int | None = None
 
 
 @dataclass(slots=True)
@@ -244,6 +247,8 @@ class BatchScheduler:
         """
         step = _Plan(budget=self.limits.max_num_batched_tokens)
         self._plan_rows(step)
+        if step.rows and self.limits.prefill_beside_decode is not None:
+            step.budget = min(step.budget, self.limits.prefill_beside_decode)
         self._plan_chunks(step)
         if not step.preempted:
             self._admit(step, now)

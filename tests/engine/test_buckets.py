@@ -46,7 +46,7 @@ def test_no_shape_is_listed_twice_or_larger_than_the_limits(size: tuple[int, int
     assert max(buckets.rows) == max_num_seqs
     assert max(shape.rows for shape in buckets.prefill_shapes) <= max_num_seqs
     assert max(shape.chunk for shape in buckets.prefill_shapes) == max_chunk
-    assert max(shape.tokens for shape in buckets.prefill_shapes) <= max(max_chunk, 32 * max_num_seqs)
+    assert max(shape.tokens for shape in buckets.prefill_shapes) == max_chunk
 
 
 def programs(buckets: Buckets) -> int:

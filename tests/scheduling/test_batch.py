@@ -454,3 +454,21 @@ def test_integrity_check_finds_a_lost_slot() -> None:
     scheduler._slots.pop()
     with pytest.raises(IntegrityError, match="slots"):
         scheduler.check_integrity()
+
+
+def test_prompts_beside_decoding_sequences_come_in_small_parts() -> None:
+    limits = BatchLimits(max_num_seqs=4, max_num_batched_tokens=64, max_chunk=64, prefill_beside_decode=8)
+    scheduler = BatchScheduler(limits, KVManager([GroupPages(64)], 4))
+    first, second = sequence_of(0, [0] * 40, 20, page_size=4), sequence_of(1, [1] * 20, 20, page_size=4)
+    scheduler.add(first)
+    plan = scheduler.plan(0.0)
+    assert [len(chunk.tokens) for chunk in plan.chunks] == [40]  # nothing decodes yet
+    scheduler.complete([(first, 5)])
+    scheduler.add(second)
+    parts = []
+    while second.computed < 20:
+        plan = scheduler.plan(0.0)
+        assert [row.seq_id for row in plan.rows] == [0]
+        parts += [len(chunk.tokens) for chunk in plan.chunks]
+        scheduler.complete([(first, 5)])
+    assert parts == [8, 8, 4]
