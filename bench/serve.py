@@ -7,7 +7,7 @@ Scenarios:
   load      one run: Poisson arrivals at `--request-rate`, `--max-concurrency` at most under way.
   streams   `--streams` requests at once, more than the engine runs side by side: none may fail. Inter-token times are
             those of streams once they run, since the first token ends the waiting.
-  overload  finds the server's capacity by a closed loop (twice `--max-num-seqs` under way), then runs 0.9 and 5 times
+  overload  finds the server's capacity by a closed loop (every slot refilled at once), then runs 0.9 and 5 times
             that rate, and compares what accepted requests see; refusals must be quick.
 """
 
@@ -32,6 +32,7 @@ from bench.server_process import ServerFailedError, run_server
 
 _LOW, _HIGH = 0.9, 5.0
 _WARM_REQUESTS = 8
+_OVERLOAD_QUEUE = 16  # sequences that run at once, for each request that may wait
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -91,6 +92,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')} must be above 0")
     if options.max_concurrency is not None and options.max_concurrency < 1:
         parser.error("--max-concurrency must be at least 1")
+    if options.scenario == "overload" and options.max_queued_requests is None:
+        # Every request that may wait makes all that wait wait longer: a queue that is always full should be short.
+        options.max_queued_requests = max(1, options.max_num_seqs // _OVERLOAD_QUEUE)
     return options
 
 
@@ -208,7 +212,9 @@ def _summary(run: tuple[list[Record], float]) -> dict[str, Any]:
 
 
 async def _overload(options: argparse.Namespace, client: Client, results: dict[str, Any]) -> dict[str, Any]:
-    concurrency = 2 * options.max_num_seqs
+    # As many as the server takes without refusing, so that every slot is refilled at once.
+    queued = options.max_num_seqs if options.max_queued_requests is None else options.max_queued_requests
+    concurrency = options.max_num_seqs + min(queued, options.max_num_seqs)
     closed = await _timed(options, client, 4 * concurrency, math.inf, seed=2, concurrency=concurrency)
     capacity = steady_rate(closed[0])
     runs = {"capacity": _summary(closed)}

@@ -271,6 +271,22 @@ class AsyncLLM:
             template_vars=template_vars,
         )
 
+    def check_door(self) -> None:
+        """Raises what `submit` would raise now whatever the prompt, so that a refusal costs no tokenizing.
+
+        Raises:
+          QueueFullError, NotServingError: as for `submit`.
+        """
+        if self._state is EngineState.DRAINING:
+            raise NotServingError("shutting down: no new requests are taken")
+        if self._state is EngineState.STOPPED:
+            raise NotServingError(self._why_stopped)
+        waiting = self._num_sequences - self.config.max_num_seqs
+        if waiting >= self.max_queued_requests:
+            raise QueueFullError(
+                f"{max(waiting, 0)} requests are waiting; at most {self.max_queued_requests} may: try again later"
+            )
+
     async def submit(
         self,
         prompt: Prompt | TokenizedPrompt,
@@ -292,10 +308,10 @@ class AsyncLLM:
           NotServingError: it is draining, was shut down, or its engine can't be started.
         """
         await self.start()
-        self._check_door()
+        self.check_door()
         if not isinstance(prompt, TokenizedPrompt):
             prompt = await self.tokenize(prompt)
-            self._check_door()
+            self.check_door()
         params = self.get_default_sampling_params() if sampling_params is None else sampling_params
         output = self._text_side().submit(prompt, params, request_id, priority=priority)
         stream = RequestStream(output, self._close)
@@ -500,17 +516,6 @@ class AsyncLLM:
         if self._front is None:
             raise NotServingError("the engine has not started yet")
         return self._front
-
-    def _check_door(self) -> None:
-        if self._state is EngineState.DRAINING:
-            raise NotServingError("shutting down: no new requests are taken")
-        if self._state is EngineState.STOPPED:
-            raise NotServingError(self._why_stopped)
-        waiting = self._num_sequences - self.config.max_num_seqs
-        if waiting >= self.max_queued_requests:
-            raise QueueFullError(
-                f"{max(waiting, 0)} requests are waiting; at most {self.max_queued_requests} may: try again later"
-            )
 
     def _close(self, stream: RequestStream) -> None:
         self.abort(stream.output.request_id)

@@ -1,4 +1,4 @@
-"""What callers are told when a request can't be served now, though nothing is wrong with it."""
+"""Errors that callers tell apart from a wrong value."""
 
 
 class EngineDeadError(RuntimeError):
@@ -7,6 +7,10 @@ class EngineDeadError(RuntimeError):
 
 class NotServingError(RuntimeError):
     """New requests are refused: shutting down, or no engine can be started; its message says which."""
+
+
+class PromptTooLongError(ValueError):
+    """A prompt that leaves no room for an output token."""
 
 
 class QueueFullError(RuntimeError):

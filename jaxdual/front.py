@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from jaxdual.detokenizer import IncrementalDetokenizer
 from jaxdual.engine.request import Request, TokenEvent, TokenLogprobs
+from jaxdual.errors import PromptTooLongError
 from jaxdual.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from jaxdual.sampling_params import SamplingParams
 from jaxdual.tokenizer import Tokenizer, TokenizerError
@@ -107,7 +108,7 @@ class Front:
         params.check_vocabulary(self._vocab_size)
         room = self._max_model_len - len(tokens)
         if room < 1:
-            raise ValueError(
+            raise PromptTooLongError(
                 f"the prompt has {len(tokens)} tokens; with at least one output token it must be at most "
                 f"{self._max_model_len - 1}, since max_model_len is {self._max_model_len}"
             )
@@ -251,7 +252,7 @@ class Front:
         # What can't fit by any reckoning is refused unread: tokenizing megabytes takes seconds.
         limit = self._max_model_len * tokenizer.longest_token * _LARGEST_SHRINK
         if len(text) > limit:
-            raise ValueError(
+            raise PromptTooLongError(
                 f"the prompt has {len(text)} characters; max_model_len is {self._max_model_len} tokens, which are at "
                 f"most {limit} characters"
             )
@@ -281,6 +282,8 @@ class Front:
         now = time.monotonic()
         if event.index == 0:
             request.num_cached_tokens = event.cached_tokens
+        if event.queue_seconds is not None and request.metrics.queue_seconds is None:
+            request.metrics.queue_seconds = event.queue_seconds
         if event.prompt_logprobs is not None:
             request.prompt_logprobs = [None]
             request.prompt_logprobs += [

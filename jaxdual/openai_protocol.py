@@ -9,11 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from jaxdual.sampling_params import MAX_LOGPROBS, SamplingParams
+from jaxdual.sampling_params import MAX_LOGPROBS, MAX_TOP_K, SamplingParams
 
 MAX_STOP_STRINGS = 16
 MAX_CHOICES = 128
-_ANY_TOP_K = 2**31 - 1
 
 _IGNORED = (
     *("user", "metadata", "store", "service_tier", "safety_identifier"),
@@ -287,8 +286,8 @@ def _sampling(fields: _Fields) -> dict[str, Any]:
 
 
 def _top_k(value: int | None) -> int | None:
-    """`value`, or a number above all vocabularies that a message between processes can hold."""
-    return None if value is None else min(value, _ANY_TOP_K)
+    """`value`, or a number above all vocabularies: both mean all tokens."""
+    return None if value is None else min(value, MAX_TOP_K)
 
 
 def _params(sampling: Mapping[str, Any], defaults: Mapping[str, Any] | None) -> SamplingParams:

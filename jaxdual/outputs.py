@@ -51,11 +51,17 @@ class CompletionOutput:
 
 @dataclass(slots=True)
 class RequestMetrics:
-    """Times of a request in seconds of the monotonic clock; None while it has not come to that."""
+    """Times of a request in seconds of the monotonic clock; None while it has not come to that.
+
+    Attributes:
+      arrival_time, first_token_time, finished_time: as the front saw them.
+      queue_seconds: how long its first output waited in the engine before it ran.
+    """
 
     arrival_time: float
     first_token_time: float | None = None
     finished_time: float | None = None
+    queue_seconds: float | None = None
 
 
 @dataclass(slots=True)

@@ -8,6 +8,8 @@ from typing import Any
 
 MAX_LOGPROBS = 20
 MAX_STOP_TOKENS = 16
+MAX_TOP_K = 2**31 - 1
+MAX_OUTPUTS = 1024
 # What a model may recommend for requests that leave it open.
 RECOMMENDED_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 _MAX_SEED = 2**63
@@ -35,7 +37,7 @@ class SamplingParams:
       min_tokens: output tokens before which no stop token may come.
       logprobs: log-probabilities of so many likeliest tokens with each output token, 0 to 20; None for none.
       prompt_logprobs: the same for the tokens of the prompt.
-      n: independent outputs.
+      n: independent outputs, at most 1024.
       skip_special_tokens: leaves special tokens out of the text.
       include_stop_str_in_output: keeps the stop string in the text.
 
@@ -68,7 +70,7 @@ class SamplingParams:
             _whole("max_tokens", self.max_tokens, 1, None)
         _real("temperature", self.temperature, 0.0, None)
         _real("top_p", self.top_p, 0.0, 1.0, open_low=True)
-        _whole("top_k", self.top_k, -1, None)
+        _whole("top_k", self.top_k, -1, MAX_TOP_K)
         _real("min_p", self.min_p, 0.0, 1.0)
         _real("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _real("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
@@ -79,7 +81,7 @@ class SamplingParams:
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
                 _whole(name, getattr(self, name), 0, MAX_LOGPROBS)
-        _whole("n", self.n, 1, None)
+        _whole("n", self.n, 1, MAX_OUTPUTS)
         for name in ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be true or false")
@@ -121,6 +123,11 @@ class SamplingParams:
         stops = () if stop is None else (stop,) if isinstance(stop, str) else stop
         if not isinstance(stops, Sequence) or not all(isinstance(item, str) and item for item in stops):
             raise ValueError(f"stop={self.stop!r} must be a non-empty string or a list of them")
+        for item in stops:
+            try:
+                item.encode()
+            except UnicodeEncodeError:
+                raise ValueError(f"stop={item!r} is not valid Unicode: it holds a lone surrogate") from None
         return tuple(stops)
 
     def _set(self, name: str, value: object) -> None:

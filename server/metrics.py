@@ -60,6 +60,9 @@ class Metrics:
         self._first_token = self._histogram(
             "time_to_first_token_seconds", "From arrival to the first token.", _FIRST_TOKEN_SECONDS
         )
+        self._queue_time = self._histogram(
+            "request_queue_time_seconds", "Waiting in the engine before running.", _REQUEST_SECONDS
+        )
         self._between_tokens = self._histogram(
             "inter_token_latency_seconds", "Between two tokens of an output.", _TOKEN_SECONDS
         )
@@ -100,6 +103,7 @@ class Metrics:
             prompt_tokens=self._prompt_tokens.labels(model),
             generation_tokens=self._generation_tokens.labels(model),
             first_token=self._first_token.labels(model),
+            queue_time=self._queue_time.labels(model),
             between_tokens=self._between_tokens.labels(model),
             latency=self._latency.labels(model),
             prompt_lengths=self._prompt_lengths.labels(model),
@@ -122,6 +126,7 @@ class _ModelMetrics:
     prompt_tokens: Counter
     generation_tokens: Counter
     first_token: Histogram
+    queue_time: Histogram
     between_tokens: Histogram
     latency: Histogram
     prompt_lengths: Histogram
@@ -133,6 +138,8 @@ class _ModelMetrics:
         times = output.metrics
         if times.first_token_time is not None:
             self.first_token.observe(times.first_token_time - times.arrival_time)
+        if times.queue_seconds is not None:
+            self.queue_time.observe(times.queue_seconds)
 
     def last(self, output: RequestOutput) -> None:
         """Counts a request that has ended."""

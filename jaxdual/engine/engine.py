@@ -19,13 +19,15 @@ from jaxdual.scheduling.batch import BatchScheduler, Phase, SequenceState, StepP
 
 @dataclass(slots=True, eq=False)
 class _Output:
-    """One output of a request: its sequence and what sampling needs of it."""
+    """One output of a request: its sequence, what sampling needs of it, and when it came and first ran."""
 
     request: Request
     index: int
     sequence: SequenceState
     sampling: SlotSampling
     wants_prompt_logprobs: bool
+    added: float
+    ran: float | None = None
     num_scored: int = 0
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
 
@@ -135,7 +137,7 @@ class Engine:
                 use_cache=not wants_prompt,
             )
             sampling = SlotSampling(params, (seed & 0xFFFFFFFF, seed >> 32), tuple(sorted(stops)))
-            outputs.append(_Output(request, index, sequence, sampling, wants_prompt))
+            outputs.append(_Output(request, index, sequence, sampling, wants_prompt, self._clock()))
         self._requests[request.request_id] = outputs
         self.prompt_tokens += len(request.prompt_token_ids)
         for output in outputs:
@@ -197,6 +199,7 @@ class Engine:
         for seq_id in plan.admitted:
             output = self._outputs[seq_id]
             sequence = output.sequence
+            output.ran = self._clock() if output.ran is None else output.ran
             bindings.append(
                 SlotBinding(
                     slot=sequence.slot,
@@ -245,6 +248,9 @@ class Engine:
                     cached_tokens=sequence.cached or 0,
                     prompt_logprobs=tuple(output.prompt_logprobs)
                     if output.wants_prompt_logprobs and sequence.num_output == 1
+                    else None,
+                    queue_seconds=output.ran - output.added
+                    if output.ran is not None and sequence.num_output == 1
                     else None,
                 )
             )

@@ -51,6 +51,7 @@ class TokenEvent:
       stop_token: the stop token that ended it, which is the last token.
       cached_tokens: tokens of the prompt that came from the prefix cache.
       prompt_logprobs: on the first event of a request that wants them: of all prompt tokens but the first.
+      queue_seconds: on the first token of an output: how long it waited before it ran.
       error: what went wrong, where `finish_reason` is "error".
     """
 
@@ -62,4 +63,5 @@ class TokenEvent:
     stop_token: int | None = None
     cached_tokens: int = 0
     prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
+    queue_seconds: float | None = None
     error: str | None = None

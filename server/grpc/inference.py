@@ -150,6 +150,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             case "token_ids":
                 prompt = {"prompt_token_ids": request.token_ids.ids}
             case "chat":
+                self._llm.check_door()
                 prompt = await self._render(request.chat, add_special_tokens=False)
             case _:
                 raise no_prompt(("text", "token_ids", "chat"))

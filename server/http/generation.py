@@ -14,6 +14,7 @@ import msgspec
 from starlette.types import Message, Receive, Scope, Send
 
 from jaxdual.async_api import AsyncLLM
+from jaxdual.errors import PromptTooLongError
 from jaxdual.front import TokenizedPrompt
 from jaxdual.openai_protocol import ChatRequest, CompletionRequest, ProtocolError
 from jaxdual.openai_responses import chat_response, completion_response
@@ -114,8 +115,12 @@ class GenerationEndpoint:
     ) -> ObservedStream:
         """Sends one prompt to the engine; None stands for the prompt that the messages of a chat make."""
         try:
+            self._llm.check_door()
             tokenized = await self._tokenize(request, prompt)
             return self._metrics.observe(await self._llm.submit(tokenized, request.params, request_id))
+        except PromptTooLongError as error:
+            param = "messages" if isinstance(request, ChatRequest) else "prompt"
+            raise ProtocolError(str(error), param, "context_length_exceeded") from None
         except ValueError as error:
             param = "messages" if isinstance(request, ChatRequest) else "prompt"
             raise ProtocolError(str(error), param if isinstance(error, TokenizerError) else None) from None

@@ -11,6 +11,7 @@ import pytest
 from jaxdual import SamplingParams
 from jaxdual.engine.request import Request, TokenEvent
 from jaxdual.engine.runner import TokenLogprobs
+from jaxdual.errors import PromptTooLongError
 from jaxdual.front import Front
 
 VOCAB = 27
@@ -332,9 +333,9 @@ def test_snapshots_do_not_change_with_later_events() -> None:
 
 def test_a_text_that_cannot_fit_is_refused_unread() -> None:
     front, engine = front_of(max_model_len=20)
-    with pytest.raises(ValueError, match="81 characters; max_model_len is 20 tokens, which are at most 80 characters"):
+    with pytest.raises(PromptTooLongError, match=r"81 characters; .* 20 tokens, which are at most 80 characters"):
         front.submit("a" * 81, SamplingParams())
-    with pytest.raises(ValueError, match="the prompt has 80 tokens"):
+    with pytest.raises(PromptTooLongError, match="the prompt has 80 tokens"):
         front.submit("a" * 80, SamplingParams())
     assert engine.requests == []
 

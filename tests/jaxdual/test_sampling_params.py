@@ -121,3 +121,16 @@ def test_penalties_are_noticed(params: dict[str, float], want: bool) -> None:
 def test_as_dict_makes_an_equal_one() -> None:
     params = SamplingParams(stop="x", stop_token_ids=[1], logit_bias={1: 2.0}, n=2, seed=5)
     assert SamplingParams(**params.as_dict()) == params
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"top_k": 2**31}, "top_k=2147483648"),
+        ({"n": 1025}, "n=1025"),
+        ({"stop": ["ok", "\ud800"]}, "lone surrogate"),
+    ],
+)
+def test_what_no_message_can_carry_is_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SamplingParams(**values)

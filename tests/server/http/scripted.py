@@ -68,6 +68,9 @@ class ScriptedLLM:
     def load(self):
         return self._stats
 
+    def check_door(self):
+        """The scripted refusals come from `submit`."""
+
     async def tokenize(self, prompt, *, add_special_tokens=True):
         return self._front.tokenize(prompt, add_special_tokens=add_special_tokens)
 
