@@ -315,7 +315,14 @@ def _long_table(cores: int, entries: dict[str, Any]) -> str:
 
 
 def _step_table(cores: int, rows: Sequence[dict[str, Any]]) -> str:
-    names: tuple[str, ...] = ("step_wall_ms", "step_cpu_ms", "loop_cpu_ms", "calls_cpu_ms", "wait_wall_ms")
+    names: tuple[str, ...] = (
+        "step_wall_ms",
+        "step_cpu_ms",
+        "loop_cpu_ms",
+        "front_cpu_ms",
+        "calls_cpu_ms",
+        "wait_wall_ms",
+    )
     body = []
     for row in rows:
         programs = row["blocking"]["programs"]

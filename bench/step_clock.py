@@ -4,7 +4,8 @@ JAX on a CPU runs a program on a thread of its own or, if it thinks it small, on
 time of a call nor the CPU time of the loop's thread says what the loop costs. While it is open, a `StepClock`
 therefore puts timers around the jitted programs (`runner.programs`), and waits for a step's arrays in front of
 `runner.fetch`, under a timer too. CPU times are of the calling thread (`time.thread_time`). What remains of a step is
-the loop: planning, packing, page accounting, detokenizing. `blocking` waits after each call besides: it shows how
+the loop (planning, packing, page accounting) and the front (text, which a server makes in another process). `blocking`
+waits after each call besides: it shows how
 long each program takes by itself, and how much of that ran on the calling thread. Steps don't overlap then, so its
 step time is no measurement.
 """
@@ -47,6 +48,7 @@ class StepClock:
         self._calls: defaultdict[str, _Span] = defaultdict(_Span)
         self._ready: defaultdict[str, list[float]] = defaultdict(list)
         self._wait = _Span()
+        self._front = _Span()
         self._steps: list[tuple[float, float]] = []
         self._loops: list[float] = []
 
@@ -57,6 +59,8 @@ class StepClock:
             setattr(programs, name, self._timed(name, program))
         self._fetch = self._runner.fetch
         self._runner.fetch = self._waiting_fetch  # type: ignore[method-assign]
+        self._take = self._llm._front.take
+        self._llm._front.take = self._timed_take  # type: ignore[method-assign]
         return self
 
     def __exit__(
@@ -65,6 +69,7 @@ class StepClock:
         for name, program in self._originals.items():
             setattr(self._runner.programs, name, program)
         del self._runner.fetch
+        del self._llm._front.take
 
     def step(self) -> None:
         """Runs one step of the engine."""
@@ -85,6 +90,7 @@ class StepClock:
             "step_wall_ms": _median([wall for wall, _ in self._steps]),
             "step_cpu_ms": _median([cpu for _, cpu in self._steps]),
             "loop_cpu_ms": _median(self._loops),
+            "front_cpu_ms": 1e3 * self._front.cpu / steps,
             "calls_cpu_ms": 1e3 * sum(span.cpu for span in self._calls.values()) / steps,
             "calls_wall_ms": 1e3 * sum(span.wall for span in self._calls.values()) / steps,
             "wait_cpu_ms": 1e3 * self._wait.cpu / steps,
@@ -101,7 +107,7 @@ class StepClock:
         }
 
     def _outside_cpu(self) -> float:
-        return self._wait.cpu + sum(span.cpu for span in self._calls.values())
+        return self._wait.cpu + self._front.cpu + sum(span.cpu for span in self._calls.values())
 
     def _num_calls(self) -> int:
         return sum(span.count for span in self._calls.values())
@@ -122,6 +128,10 @@ class StepClock:
             return result
 
         return call
+
+    def _timed_take(self, events: Any) -> Any:
+        with _Timer(self._front):
+            return self._take(events)
 
     def _waiting(self) -> _Timer:
         return _Timer(self._wait)

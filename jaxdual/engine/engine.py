@@ -230,30 +230,28 @@ class Engine:
         self._take_tokens(result)
 
     def _take_tokens(self, result: StepResult) -> None:
-        for sampled in result.sampled:
-            output = self._outputs.get(sampled.seq_id)
-            if output is None:
-                continue
+        live = [
+            (output, sampled) for sampled in result.sampled if (output := self._outputs.get(sampled.seq_id)) is not None
+        ]
+        self.generation_tokens += len(live)
+        self.scheduler.complete((output.sequence, sampled.token) for output, sampled in live)
+        for output, sampled in live:
             sequence = output.sequence
-            self.generation_tokens += 1
-            self.scheduler.complete([(sequence, sampled.token)])
-            self._events.append(
-                TokenEvent(
-                    request_id=output.request.request_id,
-                    index=output.index,
-                    token=sampled.token,
-                    logprobs=sampled.logprobs,
-                    finish_reason=sequence.finish_reason,
-                    stop_token=sampled.token if sequence.finish_reason == "stop" else None,
-                    cached_tokens=sequence.cached or 0,
-                    prompt_logprobs=tuple(output.prompt_logprobs)
-                    if output.wants_prompt_logprobs and sequence.num_output == 1
-                    else None,
-                    queue_seconds=output.ran - output.added
-                    if output.ran is not None and sequence.num_output == 1
-                    else None,
-                )
+            event = TokenEvent(
+                output.request.request_id,
+                output.index,
+                sampled.token,
+                sampled.logprobs,
+                sequence.finish_reason,
+                sampled.token if sequence.finish_reason == "stop" else None,
+                sequence.cached or 0,
             )
+            if sequence.num_output == 1:
+                if output.wants_prompt_logprobs:
+                    event.prompt_logprobs = tuple(output.prompt_logprobs)
+                if output.ran is not None:
+                    event.queue_seconds = output.ran - output.added
+            self._events.append(event)
             if sequence.phase is Phase.FINISHED:
                 self._forget(output)
 

@@ -48,7 +48,7 @@ class ScoreTargets:
     tokens: Sequence[int]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: one is made for every token
 class Sampled:
     """A token that a step gave a sequence."""
 

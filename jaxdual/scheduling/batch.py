@@ -100,7 +100,7 @@ class Chunk:
     output_index: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: one is made for every token
 class Row:
     """One sequence's decode step.
 
