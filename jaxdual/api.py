@@ -11,10 +11,10 @@ from jaxdual.engine.build import BuiltEngine, build_engine
 from jaxdual.front import Front, Prompt, TokenizedPrompt
 from jaxdual.outputs import EngineInfo, EngineStats, RequestOutput
 from jaxdual.sampling_params import SamplingParams
-from jaxdual.tokenizer import Tokenizer
+from jaxdual.served_model import ServedModel, front_of
 
 
-class LLM:
+class LLM(ServedModel):
     """A model, its engine and its tokenizer, in this process.
 
     All of it belongs to one thread; for concurrent callers there is `jaxdual.AsyncLLM`.
@@ -42,12 +42,7 @@ class LLM:
         self.config = config
         self._built: BuiltEngine = build_engine(config)
         self._engine = self._built.engine
-        self._front = Front(
-            self._engine,
-            Tokenizer.find(self.info.model_folder),
-            vocab_size=self.info.vocab_size,
-            max_model_len=self.info.max_model_len,
-        )
+        self._text = front_of(self._engine, self.info)
 
     @property
     def info(self) -> EngineInfo:
@@ -55,31 +50,8 @@ class LLM:
         return self._built.info
 
     @property
-    def served_model_name(self) -> str:
-        """The model's name in responses."""
-        return self.info.served_model_name
-
-    @property
-    def system_fingerprint(self) -> str:
-        """Identifies weights and number type, in the form of OpenAI's `system_fingerprint`."""
-        return self.info.system_fingerprint
-
-    @property
-    def max_model_len(self) -> int:
-        """Tokens of prompt and output together."""
-        return self.info.max_model_len
-
-    def get_tokenizer(self) -> Tokenizer:
-        """The model's tokenizer.
-
-        Raises:
-          TokenizerError: the model folder has none.
-        """
-        return self._front.text_tokenizer()
-
-    def get_default_sampling_params(self) -> SamplingParams:
-        """Parameters that the model's `generation_config.json` recommends, `SamplingParams()` where it is silent."""
-        return SamplingParams(**self.info.default_sampling)  # type: ignore[arg-type]
+    def _front(self) -> Front:
+        return self._text
 
     def generate(
         self,

@@ -19,7 +19,7 @@ from jaxdual.errors import EngineDeadError, NotServingError, QueueFullError
 from jaxdual.front import Front, Prompt, TokenizedPrompt
 from jaxdual.outputs import EngineInfo, EngineStats, RequestOutput
 from jaxdual.sampling_params import SamplingParams
-from jaxdual.tokenizer import Tokenizer
+from jaxdual.served_model import ServedModel, front_of
 
 _LONG_TEXT = 4096  # characters from which tokenizing leaves the loop
 _MOST_FAILED_STARTS = 5
@@ -81,7 +81,7 @@ class RequestStream:
             self._waiter.set_result(None)
 
 
-class AsyncLLM:
+class AsyncLLM(ServedModel):
     """`LLM` for asyncio, its engine in a process of its own that is started again when it dies.
 
     It belongs to one loop. `async with` starts and stops it.
@@ -125,7 +125,7 @@ class AsyncLLM:
         self._failed_starts = 0
         self._restart: asyncio.Task[None] | None = None
         self._info: EngineInfo | None = None
-        self._front: Front | None = None
+        self._text: Front | None = None
         self._stats: EngineStats | None = None
         self._load_seconds = 0.0
         self._compile_seconds: dict[str, float] = {}
@@ -207,29 +207,9 @@ class AsyncLLM:
         return self._info
 
     @property
-    def served_model_name(self) -> str:
-        return self.info.served_model_name
-
-    @property
-    def system_fingerprint(self) -> str:
-        return self.info.system_fingerprint
-
-    @property
-    def max_model_len(self) -> int:
-        return self.info.max_model_len
-
-    @property
     def engine_pid(self) -> int | None:
         """Process id of the engine; None while there is none."""
         return None if self._process is None else self._process.pid
-
-    def get_tokenizer(self) -> Tokenizer:
-        """See `LLM.get_tokenizer`."""
-        return self._text_side().text_tokenizer()
-
-    def get_default_sampling_params(self) -> SamplingParams:
-        """See `LLM.get_default_sampling_params`."""
-        return SamplingParams(**self.info.default_sampling)  # type: ignore[arg-type]
 
     def startup_report(self) -> dict[str, Any]:
         """Seconds of the present engine's start: loading the model, and compiling by shape (so far)."""
@@ -249,7 +229,7 @@ class AsyncLLM:
 
     async def tokenize(self, prompt: Prompt, *, add_special_tokens: bool = True) -> TokenizedPrompt:
         """See `Front.tokenize`; a long text is read on another thread, where it holds up nobody's tokens."""
-        front = self._text_side()
+        front = self._front
         if isinstance(prompt, str) and len(prompt) < _LONG_TEXT:
             return front.tokenize(prompt, add_special_tokens=add_special_tokens)
         return await asyncio.to_thread(front.tokenize, prompt, add_special_tokens=add_special_tokens)
@@ -264,7 +244,7 @@ class AsyncLLM:
     ) -> TokenizedPrompt:
         """See `Front.tokenize_chat`; it happens on another thread."""
         return await asyncio.to_thread(
-            self._text_side().tokenize_chat,
+            self._front.tokenize_chat,
             messages,
             add_generation_prompt=add_generation_prompt,
             add_special_tokens=add_special_tokens,
@@ -313,7 +293,7 @@ class AsyncLLM:
             prompt = await self.tokenize(prompt)
             self.check_door()
         params = self.get_default_sampling_params() if sampling_params is None else sampling_params
-        output = self._text_side().submit(prompt, params, request_id, priority=priority)
+        output = self._front.submit(prompt, params, request_id, priority=priority)
         stream = RequestStream(output, self._close)
         self._streams[id(output)] = stream
         self._num_sequences += len(output.outputs)
@@ -351,7 +331,7 @@ class AsyncLLM:
 
     def abort(self, request_id: str) -> bool:
         """Ends a request, whose output finishes with "abort"; returns whether one of this id was under way."""
-        front = self._text_side()
+        front = self._front
         before = front.num_unfinished
         front.abort(request_id)
         self._deliver(front.take(()))
@@ -406,7 +386,7 @@ class AsyncLLM:
         match message:
             case Events(events, stats):
                 self._stats = stats or self._stats
-                self._deliver(self._text_side().take(events))
+                self._deliver(self._front.take(events))
             case Compiled(name, seconds, last):
                 self._compile_seconds[name] = seconds
                 if last:
@@ -423,13 +403,8 @@ class AsyncLLM:
 
     def _on_ready(self, info: EngineInfo, load_seconds: float) -> None:
         try:
-            if self._front is None:
-                self._front = Front(
-                    _Sender(self),
-                    Tokenizer.find(info.model_folder),
-                    vocab_size=info.vocab_size,
-                    max_model_len=info.max_model_len,
-                )
+            if self._text is None:
+                self._text = front_of(_Sender(self), info)
         except ValueError as error:
             self._give_up(error)
             return
@@ -492,8 +467,8 @@ class AsyncLLM:
         self._questions.clear()
         if not keep_waiting:
             self._waiting.clear()
-        if self._front is not None:
-            self._deliver(self._front.fail(reason, keep=self._waiting))
+        if self._text is not None:
+            self._deliver(self._text.fail(reason, keep=self._waiting))
 
     def send_request(self, request: Request) -> None:
         """Hands a request to the engine, or keeps it until there is one."""
@@ -512,10 +487,11 @@ class AsyncLLM:
 
     # Both sides.
 
-    def _text_side(self) -> Front:
-        if self._front is None:
+    @property
+    def _front(self) -> Front:
+        if self._text is None:
             raise NotServingError("the engine has not started yet")
-        return self._front
+        return self._text
 
     def _close(self, stream: RequestStream) -> None:
         self.abort(stream.output.request_id)
