@@ -127,7 +127,6 @@ class AsyncLLM(ServedModel):
         self._info: EngineInfo | None = None
         self._text: Front | None = None
         self._stats: EngineStats | None = None
-        self._load_seconds = 0.0
         self._compile_seconds: dict[str, float] = {}
         # Requests of the time without an engine, by the engine's id.
         self._waiting: dict[str, Request] = {}
@@ -215,7 +214,7 @@ class AsyncLLM(ServedModel):
         """Seconds of the present engine's start: loading the model, and compiling by shape (so far)."""
         return {
             "model": self.served_model_name,
-            "load_seconds": self._load_seconds,
+            "load_seconds": 0.0 if self._stats is None else self._stats.load_seconds,
             "compile_seconds": sum(self._compile_seconds.values()),
             "compile_seconds_by_shape": dict(self._compile_seconds),
         }
@@ -396,12 +395,13 @@ class AsyncLLM(ServedModel):
                 question = self._questions.pop(number, None)
                 if question is not None and not question.done():
                     question.set_result(message)
-            case Ready(info, load_seconds):
-                self._on_ready(info, load_seconds)
+            case Ready(info, stats):
+                self._stats = stats
+                self._on_ready(info)
             case StartFailed(kind, text):
                 self._on_start_failed(kind, text)
 
-    def _on_ready(self, info: EngineInfo, load_seconds: float) -> None:
+    def _on_ready(self, info: EngineInfo) -> None:
         try:
             if self._text is None:
                 self._text = front_of(_Sender(self), info)
@@ -409,7 +409,6 @@ class AsyncLLM(ServedModel):
             self._give_up(error)
             return
         self._info = info
-        self._load_seconds = load_seconds
         self._ready = True
         self._failed_starts = 0
         if self._started is not None and not self._started.done():
@@ -420,9 +419,10 @@ class AsyncLLM(ServedModel):
             self.send_request(request)
 
     def _on_start_failed(self, kind: str, text: str) -> None:
-        _logger.error("the engine can't be started: %s: %s", kind, text)
         if self._info is None:
             self._give_up(_start_error(kind, text))
+        else:
+            _logger.error("the engine can't be started again: %s: %s", kind, text)
 
     def _on_death(self, reason: str) -> None:
         self._process = None

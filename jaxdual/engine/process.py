@@ -123,9 +123,11 @@ def main() -> int:
 
 
 def _serve(channel: Channel) -> int:
-    (start,) = channel.receive(wait=True)
+    start, *more = channel.receive(wait=True)
     if not isinstance(start, Start):
         raise TypeError(f"the first message is {type(start).__name__}, not Start")
+    if more:  # before its answer, a front that sends more wants the end
+        return 0
     try:
         built = build_engine(start.config)
     except Exception as error:
@@ -135,7 +137,7 @@ def _serve(channel: Channel) -> int:
         return 1
     if built.info.device == "cpu":
         _give_way()
-    channel.send(Ready(built.info, built.load_seconds))
+    channel.send(Ready(built.info, built.stats()))
     try:
         EngineLoop(built, channel).run()
     except ConnectionError:

@@ -65,7 +65,7 @@ class Ready(Message, frozen=True, tag=True):
     """Requests are served from now on; shapes that are not compiled yet are compiled between them."""
 
     info: EngineInfo
-    load_seconds: float
+    stats: EngineStats
 
 
 class StartFailed(Message, frozen=True, tag=True):

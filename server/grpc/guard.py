@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hmac
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -14,7 +14,7 @@ from server.grpc.errors import CallError, refusal_of, status_of
 if TYPE_CHECKING:
     from server.metrics import Metrics
 
-type _Behaviour = Callable[[Any, grpc.aio.ServicerContext], Awaitable[Any]]
+type _Behaviour = Callable[[Any, grpc.aio.ServicerContext], Any]
 
 
 class Malformed:
@@ -25,19 +25,19 @@ class Malformed:
 
 
 class CallGuard(grpc.aio.ServerInterceptor):
-    """Guards the calls of some services; others pass.
+    """Guards every call.
 
-    Handlers of guarded services are coroutines that write to their context, so that a cancelled call unwinds them at
-    once.
+    Handlers of faces are coroutines that write to their context, so that a cancelled call unwinds them at once, and
+    that expect `Malformed` in a stream of requests. Those of other services may be async generators, and never see it.
 
     Args:
-      services: full names of the guarded ones.
+      faces: full names of the services that want a key.
       api_key: wanted as metadata `authorization: Bearer KEY`; None to let everybody in.
       metrics: counts refusals.
     """
 
-    def __init__(self, services: Collection[str], api_key: str | None, metrics: Metrics) -> None:
-        self._services = frozenset(services)
+    def __init__(self, faces: Collection[str], api_key: str | None, metrics: Metrics) -> None:
+        self._faces = frozenset(faces)
         self._authorization = None if api_key is None else f"Bearer {api_key}".encode()
         self._metrics = metrics
         self._handlers: dict[str, grpc.RpcMethodHandler] = {}
@@ -50,12 +50,13 @@ class CallGuard(grpc.aio.ServerInterceptor):
         """The guarded handler of the called method."""
         method: str = details.method
         guarded = self._handlers.get(method)
+        is_face = method.split("/")[1] in self._faces
         if guarded is None:
             handler = await continuation(details)
-            if handler is None or method.split("/")[1] not in self._services:
-                return handler
-            guarded = self._handlers[method] = self._guard(handler)
-        if self._authorization is not None and not self._admits(details):
+            if handler is None:
+                return None
+            guarded = self._handlers[method] = self._guard(handler, is_face=is_face)
+        if is_face and self._authorization is not None and not self._admits(details):
             self._metrics.refused("unauthorized")
             return _REFUSALS[guarded.request_streaming]
         return guarded
@@ -65,7 +66,7 @@ class CallGuard(grpc.aio.ServerInterceptor):
         given_bytes = given if isinstance(given, bytes) else given.encode(errors="replace")
         return hmac.compare_digest(given_bytes, self._authorization or b"")
 
-    def _guard(self, handler: grpc.RpcMethodHandler) -> grpc.RpcMethodHandler:
+    def _guard(self, handler: grpc.RpcMethodHandler, *, is_face: bool) -> grpc.RpcMethodHandler:
         behaviour: _Behaviour
         if handler.request_streaming:
             make, behaviour = grpc.stream_stream_rpc_method_handler, handler.stream_stream
@@ -78,7 +79,10 @@ class CallGuard(grpc.aio.ServerInterceptor):
             try:
                 if isinstance(request, Malformed):
                     request.check()
-                return await behaviour(request, context)
+                if is_face or not handler.request_streaming:
+                    return await behaviour(request, context)
+                async for response in behaviour(_checked(request), context):
+                    await context.write(response)
             except grpc.aio.AbortError:
                 raise
             except Exception as error:
@@ -105,6 +109,13 @@ def _lenient(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
             return Malformed()
 
     return deserialize_or_mark
+
+
+async def _checked(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    async for request in requests:
+        if isinstance(request, Malformed):
+            request.check()
+        yield request
 
 
 async def _refuse(request: object, context: grpc.aio.ServicerContext) -> None:
