@@ -62,6 +62,8 @@ class RequestStream:
     async def __anext__(self) -> RequestOutput:
         if self._ended:
             raise StopAsyncIteration
+        if self._waiter is not None and not self._waiter.done():
+            raise RuntimeError("a stream has one reader at a time")
         while not self._changed:
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
@@ -88,7 +90,7 @@ class AsyncLLM(ServedModel):
 
     Args:
       model, settings: as for `LLM`.
-      max_queued_requests: outputs that may wait for their turn beyond those that run; more are refused.
+      max_queued_requests: outputs that may wait for their turn beyond the `max_num_seqs` that run; more are refused.
 
     Raises:
       ConfigError: a setting that is unknown or out of range.
@@ -155,6 +157,17 @@ class AsyncLLM(ServedModel):
             await self._launch()
         await asyncio.shield(self._started)
 
+    async def ready(self) -> None:
+        """Waits until requests are taken.
+
+        Raises:
+          NotServingError: they never will be, or not any more.
+        """
+        try:
+            await self.start()
+        except (ValueError, EngineDeadError) as error:
+            raise NotServingError(str(error)) from None
+
     async def warmed_up(self) -> None:
         """Waits until all padded shapes are compiled: from then on no request compiles anything."""
         await self.start()
@@ -172,6 +185,7 @@ class AsyncLLM(ServedModel):
         """Ends all requests, with an error, and the engine."""
         self._why_stopped = "the engine was shut down"
         self._set_state(EngineState.STOPPED)
+        self._end_start(NotServingError(self._why_stopped))
         if self._restart is not None:
             self._restart.cancel()
         self._lose_engine(self._why_stopped, keep_waiting=False)
@@ -250,20 +264,28 @@ class AsyncLLM(ServedModel):
             template_vars=template_vars,
         )
 
-    def check_door(self) -> None:
+    def check_door(self, outputs: int = 1) -> None:
         """Raises what `submit` would raise now whatever the prompt, so that a refusal costs no tokenizing.
 
+        Args:
+          outputs: that are to be submitted together.
+
         Raises:
+          ValueError: more outputs than are ever taken together.
           QueueFullError, NotServingError: as for `submit`.
         """
         if self._state is EngineState.DRAINING:
             raise NotServingError("shutting down: no new requests are taken")
         if self._state is EngineState.STOPPED:
             raise NotServingError(self._why_stopped)
-        waiting = self._num_sequences - self.config.max_num_seqs
-        if waiting >= self.max_queued_requests:
+        # What runs counts, whatever the queue, so that a request that fits into an idle engine is never refused there.
+        most = self.config.max_num_seqs + self.max_queued_requests
+        if outputs > most:
+            raise ValueError(f"{outputs} outputs are asked for together; at most {most} may be under way at once")
+        if self._num_sequences + outputs > most:
             raise QueueFullError(
-                f"{max(waiting, 0)} requests are waiting; at most {self.max_queued_requests} may: try again later"
+                f"{self._num_sequences} outputs are under way, {most} may be, and {outputs} more are asked for: try "
+                "again later"
             )
 
     async def submit(
@@ -287,11 +309,11 @@ class AsyncLLM(ServedModel):
           NotServingError: it is draining, was shut down, or its engine can't be started.
         """
         await self.start()
-        self.check_door()
+        params = self.get_default_sampling_params() if sampling_params is None else sampling_params
+        self.check_door(params.n)
         if not isinstance(prompt, TokenizedPrompt):
             prompt = await self.tokenize(prompt)
-            self.check_door()
-        params = self.get_default_sampling_params() if sampling_params is None else sampling_params
+            self.check_door(params.n)
         output = self._front.submit(prompt, params, request_id, priority=priority)
         stream = RequestStream(output, self._close)
         self._streams[id(output)] = stream
@@ -309,7 +331,8 @@ class AsyncLLM(ServedModel):
     ) -> AsyncIterator[RequestOutput]:
         """Completes a prompt; yields its output each time that it has grown, the last time finished.
 
-        It is the same object each time. Leaving the loop early, or cancelling the task, ends the request.
+        It is the same object each time. Cancelling the task, or closing the generator, ends the request; a loop that is
+        left early closes it when it is garbage, so whoever breaks out uses `contextlib.aclosing`.
 
         Args:
           prompt, sampling_params, request_id, priority: as for `LLM.submit`.
@@ -390,6 +413,7 @@ class AsyncLLM(ServedModel):
                 self._compile_seconds[name] = seconds
                 if last:
                     self._warm.set()
+                    self._failed_starts = 0
                     self._set_state(EngineState.SERVING)
             case Answer(number):
                 question = self._questions.pop(number, None)
@@ -410,13 +434,12 @@ class AsyncLLM(ServedModel):
             return
         self._info = info
         self._ready = True
-        self._failed_starts = 0
         if self._started is not None and not self._started.done():
             self._started.set_result(None)
         self._set_state(EngineState.WARMING)
         waiting, self._waiting = self._waiting, {}
         for request in waiting.values():
-            self.send_request(request)
+            self._send_request(request)
 
     def _on_start_failed(self, kind: str, text: str) -> None:
         if self._info is None:
@@ -427,12 +450,14 @@ class AsyncLLM(ServedModel):
     def _on_death(self, reason: str) -> None:
         self._process = None
         if self._state in (EngineState.STOPPED, EngineState.DRAINING):
+            self._ready = False
+            self._end_start(EngineDeadError(reason))
             self._lose_engine(reason, keep_waiting=False)
             return
         if self._info is None:  # never started: the caller of `start` is told
             self._give_up(EngineDeadError(reason))
             return
-        self._failed_starts += not self._ready
+        self._failed_starts += not self._warm.is_set()
         self._ready = False
         self._warm.clear()
         _logger.error("%s; %d requests end with an error", reason, len(self._streams) - len(self._waiting))
@@ -453,11 +478,16 @@ class AsyncLLM(ServedModel):
         """No engine any more."""
         self._why_stopped = str(error)
         self._set_state(EngineState.STOPPED)
-        if self._started is not None and not self._started.done():
-            self._started.set_exception(error)
+        self._end_start(error)
         if self._process is not None:
             self._process.kill()
         self._lose_engine(str(error), keep_waiting=False)
+
+    def _end_start(self, error: Exception) -> None:
+        """Tells those who wait for the start that there will be none."""
+        if self._started is not None and not self._started.done():
+            self._started.set_exception(error)
+            self._started.exception()  # nobody may be waiting
 
     def _lose_engine(self, reason: str, *, keep_waiting: bool) -> None:
         """Ends what the engine had under way, and what waits for one as well unless `keep_waiting`."""
@@ -470,14 +500,14 @@ class AsyncLLM(ServedModel):
         if self._text is not None:
             self._deliver(self._text.fail(reason, keep=self._waiting))
 
-    def send_request(self, request: Request) -> None:
+    def _send_request(self, request: Request) -> None:
         """Hands a request to the engine, or keeps it until there is one."""
         if self._process is not None and self._ready and self._process.is_connected:
             self._process.send(Add(request))
         else:
             self._waiting[request.request_id] = request
 
-    def send_abort(self, request_id: str, index: int | None) -> None:
+    def _send_abort(self, request_id: str, index: int | None) -> None:
         """Ends a request in the engine; one that waits for an engine goes when its last output has ended."""
         if request_id not in self._waiting:
             if self._process is not None:
@@ -525,10 +555,10 @@ class _Sender:
         self._llm = llm
 
     def add(self, request: Request) -> None:
-        self._llm.send_request(request)
+        self._llm._send_request(request)
 
     def abort(self, request_id: str, index: int | None = None) -> None:
-        self._llm.send_abort(request_id, index)
+        self._llm._send_abort(request_id, index)
 
 
 def _start_error(kind: str, text: str) -> Exception:

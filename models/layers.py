@@ -91,14 +91,6 @@ class Attention(nnx.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         return rotate(q, rope), rotate(k, rope), v
 
-    def __call__(
-        self, x: Float[Array, "T D"], rope: Rope, attend: LayerAttend, cache: Any
-    ) -> tuple[Float[Array, "T D"], Any]:
-        """Project, let the caller attend, project back."""
-        q, k, v = self.project(x, rope)
-        out, cache = attend(q, k, v, cache)
-        return self.o(out.reshape(x.shape[0], -1)), cache
-
 
 class MLP(nnx.Module):
     """Gated MLP: `down(silu(gate(x)) * up(x))`."""
@@ -117,7 +109,8 @@ class MLP(nnx.Module):
 class DecoderLayer(nnx.Module):
     """Pre-norm residual layer: attention, then an MLP of any kind.
 
-    It does not know its index, so layers of equal shape share one compiled program.
+    It does not know its index, so layers of equal shape share one compiled program; in a program of all layers its two
+    halves are traced once.
     """
 
     def __init__(self, config: ModelConfig, mlp: nnx.Module, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
@@ -130,6 +123,24 @@ class DecoderLayer(nnx.Module):
         self, x: Float[Array, "T D"], rope: Rope, attend: LayerAttend, cache: Any
     ) -> tuple[Float[Array, "T D"], Any]:
         """The residual stream after this layer, and the cache that `attend` returned."""
-        mixed, cache = self.attention(self.attention_norm(x), rope, attend, cache)
-        x = x + mixed
-        return x + self.mlp(self.mlp_norm(x)), cache
+        q, k, v = _before_attention(self, x, rope)
+        out, cache = attend(q, k, v, cache)
+        return _after_attention(self, x, out), cache
+
+
+# Jitted within whatever jits the model, which costs nothing there: tracing is most of the time that a program takes to
+# come out of the compilation cache.
+
+
+@jax.jit
+def _before_attention(
+    layer: DecoderLayer, x: Float[Array, "T D"], rope: Rope
+) -> tuple[Float[Array, "T Hq d"], Float[Array, "T Hkv d"], Float[Array, "T Hkv d"]]:
+    return layer.attention.project(layer.attention_norm(x), rope)
+
+
+@jax.jit
+def _after_attention(layer: DecoderLayer, x: Float[Array, "T D"], out: Float[Array, "T Hq d"]) -> Float[Array, "T D"]:
+    x = x + layer.attention.o(out.reshape(x.shape[0], -1))
+    mixed: jax.Array = x + layer.mlp(layer.mlp_norm(x))
+    return mixed

@@ -220,7 +220,6 @@ class _EngineCollector(Collector):
 
     def __init__(self, llm: AsyncLLM) -> None:
         self._llm = llm
-        self._restarts = 0
         self._dead: EngineStats | None = None  # the last figures of an engine that is gone
         self._before = dict.fromkeys((field for _, field, _ in _ENGINE_COUNTERS), 0)
         llm.on_state(self._note_state)
@@ -246,7 +245,7 @@ class _EngineCollector(Collector):
             yield gauge
         counts = {name: getattr(load, field, 0) + self._before[field] for name, field, _ in _ENGINE_COUNTERS}
         texts = {name: text for name, _, text in _ENGINE_COUNTERS}
-        counts["engine_restarts"], texts["engine_restarts"] = self._restarts, "Engines that were lost and replaced."
+        counts["engine_restarts"], texts["engine_restarts"] = self._llm.restarts, "Engines started after the first."
         for name, count in counts.items():
             counter = CounterMetricFamily(_PREFIX + name, texts[name], labels=_LABELS)
             counter.add_metric([model], count)
@@ -255,7 +254,6 @@ class _EngineCollector(Collector):
     def _note_state(self, state: EngineState) -> None:
         if state is not EngineState.RESTARTING:
             return
-        self._restarts += 1
         last = self._llm.load()
         if last is not self._dead:
             self._dead = last

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import signal
 import socket
+import ssl
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ import grpc
 import uvicorn
 
 from jaxdual.async_api import AsyncLLM, EngineState
-from jaxdual.config import EngineConfig, ServerConfig
+from jaxdual.config import ConfigError, EngineConfig, ServerConfig
 from server.grpc import GrpcServer, create_server
 from server.http import create_app
 from server.metrics import Metrics
@@ -53,6 +54,7 @@ class Server:
             loop.add_signal_handler(number, self._on_signal, number)
         self._llm.on_state(self._on_state)
         config = self._config
+        self._check_certificate()
         with self._listen() as listener:
             grpc_server = self._grpc()
             http_server = self._http()
@@ -62,26 +64,29 @@ class Server:
             address = f"{scheme}://{config.host}:{listener.getsockname()[1]}"
             _logger.info("listening on %s and, for gRPC, on %s:%d", address, config.host, grpc_server.port)
             try:
-                await self._serve(began)
+                await self._serve(began, serving)
             finally:
                 # Health says no, nothing new is taken, what runs may finish: then the faces close.
                 await self._drain()
                 await grpc_server.stop(_GRACE_SECONDS)
                 http_server.should_exit = True
-                await serving
-                await self._llm.shutdown()
+                try:
+                    await serving
+                finally:
+                    await self._llm.shutdown()
         return 0 if self._stop.is_set() else 1
 
-    async def _serve(self, began: float) -> None:
+    async def _serve(self, began: float, http: asyncio.Task[None]) -> None:
+        """Returns when there is a reason to end."""
         start = asyncio.create_task(self._llm.warmed_up())
-        over = [asyncio.create_task(self._stop.wait()), asyncio.create_task(self._ended())]
+        over = [asyncio.create_task(self._stop.wait()), asyncio.create_task(self._ended()), http]
         await asyncio.wait((start, *over), return_when=asyncio.FIRST_COMPLETED)
         if start.done():
             start.result()
             self._report(time.monotonic() - began)
         start.cancel()
         await asyncio.wait(over, return_when=asyncio.FIRST_COMPLETED)
-        for task in over:
+        for task in over[:-1]:
             task.cancel()
 
     async def _ended(self) -> None:
@@ -131,6 +136,19 @@ class Server:
         )
 
     # Faces.
+
+    def _check_certificate(self) -> None:
+        if self._config.ssl_certfile is None:
+            return
+        try:
+            ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(
+                self._config.ssl_certfile, self._config.ssl_keyfile
+            )
+        except OSError as error:
+            raise ConfigError(
+                f"ssl_certfile={self._config.ssl_certfile!r} with ssl_keyfile={self._config.ssl_keyfile!r} can't be "
+                f"used: {error}"
+            ) from None
 
     def _listen(self) -> socket.socket:
         family = socket.AF_INET6 if ":" in self._config.host else socket.AF_INET

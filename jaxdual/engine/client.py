@@ -7,6 +7,7 @@ import contextlib
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,8 @@ from jaxdual.config import EngineConfig
 from jaxdual.engine.wire import Died, Frames, Message, Start, Stop, ToFront
 
 _KILL_SECONDS = 5.0  # from asking an engine to stop until it is killed: it may be compiling
+
+_POLL_SECONDS = 0.01
 
 
 class EngineProcess(asyncio.Protocol):
@@ -109,11 +112,11 @@ class EngineProcess(asyncio.Protocol):
         self._reaping = asyncio.get_running_loop().create_task(self._reap())
 
     async def _reap(self) -> None:
-        try:
-            status = await asyncio.to_thread(self._process.wait, _KILL_SECONDS)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            status = await asyncio.to_thread(self._process.wait)
+        deadline = time.monotonic() + _KILL_SECONDS
+        while (status := self._process.poll()) is None:
+            if time.monotonic() > deadline:
+                self._process.kill()
+            await asyncio.sleep(_POLL_SECONDS)
         self._ended.set()
         ended = f"signal {-status}" if status < 0 else f"exit status {status}"
         self._on_death(self._last_words or f"the engine process has ended ({ended})")

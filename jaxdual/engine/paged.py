@@ -18,6 +18,10 @@ Arena = Float[Array, "rows page_size kv_heads head_dim"]
 Arenas = tuple[Float[Array, "_ page_size kv_heads head_dim"], ...]  # one of each layer group
 Attend = Callable[..., tuple[Array, Arenas]]
 
+# Jitted within the step that they are part of, so that layers share one trace.
+_prefill_attention = jax.jit(prefill_attention, static_argnames="window")
+_decode_attention = jax.jit(decode_attention, static_argnames="window")
+
 
 class GroupTable(NamedTuple):
     """Page tables of a step's sequences in one layer group.
@@ -71,7 +75,7 @@ def prefill_attend(
         group, index = layout.place_of(layer)
         arena = _write(layout, group, index, arenas[group], places[group], k, v)
         rows = _k_rows(layout, group, index, jnp.asarray(tables[group].pages))
-        out = prefill_attention(
+        out = _prefill_attention(
             q.reshape(starts.shape[0], chunk, *q.shape[1:]),
             arena,
             arena,
@@ -111,7 +115,7 @@ def decode_attend(layout: KVLayout, positions: Int32[Array, " seqs"], tables: Se
         group, index = layout.place_of(layer)
         arena = _write(layout, group, index, arenas[group], places[group], k, v)
         rows = _k_rows(layout, group, index, jnp.asarray(tables[group].pages))
-        out = decode_attention(
+        out = _decode_attention(
             q,
             arena,
             arena,
@@ -153,8 +157,23 @@ def _write(
 ) -> Arena:
     pages, slots = places
     k_rows = _k_rows(layout, group, index, pages)
+    put: jax.Array = _put(arena, k_rows, slots, k, v)
+    return put
+
+
+@jax.jit
+def _put(
+    arena: Arena,
+    k_rows: Int32[Array, " tokens"],
+    slots: Int32[Array, " tokens"],
+    k: Float[Array, "tokens kv_heads head_dim"],
+    v: Float[Array, "tokens kv_heads head_dim"],
+) -> Arena:
     rows = jnp.concatenate([k_rows, k_rows + 1])
-    return arena.at[rows, jnp.tile(slots, 2)].set(jnp.concatenate([k, v]).astype(arena.dtype), mode="drop")
+    written: jax.Array = arena.at[rows, jnp.tile(slots, 2)].set(
+        jnp.concatenate([k, v]).astype(arena.dtype), mode="drop"
+    )
+    return written
 
 
 def _replaced(arenas: Arenas, group: int, arena: Arena) -> Arenas:

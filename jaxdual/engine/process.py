@@ -34,6 +34,7 @@ from jaxdual.errors import EngineDeadError
 from jaxdual.kv.slots import IntegrityError
 
 _STATS_SECONDS = 0.1  # between two figures sent along with events
+_WARM_UP_SECONDS = 1.0  # between two shapes that are compiled while requests wait for it
 _CPU_NICENESS = 5
 
 
@@ -49,8 +50,9 @@ class EngineLoop:
         self._built = built
         self._engine = built.engine
         self._channel = channel
-        self._warm_ups: Iterator[tuple[str, Callable[[], object]]] = built.engine.runner.warm_up_runs()
+        self._warm_ups: Iterator[tuple[str, Callable[[], float]]] = built.engine.runner.warm_ups()
         self._next_warm_up = next(self._warm_ups, None)
+        self._warm_up_due = 0.0
         self._stats_due = 0.0
         self._stopping = False
 
@@ -67,7 +69,9 @@ class EngineLoop:
                 self._handle(message)
             if self._engine.has_work:
                 self._send_events(self._engine.step())
-            elif self._next_warm_up is not None and not self._stopping:
+            # Now and then also beside requests: else a server under steady load would never be ready.
+            free = not self._engine.has_work or time.monotonic() >= self._warm_up_due
+            if self._next_warm_up is not None and free and not self._stopping:
                 self._warm_up(*self._next_warm_up)
 
     def _handle(self, message: object) -> None:
@@ -103,11 +107,11 @@ class EngineLoop:
         if events or stats is not None:
             self._channel.send(Events(events, stats))
 
-    def _warm_up(self, name: str, run: Callable[[], object]) -> None:
-        start = time.perf_counter()
-        run()
+    def _warm_up(self, name: str, run: Callable[[], float]) -> None:
+        seconds = run()
         self._next_warm_up = next(self._warm_ups, None)
-        self._channel.send(Compiled(name, time.perf_counter() - start, last=self._next_warm_up is None))
+        self._channel.send(Compiled(name, seconds, last=self._next_warm_up is None))
+        self._warm_up_due = time.monotonic() + _WARM_UP_SECONDS
 
 
 def main() -> int:

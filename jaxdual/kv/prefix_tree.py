@@ -35,7 +35,7 @@ class Node:
 class PrefixTree:
     """Nodes by key, and the order in which unused ones give up their places.
 
-    The tree moves no bytes and owns no free list: `kv.manager` decides what a dropped node's places are used for.
+    The tree moves no bytes and owns no free list: `kv.group` decides what a dropped node's places are used for.
     Two least-recently-used orders are kept, one for each tier. A path is locked and unlocked leaf first, so the front
     of an order is never the ancestor of a node further back.
     """

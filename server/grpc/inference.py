@@ -138,6 +138,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
 
     async def _submit(self, request: pb.GenerateRequest) -> tuple[ObservedStream, SamplingParams]:
         """Checks a request and queues it; the caller closes the stream."""
+        await self._llm.ready()
         self._check_model(request.model)
         kind = request.WhichOneof("prompt")
         params = sampling_params(
@@ -150,7 +151,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             case "token_ids":
                 prompt = {"prompt_token_ids": request.token_ids.ids}
             case "chat":
-                self._llm.check_door()
+                self._llm.check_door(params.n)
                 prompt = await self._render(request.chat, add_special_tokens=False)
             case _:
                 raise no_prompt(("text", "token_ids", "chat"))

@@ -110,6 +110,7 @@ class KServeServicer(open_inference_pb2_grpc.GRPCInferenceServiceServicer):
         self, request: pb.ModelInferRequest, context: grpc.aio.ServicerContext
     ) -> pb.ModelInferResponse:
         """The finished request."""
+        await self._llm.ready()
         wanted = self._read(request)
         if wanted.stream:
             raise CallError(grpc.StatusCode.INVALID_ARGUMENT, "stream=true needs ModelStreamInfer")
@@ -148,6 +149,7 @@ class KServeServicer(open_inference_pb2_grpc.GRPCInferenceServiceServicer):
                 request.check()
                 return
             head = _head(request)
+            await self._llm.ready()
             wanted = self._read(request)
             responses, deltas, until = _Responses(request, wanted), Deltas(wanted.params.n), _deadline(wanted)
             with closing(await self._submit(wanted, until)) as stream:

@@ -75,6 +75,7 @@ class GenerationEndpoint:
                 await problem.response()(scope, receive, send)
 
     async def _answer(self, body: bytes, scope: Scope, receive: Receive, reply: _Reply) -> None:
+        await self._llm.ready()
         if len(body) < _LONG_BODY:
             request = self._request(body)
         else:
@@ -84,7 +85,9 @@ class GenerationEndpoint:
         created = int(time.time())
         with contextlib.ExitStack() as closing:
             streams: list[ObservedStream] = []
-            for number, prompt in enumerate(_prompts(request)):
+            prompts = _prompts(request)
+            self._check_door(request, len(prompts))
+            for number, prompt in enumerate(prompts):
                 streams.append(await self._submit(request, prompt, f"{response_id}-{number}"))
                 closing.callback(streams[-1].close)
             if request.stream:
@@ -110,12 +113,18 @@ class GenerationEndpoint:
             raise ProtocolError(message, "model", "model_not_found")
         return request
 
+    def _check_door(self, request: ChatRequest | CompletionRequest, prompts: int) -> None:
+        """Refuses all prompts of a request, or none, and before any is tokenized."""
+        try:
+            self._llm.check_door(prompts * request.params.n)
+        except ValueError as error:
+            raise ProtocolError(str(error), "n" if prompts == 1 else "prompt") from None
+
     async def _submit(
         self, request: ChatRequest | CompletionRequest, prompt: str | tuple[int, ...] | None, request_id: str
     ) -> ObservedStream:
         """Sends one prompt to the engine; None stands for the prompt that the messages of a chat make."""
         try:
-            self._llm.check_door()
             tokenized = await self._tokenize(request, prompt)
             return self._metrics.observe(await self._llm.submit(tokenized, request.params, request_id))
         except PromptTooLongError as error:

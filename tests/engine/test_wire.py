@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import msgspec
@@ -83,16 +83,17 @@ def test_a_channel_gives_what_is_there_and_waits_only_when_told(ends: tuple[sock
 
 
 class Broken:
-    """An engine whose second step fails, with nothing to compile."""
+    """An engine whose second step fails."""
 
     def __init__(self) -> None:
         self.engine = self
         self.runner = self
         self.has_work = False
         self.steps = 0
+        self.shapes: list[tuple[str, Callable[[], float]]] = []
 
-    def warm_up_runs(self) -> Iterator[Any]:
-        return iter(())
+    def warm_ups(self) -> Iterator[tuple[str, Callable[[], float]]]:
+        return iter(self.shapes)
 
     def stats(self) -> None:
         return None
@@ -121,3 +122,19 @@ def test_a_loop_ends_with_its_engine_s_failure_and_refuses_what_it_must(ends: tu
         ("0", index, "no more than one output") for index in range(2)
     ]
     assert [(e.request_id, e.token) for e in first.events] == [("1", 5)]
+
+
+def test_shapes_are_compiled_beside_requests_too(
+    ends: tuple[socket.socket, Channel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jaxdual.engine.process._WARM_UP_SECONDS", 0.0)
+    front, channel = ends
+    engine = Broken()
+    engine.shapes = [("first", lambda: 1.0), ("second", lambda: 2.0)]
+    front.sendall(Frames(ToEngine).encode(Add(Request("1", [1], SamplingParams(), 0.0))))
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        EngineLoop(engine, channel).run()  # type: ignore[arg-type]
+    messages = list(Frames(ToFront).feed(front.recv(1 << 16)))
+    assert [type(message).__name__ for message in messages] == ["Events", "Compiled"]
+    assert messages[1].name == "first"
+    assert not messages[1].last

@@ -214,13 +214,41 @@ def test_an_id_may_be_used_again_at_once_after_an_abort(run: Loop, shared: Async
 
 def test_a_full_queue_refuses_at_the_door_and_takes_again_later(run: Loop, shared: AsyncLLM) -> None:
     async def main() -> None:
-        streams = [await shared.submit([5, 6, 7], LONG) for _ in range(24)]  # 4 run, 20 wait
-        with pytest.raises(QueueFullError, match="20 requests are waiting; at most 20 may"):
+        streams = [await shared.submit([5, 6, 7], LONG) for _ in range(23)]  # 4 run, 19 wait
+        with pytest.raises(QueueFullError, match="23 outputs are under way, 24 may be, and 2 more are asked for"):
+            await shared.submit([5, 6, 7], SamplingParams(n=2))
+        streams.append(await shared.submit([5, 6, 7], LONG))
+        with pytest.raises(QueueFullError, match="24 outputs are under way, 24 may be"):
             await shared.submit([5, 6, 7], LONG)
         streams[0].close()
         streams.append(await shared.submit([5, 6, 7], LONG))
         for stream in streams:
             stream.close()
+        await settled(shared)
+
+    run(main())
+
+
+def test_more_outputs_than_ever_fit_are_refused_for_good(run: Loop, shared: AsyncLLM) -> None:
+    async def main() -> None:
+        with pytest.raises(ValueError, match="25 outputs are asked for together; at most 24"):
+            await shared.submit([5, 6, 7], SamplingParams(n=25))
+        output = await last(shared.generate([5, 6, 7], SamplingParams(n=24, max_tokens=2)))
+        assert len(output.outputs) == 24
+        await settled(shared)
+
+    run(main())
+
+
+def test_a_stream_has_one_reader_at_a_time(run: Loop, shared: AsyncLLM) -> None:
+    async def main() -> None:
+        stream = await shared.submit([5, 6, 7], GREEDY)
+        first = asyncio.create_task(anext(stream))
+        await asyncio.sleep(0)
+        with pytest.raises(RuntimeError, match="one reader"):
+            await anext(stream)
+        await first
+        stream.close()
         await settled(shared)
 
     run(main())
@@ -296,6 +324,34 @@ def test_requests_that_wait_for_an_engine_can_be_cancelled(run: Loop, llm: Async
         assert len((await last(streams[2])).outputs[0].token_ids) == 50
         assert len((await last(streams[0])).outputs[0].token_ids) == 50
         await settled(llm)
+
+    run(main())
+
+
+def test_an_engine_that_dies_before_it_serves_counts_as_a_failed_start(
+    run: Loop, llm: AsyncLLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(async_api, "_MOST_FAILED_STARTS", 1)
+
+    async def main() -> None:
+        assert llm.state is EngineState.WARMING
+        assert llm.engine_pid is not None
+        os.kill(llm.engine_pid, signal.SIGKILL)
+        while llm.state is EngineState.WARMING:
+            await asyncio.sleep(0)
+        assert llm.state is EngineState.STOPPED
+
+    run(main())
+
+
+def test_a_shutdown_during_the_start_reaches_those_who_wait_for_it(run: Loop) -> None:
+    async def main() -> None:
+        llm = AsyncLLM(MODEL, **SETTINGS)
+        waiting = [asyncio.create_task(call) for call in (llm.start(), llm.ready(), llm.submit([5], GREEDY))]
+        await asyncio.sleep(0)
+        await llm.shutdown()
+        results = await asyncio.gather(*waiting, return_exceptions=True)
+        assert [type(result) for result in results] == [NotServingError] * 3
 
     run(main())
 

@@ -36,6 +36,7 @@ class ScriptedLLM:
         self.max_model_len = max_model_len
         self.state = EngineState.SERVING
         self.listeners = []
+        self.restarts = 0
         self.refuse_with = None
         self.submitted = []
         self.closed = []
@@ -68,7 +69,10 @@ class ScriptedLLM:
     def load(self):
         return self._stats
 
-    def check_door(self):
+    async def ready(self):
+        """It always is."""
+
+    def check_door(self, outputs=1):
         """The scripted refusals come from `submit`."""
 
     async def tokenize(self, prompt, *, add_special_tokens=True):
@@ -110,6 +114,7 @@ class ScriptedLLM:
 
     def set_state(self, state):
         self.state = state
+        self.restarts += state is EngineState.RESTARTING
         for listener in self.listeners:
             listener(state)
 
