@@ -215,7 +215,7 @@ async def _overload(options: argparse.Namespace, client: Client, results: dict[s
     # As many as the server takes without refusing, so that every slot is refilled at once.
     queued = options.max_num_seqs if options.max_queued_requests is None else options.max_queued_requests
     concurrency = options.max_num_seqs + min(queued, options.max_num_seqs)
-    closed = await _timed(options, client, 4 * concurrency, math.inf, seed=2, concurrency=concurrency)
+    closed = await _timed(options, client, 8 * concurrency, math.inf, seed=2, concurrency=concurrency)
     capacity = steady_rate(closed[0])
     runs = {"capacity": _summary(closed)}
     for name, factor, seed in (("below", _LOW, 3), ("above", _HIGH, 4)):
