@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from jaxdual.sampling_params import MAX_LOGPROBS, MAX_TOP_K, SamplingParams
+from jaxdual.sampling_params import MAX_LOGPROBS, SamplingParams
 
 MAX_STOP_STRINGS = 16
 MAX_CHOICES = 128
@@ -268,7 +268,7 @@ def _sampling(fields: _Fields) -> dict[str, Any]:
         "n": fields.integer("n", 1, MAX_CHOICES),
         "temperature": fields.number("temperature", 0, 2),
         "top_p": fields.number("top_p", 0, 1, above=True),
-        "top_k": _top_k(fields.integer("top_k", -1)),
+        "top_k": fields.integer("top_k", -1),
         "min_p": fields.number("min_p", 0, 1),
         "presence_penalty": fields.number("presence_penalty", -2, 2),
         "frequency_penalty": fields.number("frequency_penalty", -2, 2),
@@ -283,11 +283,6 @@ def _sampling(fields: _Fields) -> dict[str, Any]:
         "include_stop_str_in_output": fields.boolean("include_stop_str_in_output", False),
         "prompt_logprobs": fields.integer("prompt_logprobs", 0, MAX_LOGPROBS),
     }
-
-
-def _top_k(value: int | None) -> int | None:
-    """`value`, or a number above all vocabularies: both mean all tokens."""
-    return None if value is None else min(value, MAX_TOP_K)
 
 
 def _params(sampling: Mapping[str, Any], defaults: Mapping[str, Any] | None) -> SamplingParams:

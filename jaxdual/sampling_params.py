@@ -8,7 +8,7 @@ from typing import Any
 
 MAX_LOGPROBS = 20
 MAX_STOP_TOKENS = 16
-MAX_TOP_K = 2**31 - 1
+_MAX_TOP_K = 2**31 - 1  # above all vocabularies, and no more than a message between processes holds
 MAX_OUTPUTS = 1024
 # What a model may recommend for requests that leave it open.
 RECOMMENDED_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
@@ -70,7 +70,8 @@ class SamplingParams:
             _whole("max_tokens", self.max_tokens, 1, None)
         _real("temperature", self.temperature, 0.0, None)
         _real("top_p", self.top_p, 0.0, 1.0, open_low=True)
-        _whole("top_k", self.top_k, -1, MAX_TOP_K)
+        _whole("top_k", self.top_k, -1, None)
+        self._set("top_k", min(self.top_k, _MAX_TOP_K))
         _real("min_p", self.min_p, 0.0, 1.0)
         _real("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _real("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
