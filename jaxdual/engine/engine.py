@@ -184,12 +184,12 @@ class Engine:
     # The two loops.
 
     def _step_plain(self) -> None:
-        plan = self.scheduler.plan(self._clock())
+        plan = self.scheduler.plan()
         if not plan.is_empty:
             self._retire(self._dispatch(plan))
 
     def _step_overlapped(self) -> None:
-        plan = self.scheduler.plan(self._clock())
+        plan = self.scheduler.plan()
         before, self._flight = self._flight, None if plan.is_empty else self._dispatch(plan)
         if before is not None:
             self._retire(before)

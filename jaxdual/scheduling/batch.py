@@ -45,7 +45,7 @@ class SequenceState:
       computed: tokens whose keys and values are there once all planned steps have run.
       pending: tokens sampled by planned steps and not known yet.
       cached: tokens of the prompt that came from the prefix cache at first admission, in tokens.
-      slot: its row of the per-sequence device state while running.
+      slot: its row of the per-sequence device state while running and not all its tokens are planned; else -1.
     """
 
     seq_id: int
@@ -221,7 +221,8 @@ class BatchScheduler:
 
     @property
     def num_running(self) -> int:
-        return len(self._running)
+        """Sequences that have a slot."""
+        return self.limits.max_num_seqs - len(self._slots)
 
     def add(self, sequence: SequenceState) -> None:
         """Queues a new sequence."""
@@ -239,19 +240,15 @@ class BatchScheduler:
         sequence.phase = Phase.FINISHED
         sequence.finish_reason = reason
 
-    def plan(self, now: float) -> StepPlan:
-        """Chooses the work of the next step and moves the sequences on as if it had run.
-
-        Args:
-          now: present time, in the unit of `SequenceState.arrival`.
-        """
+    def plan(self) -> StepPlan:
+        """Chooses the work of the next step and moves the sequences on as if it had run."""
         step = _Plan(budget=self.limits.max_num_batched_tokens)
         self._plan_rows(step)
         if step.rows and self.limits.prefill_beside_decode is not None:
             step.budget = min(step.budget, self.limits.prefill_beside_decode)
         self._plan_chunks(step)
         if not step.preempted:
-            self._admit(step, now)
+            self._admit(step)
         plan = StepPlan(
             copies=self._kv.take_copies(),
             tables=tuple(step.tables),
@@ -285,7 +282,7 @@ class BatchScheduler:
     def check_integrity(self) -> None:
         """Raises `IntegrityError` unless queues, slots and KV accounting agree."""
         self._kv.check_integrity()
-        taken = sorted(sequence.slot for sequence in self._running)
+        taken = sorted(sequence.slot for sequence in self._running if sequence.slot >= 0)
         if sorted(self._slots + taken) != list(range(self.limits.max_num_seqs)):
             raise IntegrityError(f"slots {taken} taken and {self._slots} free are not all slots once")
         if any(s.phase is not Phase.RUNNING for s in self._running) or any(
@@ -305,7 +302,10 @@ class BatchScheduler:
         while position < len(self._running):
             sequence = self._running[position]
             position += 1
-            if not sequence.wants_decode or sequence.num_output + sequence.pending >= sequence.max_output:
+            if sequence.num_output + sequence.pending >= sequence.max_output:
+                self._free_slot(sequence)  # its last token is under way: who comes next need not wait for it
+                continue
+            if not sequence.wants_decode:
                 continue
             if step.budget == 0:
                 return
@@ -395,8 +395,7 @@ class BatchScheduler:
         step.budget -= length
         self.stats.prefill_tokens += length
 
-    def _admit(self, step: _Plan, now: float) -> None:
-        del now  # first come, first served needs no clock; other orders do
+    def _admit(self, step: _Plan) -> None:
         position = 0
         while position < len(self._waiting) and step.budget > 0 and self._slots:
             sequence = self._waiting[position]
@@ -445,8 +444,13 @@ class BatchScheduler:
     def _stop_running(self, sequence: SequenceState) -> None:
         self._running.remove(sequence)
         self._forget_coming(sequence, sequence.keys.known)
-        self._slots.append(sequence.slot)
-        sequence.slot = -1
+        self._free_slot(sequence)
+
+    def _free_slot(self, sequence: SequenceState) -> None:
+        """Steps run in order: whoever gets the slot in a later one meets nothing of this sequence there."""
+        if sequence.slot >= 0:
+            self._slots.append(sequence.slot)
+            sequence.slot = -1
 
     def _publish_planned(self, sequence: SequenceState) -> None:
         """Shares what earlier steps compute, before blocks out of sight are given back.

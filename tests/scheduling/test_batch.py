@@ -82,7 +82,7 @@ class Simulation:
     def step(self) -> bool:
         """One turn of the loop; whether anything was done."""
         running = [job.sequence for job in self.jobs.values() if job.sequence.phase is Phase.RUNNING]
-        plan = self.scheduler.plan(0.0)
+        plan = self.scheduler.plan()
         self._check_limits(plan, running)
         before, self.flight = self.flight, None if plan.is_empty else (plan, self._execute(plan))
         if not self.late and self.flight is not None:
@@ -346,7 +346,7 @@ def scheduler_of(num_pages: int = 16, *, seqs: int = 4, tokens: int = 8, chunk: 
 def test_prompt_is_cut_into_chunks_and_only_the_last_one_samples() -> None:
     scheduler = scheduler_of(tokens=4, chunk=3)
     scheduler.add(sequence_of(0, [1] * 8, 2))
-    seen = [(chunk.start, len(chunk.tokens), chunk.samples) for _ in range(3) for chunk in scheduler.plan(0.0).chunks]
+    seen = [(chunk.start, len(chunk.tokens), chunk.samples) for _ in range(3) for chunk in scheduler.plan().chunks]
     assert seen == [(0, 3, False), (3, 3, False), (6, 2, True)]
 
 
@@ -354,10 +354,10 @@ def test_decode_comes_before_prompts_and_takes_from_their_budget() -> None:
     scheduler = scheduler_of(tokens=4, chunk=4)
     first = sequence_of(0, [1, 1], 5)
     scheduler.add(first)
-    scheduler.plan(0.0)
+    scheduler.plan()
     scheduler.complete([(first, 7)])
     scheduler.add(sequence_of(1, [2] * 8, 1))
-    plan = scheduler.plan(0.0)
+    plan = scheduler.plan()
     assert [(row.seq_id, row.position, row.token, row.output_index) for row in plan.rows] == [(0, 2, 7, 1)]
     assert [(chunk.seq_id, len(chunk.tokens)) for chunk in plan.chunks] == [(1, 3)]
 
@@ -365,7 +365,7 @@ def test_decode_comes_before_prompts_and_takes_from_their_budget() -> None:
 def test_the_last_token_of_a_prompt_runs_as_a_row() -> None:
     scheduler = scheduler_of()
     scheduler.add(sequence_of(0, [5], 1))
-    plans = [scheduler.plan(0.0) for _ in range(3)]
+    plans = [scheduler.plan() for _ in range(3)]
     assert not any(plan.chunks for plan in plans)
     assert [(row.position, row.token, row.output_index) for plan in plans for row in plan.rows] == [(0, 5, 0)]
 
@@ -374,11 +374,28 @@ def test_second_plan_before_the_first_result_goes_on_from_the_unknown_token() ->
     scheduler = scheduler_of()
     first = sequence_of(0, [1, 2], 3)
     scheduler.add(first)
-    scheduler.plan(0.0)
-    (row,) = scheduler.plan(0.0).rows
+    scheduler.plan()
+    (row,) = scheduler.plan().rows
     assert (row.token, row.position, row.output_index) == (None, 2, 1)
-    scheduler.plan(0.0)
-    assert scheduler.plan(0.0).is_empty  # three tokens are under way, and no more are wanted
+    scheduler.plan()
+    assert scheduler.plan().is_empty  # three tokens are under way, and no more are wanted
+
+
+def test_a_slot_is_free_once_the_last_token_of_its_sequence_is_under_way() -> None:
+    scheduler = scheduler_of(seqs=1)
+    first, second = sequence_of(0, [1, 2], 2), sequence_of(1, [3, 4], 1)
+    scheduler.add(first)
+    scheduler.add(second)
+    assert scheduler.plan().admitted == (0,)
+    assert scheduler.plan().admitted == ()  # its second token is its last, and is only planned now
+    assert scheduler.plan().admitted == (1,)
+    assert (scheduler.num_running, scheduler.num_waiting) == (1, 0)
+    scheduler.check_integrity()
+    scheduler.complete([(first, 5)])
+    scheduler.complete([(first, 6)])
+    assert (first.finish_reason, first.tokens, first.slot) == ("length", [1, 2, 5, 6], -1)
+    assert (scheduler.num_running, second.slot) == (1, 0)
+    scheduler.check_integrity()
 
 
 def test_smaller_priority_then_earlier_arrival_goes_first() -> None:
@@ -386,14 +403,14 @@ def test_smaller_priority_then_earlier_arrival_goes_first() -> None:
     scheduler.add(sequence_of(0, [1], 1, priority=1, arrival=0.0))
     scheduler.add(sequence_of(1, [1], 1, priority=0, arrival=9.0))
     scheduler.add(sequence_of(2, [1], 1, priority=0, arrival=5.0))
-    assert scheduler.plan(0.0).admitted == (2,)
+    assert scheduler.plan().admitted == (2,)
 
 
 def test_results_of_an_aborted_sequence_are_ignored() -> None:
     scheduler = scheduler_of()
     first = sequence_of(0, [1, 2], 3)
     scheduler.add(first)
-    scheduler.plan(0.0)
+    scheduler.plan()
     scheduler.finish(first, "abort")
     scheduler.finish(first, "error")
     scheduler.complete([(first, 5)])
@@ -407,9 +424,9 @@ def test_equal_prompts_that_come_together_are_computed_once() -> None:
     other = sequence_of(2, [4, 4], 2)
     for sequence in (first, second, other):
         scheduler.add(sequence)
-    assert scheduler.plan(0.0).admitted == (0, 2)
+    assert scheduler.plan().admitted == (0, 2)
     scheduler.complete([(first, 5), (other, 5)])
-    plan = scheduler.plan(0.0)
+    plan = scheduler.plan()
     assert plan.admitted == (1,)
     assert [(chunk.start, tuple(chunk.tokens)) for chunk in plan.chunks] == [(2, (3, 4))]
     assert second.cached == 2
@@ -420,9 +437,9 @@ def test_a_sequence_does_not_wait_for_one_that_was_aborted() -> None:
     first, second = sequence_of(0, [1, 2, 3], 2), sequence_of(1, [1, 2, 3], 2)
     scheduler.add(first)
     scheduler.add(second)
-    assert scheduler.plan(0.0).admitted == (0,)
+    assert scheduler.plan().admitted == (0,)
     scheduler.finish(first, "abort")
-    assert scheduler.plan(0.0).admitted == (1,)
+    assert scheduler.plan().admitted == (1,)
     scheduler.check_integrity()
 
 
@@ -431,8 +448,8 @@ def test_a_longer_prompt_waits_only_for_the_blocks_that_it_shares() -> None:
     first, second = sequence_of(0, [1, 2, 3, 4, 5, 6, 7], 2), sequence_of(1, [1, 2, 9, 9, 9], 2)
     scheduler.add(first)
     scheduler.add(second)
-    assert scheduler.plan(0.0).admitted == (0,)
-    plan = scheduler.plan(0.0)
+    assert scheduler.plan().admitted == (0,)
+    plan = scheduler.plan()
     assert plan.admitted == (1,), "the first block is under way; the others are not shared"
     assert second.cached == 2
 
@@ -443,7 +460,7 @@ def test_stop_token_counts_only_after_the_least_output(least: int, length: int) 
     first = sequence_of(0, [1], 4, stop_token_ids=frozenset({9}), min_output=least)
     scheduler.add(first)
     while first.phase is not Phase.FINISHED:
-        scheduler.plan(0.0)
+        scheduler.plan()
         scheduler.complete([(first, 9)])
     assert first.num_output == length
     assert first.finish_reason == ("stop" if length > least else "length")
@@ -461,13 +478,13 @@ def test_prompts_beside_decoding_sequences_come_in_small_parts() -> None:
     scheduler = BatchScheduler(limits, KVManager([GroupPages(64)], 4))
     first, second = sequence_of(0, [0] * 40, 20, page_size=4), sequence_of(1, [1] * 20, 20, page_size=4)
     scheduler.add(first)
-    plan = scheduler.plan(0.0)
+    plan = scheduler.plan()
     assert [len(chunk.tokens) for chunk in plan.chunks] == [40]  # nothing decodes yet
     scheduler.complete([(first, 5)])
     scheduler.add(second)
     parts = []
     while second.computed < 20:
-        plan = scheduler.plan(0.0)
+        plan = scheduler.plan()
         assert [row.seq_id for row in plan.rows] == [0]
         parts += [len(chunk.tokens) for chunk in plan.chunks]
         scheduler.complete([(first, 5)])
