@@ -6,7 +6,7 @@ vLLM's extension `stop_reason`, and those with log probabilities show tokens who
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from jaxdual.openai_protocol import ChatRequest, CompletionRequest
 from jaxdual.openai_responses import chat_logprobs, completion_logprobs, prompt_logprobs, prompt_text, usage
@@ -25,23 +25,45 @@ class _Cursor:
     text_offset: int = 0  # of the next token in log probabilities, in characters
 
 
-class _Chunks:
-    """What both kinds of streams share: the fields around choices, and where each choice stands."""
+class _Chunks[RequestT: (ChatRequest, CompletionRequest)]:
+    """What both kinds of streams share: the fields around choices, and where each choice stands.
+
+    Args:
+        request: the checked request.
+        outputs: one for each prompt; they grow between calls.
+        response_id: the `id` of all chunks.
+        created: seconds since the epoch.
+        model: the served model's name.
+        system_fingerprint: as in other responses.
+        tokenizer: the model's tokenizer, for the bytes of tokens in log probabilities.
+    """
+
+    _object: ClassVar[str]
 
     def __init__(
         self,
-        request: ChatRequest | CompletionRequest,
+        request: RequestT,
         outputs: Sequence[RequestOutput],
-        head: dict[str, Any],
+        *,
+        response_id: str,
+        created: int,
+        model: str,
+        system_fingerprint: str,
         tokenizer: Tokenizer | None,
     ) -> None:
+        self._request: RequestT = request
         self._outputs = outputs
-        self._head = head
+        self._head = {
+            "id": response_id,
+            "object": self._object,
+            "created": created,
+            "model": model,
+            "system_fingerprint": system_fingerprint,
+        }
         self._tokenizer = tokenizer
         self._include_usage = request.include_usage
         self._continuous_usage = request.continuous_usage
         self._with_logprobs = request.params.logprobs is not None
-        self._generated = True
         self._cursors = [[_Cursor() for _ in output.outputs] for output in outputs]
 
     def last(self) -> list[dict[str, Any]]:
@@ -55,7 +77,7 @@ class _Chunks:
         return chunk
 
     def _usage(self) -> dict[str, Any]:
-        return usage(self._outputs, generated=self._generated)
+        return usage(self._outputs)
 
     def _has_grown(self, completion: CompletionOutput, cursor: _Cursor) -> bool:
         return len(completion.text) > cursor.characters or (
@@ -63,55 +85,26 @@ class _Chunks:
         )
 
 
-class ChatStream(_Chunks):
-    """Chunks of a chat completion.
+class ChatStream(_Chunks[ChatRequest]):
+    """Chunks of a chat completion, which has one prompt."""
 
-    Args:
-        request: the checked request.
-        output: its output, which grows between calls.
-        response_id: the `id` of all chunks.
-        created: seconds since the epoch.
-        model: the served model's name.
-        system_fingerprint: as in other responses.
-        tokenizer: the model's tokenizer, for the bytes of tokens in log probabilities.
-    """
-
-    def __init__(
-        self,
-        request: ChatRequest,
-        output: RequestOutput,
-        *,
-        response_id: str,
-        created: int,
-        model: str,
-        system_fingerprint: str,
-        tokenizer: Tokenizer | None,
-    ) -> None:
-        head = {
-            "id": response_id,
-            "object": "chat.completion.chunk",
-            "created": created,
-            "model": model,
-            "system_fingerprint": system_fingerprint,
-        }
-        super().__init__(request, [output], head, tokenizer)
-        self._params = request.params
+    _object = "chat.completion.chunk"
 
     def take(self, prompt: int = 0) -> list[dict[str, Any]]:
         """Chunks of what has been added since the last call; `prompt` is always 0."""
         chunks = []
-        output = self._outputs[prompt]
+        params, output = self._request.params, self._outputs[prompt]
         for completion, cursor in zip(output.outputs, self._cursors[prompt], strict=True):
             if not cursor.begun:
                 cursor.begun = True
                 role = self._delta(completion, {"role": "assistant", "content": ""})
-                if completion.index == 0 and self._params.prompt_logprobs is not None:
+                if completion.index == 0 and params.prompt_logprobs is not None:
                     role["prompt_logprobs"] = prompt_logprobs(output, self._tokenizer)
                 chunks.append(role)
             if self._has_grown(completion, cursor):
                 logprobs = None
                 if self._with_logprobs:
-                    count = self._params.logprobs or 0
+                    count = params.logprobs or 0
                     logprobs = chat_logprobs(completion, count, self._tokenizer, cursor.tokens)
                 content = completion.text[cursor.characters :]
                 cursor.characters, cursor.tokens = len(completion.text), len(completion.token_ids)
@@ -139,30 +132,13 @@ class ChatStream(_Chunks):
         return self._chunk(choice)
 
 
-class CompletionStream(_Chunks):
-    """Chunks of a text completion; `outputs` has one output for each prompt, the rest is as for `ChatStream`."""
+class CompletionStream(_Chunks[CompletionRequest]):
+    """Chunks of a text completion."""
 
-    def __init__(
-        self,
-        request: CompletionRequest,
-        outputs: Sequence[RequestOutput],
-        *,
-        response_id: str,
-        created: int,
-        model: str,
-        system_fingerprint: str,
-        tokenizer: Tokenizer | None,
-    ) -> None:
-        head = {
-            "id": response_id,
-            "object": "text_completion",
-            "created": created,
-            "model": model,
-            "system_fingerprint": system_fingerprint,
-        }
-        super().__init__(request, outputs, head, tokenizer)
-        self._request = request
-        self._generated = not request.echo_only
+    _object = "text_completion"
+
+    def _usage(self) -> dict[str, Any]:
+        return usage(self._outputs, generated=not self._request.echo_only)
 
     def take(self, prompt: int) -> list[dict[str, Any]]:
         """Chunks of what has been added to the outputs of prompt number `prompt` since the last call."""

@@ -89,7 +89,7 @@ class RequestOutput:
     num_cached_tokens: int = 0
 
     def snapshot(self) -> RequestOutput:
-        """A copy that later steps don't change."""
+        """A copy that later steps don't change, unlike the object that a stream yields again and again."""
         outputs = [
             dataclasses.replace(
                 output,
@@ -151,7 +151,7 @@ class EngineStats:
       blocks_copied_out, blocks_copied_in: pages moved to host memory, and back.
       preemptions: sequences that had to give way.
       steps: steps run.
-      kv_blocks, kv_blocks_cached, kv_blocks_free: pages in all; holding unused cached blocks; available in all.
+      kv_blocks, kv_blocks_cached, kv_blocks_available: pages in all; holding unused cached blocks; available in all.
       load_seconds, compile_seconds: loading the model; compiling programs, or reading them from the compilation cache.
       compilations: programs compiled or read from the compilation cache.
     """
@@ -170,7 +170,7 @@ class EngineStats:
     steps: int
     kv_blocks: int
     kv_blocks_cached: int
-    kv_blocks_free: int
+    kv_blocks_available: int
     load_seconds: float
     compile_seconds: float
     compilations: int

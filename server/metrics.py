@@ -14,9 +14,11 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from jaxdual.async_api import AsyncLLM, EngineState, RequestStream
+from jaxdual.async_api import AsyncLLM
+from jaxdual.engine.supervisor import EngineState
 from jaxdual.errors import NotServingError
 from jaxdual.outputs import EngineStats, RequestOutput
+from jaxdual.request_stream import RequestStream
 
 _PREFIX = "jaxdual:"
 _LABELS = ("model_name",)
@@ -230,7 +232,9 @@ class _EngineCollector(Collector):
         if load is self._dead:
             load = None
         running, waiting = (load.num_running, load.num_waiting) if load else (0, self._llm.num_unfinished)
-        blocks, available, cached = (load.kv_blocks, load.kv_blocks_free, load.kv_blocks_cached) if load else (0, 0, 0)
+        blocks, available, cached = (
+            (load.kv_blocks, load.kv_blocks_available, load.kv_blocks_cached) if load else (0, 0, 0)
+        )
         used = (blocks - available) / blocks if blocks else 0.0
         for name, text, value in (
             ("num_requests_running", "Sequences that run now.", running),

@@ -15,8 +15,9 @@ from pathlib import Path
 import grpc
 import uvicorn
 
-from jaxdual.async_api import AsyncLLM, EngineState
+from jaxdual.async_api import AsyncLLM
 from jaxdual.config import ConfigError, EngineConfig, ServerConfig
+from jaxdual.engine.supervisor import EngineState
 from server.grpc import GrpcServer, create_server
 from server.http import create_app
 from server.metrics import Metrics

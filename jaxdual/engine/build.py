@@ -66,7 +66,7 @@ class BuiltEngine:
             steps=scheduler.stats.steps,
             kv_blocks=kv.num_pages,
             kv_blocks_cached=kv.num_cached,
-            kv_blocks_free=kv.num_available,
+            kv_blocks_available=kv.num_available,
             load_seconds=self.load_seconds,
             compile_seconds=self.compiles.seconds,
             compilations=self.compiles.compilations,

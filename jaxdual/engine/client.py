@@ -59,7 +59,13 @@ class EngineProcess(asyncio.Protocol):
                 process_group=0,
             )
         engine = cls(process, on_message, on_death)
-        await asyncio.get_running_loop().create_connection(lambda: engine, sock=ours)
+        try:
+            await asyncio.get_running_loop().create_connection(lambda: engine, sock=ours)
+        except BaseException:  # cancelled, most likely: nobody else knows the process
+            ours.close()
+            process.kill()
+            process.wait()
+            raise
         engine.send(Start(config))
         return engine
 

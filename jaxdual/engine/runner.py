@@ -101,7 +101,6 @@ class _Tables:
     def __init__(self, memory: GroupPages, slots: int, page_size: int, max_pages: int, max_chunk: int) -> None:
         self._window = memory.window
         self._page_size = page_size
-        self._max_pages = max_pages
         self._pages = np.zeros((slots, most_blocks(memory.window, max_chunk, page_size, max_pages)), np.int32)
         self._first = np.zeros(slots, np.int32)
 

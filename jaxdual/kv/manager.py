@@ -98,9 +98,6 @@ class KVManager:
         """Device pages that hold cached blocks which nobody uses, in all groups."""
         return sum(group.tree.num_evictable for group in self.groups)
 
-    def pages_for(self, num_tokens: int) -> int:
-        return -(-num_tokens // self.page_size)
-
     def pages_of(self, seq_id: int, group: int = 0) -> list[int]:
         """Pages of a running sequence in a group, in token order; the account's own list, not to be changed."""
         return self.groups[group].held[seq_id].pages

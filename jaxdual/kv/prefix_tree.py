@@ -18,7 +18,7 @@ class Node:
       children: blocks that follow, by key.
       page: its device page, or None.
       host_slot: its slot in the host tier, or None. A node has at least one of the two.
-      locks: sequences that use its device page; a lock covers the whole path from the first block.
+      locks: sequences that use its device page: all on the path under full attention, behind a window those in sight.
     """
 
     __slots__ = ("children", "host_slot", "key", "locks", "page", "parent")

@@ -50,7 +50,7 @@ class CorpusChangedError(RuntimeError):
     """The library on this machine is not the text that the manifest lists."""
 
 
-def library_root() -> Path:
+def stdlib_root() -> Path:
     """Folder of the running interpreter's standard library."""
     return Path(sysconfig.get_path("stdlib"))
 
@@ -117,7 +117,7 @@ def read_texts(
         CorpusChangedError: files differ from the manifest and ``allow_changed`` is off; names them.
     """
     manifest = manifest or load_manifest()
-    root = root or library_root()
+    root = root or stdlib_root()
     changed = differences(manifest, root)
     if changed and not allow_changed:
         raise CorpusChangedError(
@@ -134,12 +134,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m models.training.corpus", description=__doc__)
     parser.add_argument("--write", action="store_true", help="write corpus.json from this interpreter's library")
     if parser.parse_args(argv).write:
-        write_manifest(Manifest(platform.python_version(), scan(library_root())))
+        write_manifest(Manifest(platform.python_version(), scan(stdlib_root())))
     manifest = load_manifest()
     for split in ("train", "heldout"):
         chosen = [entry for entry in manifest.files if entry.split == split]
         print(f"{split}: {len(chosen)} files, {sum(entry.bytes for entry in chosen):,} bytes")
-    changed = differences(manifest, library_root())
+    changed = differences(manifest, stdlib_root())
     for line in changed:
         print(line, file=sys.stderr)
     return 1 if changed else 0

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from jaxdual.async_api import EngineState
+from jaxdual.engine.supervisor import EngineState
 
 if TYPE_CHECKING:
     from jaxdual.async_api import AsyncLLM

@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING
 
 import grpc
 
-from jaxdual.async_api import AsyncLLM, EngineState, RequestStream
+from jaxdual.async_api import AsyncLLM
+from jaxdual.engine.supervisor import EngineState
 from jaxdual.front import Prompt, TokenizedPrompt
 from jaxdual.outputs import Logprob, RequestOutput
+from jaxdual.request_stream import RequestStream
 from jaxdual.sampling_params import SamplingParams
 from jaxdual.tokenizer import TokenizerError
 from server.grpc.deltas import Delta, Deltas
@@ -128,7 +130,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             response.num_running = load.num_running
             response.num_waiting = load.num_waiting
             response.kv_blocks = load.kv_blocks
-            response.kv_blocks_free = load.kv_blocks_free
+            response.kv_blocks_available = load.kv_blocks_available
             response.kv_blocks_cached = load.kv_blocks_cached
         return response
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 import grpc
 
-from jaxdual.async_api import AsyncLLM, EngineState
+from jaxdual.async_api import AsyncLLM
+from jaxdual.engine.supervisor import EngineState
 from jaxdual.outputs import RequestOutput
 from server.grpc.deltas import Delta, Deltas
 from server.grpc.errors import CallError, check_model, raise_if_failed, status_of

@@ -18,7 +18,8 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from jaxdual.async_api import AsyncLLM, EngineState
+from jaxdual.async_api import AsyncLLM
+from jaxdual.engine.supervisor import EngineState
 from jaxdual.errors import NotServingError
 from jaxdual.openai_protocol import ProtocolError, parse_chat, parse_completion
 from server.http.errors import JSONResponse, problem_of, wrong_key

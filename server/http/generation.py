@@ -171,15 +171,9 @@ class GenerationEndpoint:
         response_id: str,
         created: int,
     ) -> ChatStream | CompletionStream:
-        facts: dict[str, Any] = {
-            "response_id": response_id,
-            "created": created,
-            "model": self._llm.served_model_name,
-            "system_fingerprint": self._llm.system_fingerprint,
-            "tokenizer": self._tokenizer(),
-        }
+        facts = self._facts(response_id, created) | {"system_fingerprint": self._llm.system_fingerprint}
         if isinstance(request, ChatRequest):
-            return ChatStream(request, outputs[0], **facts)
+            return ChatStream(request, outputs, **facts)
         return CompletionStream(request, outputs, **facts)
 
     def _whole(
@@ -189,23 +183,24 @@ class GenerationEndpoint:
         response_id: str,
         created: int,
     ) -> dict[str, Any]:
-        facts: dict[str, Any] = {
-            "response_id": response_id,
-            "created": created,
-            "model": self._llm.served_model_name,
-            "tokenizer": self._tokenizer(),
-        }
+        facts = self._facts(response_id, created)
         if isinstance(request, ChatRequest):
             body = chat_response(request, outputs[0], **facts)
         else:
             body = completion_response(request, outputs, **facts)
         return {**body, "system_fingerprint": self._llm.system_fingerprint}
 
-    def _tokenizer(self) -> Tokenizer | None:
+    def _facts(self, response_id: str, created: int) -> dict[str, Any]:
         try:
-            return self._llm.get_tokenizer()
+            tokenizer: Tokenizer | None = self._llm.get_tokenizer()
         except TokenizerError:
-            return None
+            tokenizer = None
+        return {
+            "response_id": response_id,
+            "created": created,
+            "model": self._llm.served_model_name,
+            "tokenizer": tokenizer,
+        }
 
 
 class _Reply:

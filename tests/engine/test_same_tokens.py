@@ -98,7 +98,7 @@ def run_schedule(
         if rng.random() < 0.05:
             llm.check_integrity()
     llm.check_integrity()
-    assert llm.stats().kv_blocks_free == llm.stats().kv_blocks
+    assert llm.stats().kv_blocks_available == llm.stats().kv_blocks
     return finished
 
 

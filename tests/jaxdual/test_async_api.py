@@ -21,9 +21,9 @@ from jaxdual import (
     QueueFullError,
     RequestOutput,
     SamplingParams,
-    async_api,
 )
-from jaxdual.async_api import EngineState
+from jaxdual.engine import supervisor
+from jaxdual.engine.supervisor import EngineState
 from models import ModelError
 
 MODEL = Path(__file__).parent.parent / "fixtures" / "hf" / "qwen3"
@@ -87,11 +87,16 @@ async def last(outputs: AsyncIterator[RequestOutput]) -> RequestOutput:
 
 async def settled(llm: AsyncLLM) -> None:
     """All requests have ended, and nothing is held."""
-    while (stats := await llm.stats()).num_running or stats.num_waiting or stats.kv_blocks_free < stats.kv_blocks:
+    while (stats := await llm.stats()).num_running or stats.num_waiting or stats.kv_blocks_available < stats.kv_blocks:
         await asyncio.sleep(0)
     await llm.check_integrity()
     assert llm.num_unfinished == 0
-    assert (llm._streams, llm._waiting, llm._num_sequences) == ({}, {}, 0)
+    assert llm._engine.num_waiting == 0
+
+
+def children() -> str:
+    """Ids of this process's children, ended ones that nobody has waited for included."""
+    return " ".join(path.read_text() for path in sorted(Path("/proc/self/task").glob("*/children")))
 
 
 def prompts(count: int) -> list[list[int]]:
@@ -318,9 +323,9 @@ def test_requests_that_wait_for_an_engine_can_be_cancelled(run: Loop, llm: Async
         while llm.state is not EngineState.RESTARTING:
             await asyncio.sleep(0)
         streams = [await llm.submit([5, 6, 7], LONG) for _ in range(3)]
-        assert len(llm._waiting) == 3
+        assert llm._engine.num_waiting == 3
         streams[1].close()
-        assert len(llm._waiting) == 2
+        assert llm._engine.num_waiting == 2
         assert len((await last(streams[2])).outputs[0].token_ids) == 50
         assert len((await last(streams[0])).outputs[0].token_ids) == 50
         await settled(llm)
@@ -331,7 +336,7 @@ def test_requests_that_wait_for_an_engine_can_be_cancelled(run: Loop, llm: Async
 def test_an_engine_that_dies_before_it_serves_counts_as_a_failed_start(
     run: Loop, llm: AsyncLLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(async_api, "_MOST_FAILED_STARTS", 1)
+    monkeypatch.setattr(supervisor, "_MOST_FAILED_STARTS", 1)
 
     async def main() -> None:
         assert llm.state is EngineState.WARMING
@@ -346,12 +351,14 @@ def test_an_engine_that_dies_before_it_serves_counts_as_a_failed_start(
 
 def test_a_shutdown_during_the_start_reaches_those_who_wait_for_it(run: Loop) -> None:
     async def main() -> None:
+        before = children()
         llm = AsyncLLM(MODEL, **SETTINGS)
         waiting = [asyncio.create_task(call) for call in (llm.start(), llm.ready(), llm.submit([5], GREEDY))]
         await asyncio.sleep(0)
         await llm.shutdown()
         results = await asyncio.gather(*waiting, return_exceptions=True)
         assert [type(result) for result in results] == [NotServingError] * 3
+        assert children() == before
 
     run(main())
 
@@ -360,7 +367,7 @@ def test_a_shutdown_during_the_start_reaches_those_who_wait_for_it(run: Loop) ->
 def test_an_engine_that_cannot_be_started_again_is_given_up(
     run: Loop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(async_api, "_MOST_FAILED_STARTS", 2)
+    monkeypatch.setattr(supervisor, "_MOST_FAILED_STARTS", 2)
     shutil.copytree(MODEL, tmp_path / "model")
     llm = AsyncLLM(tmp_path / "model", **SETTINGS)
 

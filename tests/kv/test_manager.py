@@ -23,6 +23,10 @@ ROOT = root_key(b"model", b"layout")
 OPERATIONS = ("admit", "admit", "compute", "compute", "compute", "publish", "release", "swap", "flush", "reserve")
 
 
+def pages_for(num_tokens: int) -> int:
+    return -(-num_tokens // PAGE)
+
+
 class Job:
     """A sequence, and how far it is."""
 
@@ -96,7 +100,7 @@ class World:
             self.seen["refused"] += 1
             assert self.observe() == before
             if self.windows == (None,):
-                assert available < self.kv.pages_for(length) + reserve, "there was room"
+                assert available < pages_for(length) + reserve, "there was room"
             return
         assert self.kv.num_available >= reserve
         assert 0 <= admission.cached <= admission.computed < length
@@ -109,7 +113,7 @@ class World:
             self.seen["swapped_back"] += admission.computed > admission.cached
         self.seen["host_prefix"] += self.kv.stats.host_hits > host_hits
         if self.windows[0] is None:
-            assert len(self.kv.pages_of(seq_id)) == self.kv.pages_for(length)
+            assert len(self.kv.pages_of(seq_id)) == pages_for(length)
         self.seen["windowed_hit"] += admission.cached > 0 and self.kv.first_of(seq_id, len(self.windows) - 1) > 0
         sequence.state, sequence.computed = "running", admission.computed
 
@@ -127,7 +131,7 @@ class World:
         if not self.kv.grow(seq_id, sequence.computed, end):
             assert any(
                 self.kv.first_of(seq_id, group) + len(self.kv.pages_of(seq_id, group)) + account.num_available
-                < self.kv.pages_for(end)
+                < pages_for(end)
                 for group, account in enumerate(self.kv.groups)
             )
             if self.windows != (None,):

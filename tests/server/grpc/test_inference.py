@@ -6,7 +6,7 @@ import contextlib
 import grpc
 import pytest
 
-from jaxdual.async_api import EngineState
+from jaxdual.engine.supervisor import EngineState
 from jaxdual.errors import NotServingError, QueueFullError
 from server.proto.jaxdual.v1 import inference_pb2 as pb
 from tests.server.grpc.face import Scripted, in_loop, read_all, serving, status, until
@@ -144,10 +144,10 @@ async def test_load_follows_the_engine():
     async with serving() as face:
         load = await face.stub.GetLoad(pb.GetLoadRequest())
         assert (load.state, load.num_unfinished, load.kv_blocks) == (pb.SERVER_STATE_SERVING, 0, 0)
-        face.llm.set_stats(num_running=3, num_waiting=2, kv_blocks=20, kv_blocks_free=9, kv_blocks_cached=4)
+        face.llm.set_stats(num_running=3, num_waiting=2, kv_blocks=20, kv_blocks_available=9, kv_blocks_cached=4)
         face.llm.set_state(EngineState.RESTARTING)
         load = await face.stub.GetLoad(pb.GetLoadRequest())
-    figures = (load.num_running, load.num_waiting, load.kv_blocks, load.kv_blocks_free, load.kv_blocks_cached)
+    figures = (load.num_running, load.num_waiting, load.kv_blocks, load.kv_blocks_available, load.kv_blocks_cached)
     assert figures == (3, 2, 20, 9, 4)
     assert load.state == pb.SERVER_STATE_RESTARTING
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from google.protobuf.descriptor_pb2 import FieldDescriptorProto, FileDescriptorProto
 
-from jaxdual.async_api import EngineState
+from jaxdual.engine.supervisor import EngineState
 from server.proto.kserve import open_inference_pb2 as pb
 from server.proto.kserve.open_inference_pb2_grpc import GRPCInferenceServiceStub
 from tests.server.grpc.face import Scripted, in_loop, read_all, serving, status, until

@@ -11,7 +11,7 @@ from grpc_health.v1.health_pb2_grpc import HealthStub
 from grpc_reflection.v1alpha.reflection_pb2 import ServerReflectionRequest
 from grpc_reflection.v1alpha.reflection_pb2_grpc import ServerReflectionStub
 
-from jaxdual.async_api import EngineState
+from jaxdual.engine.supervisor import EngineState
 from server.grpc import create_server
 from server.metrics import Metrics
 from server.proto.jaxdual.v1 import inference_pb2 as pb

@@ -8,7 +8,7 @@ import grpc
 import pytest
 
 from jaxdual import LLM, AsyncLLM, SamplingParams
-from jaxdual.async_api import EngineState
+from jaxdual.engine.supervisor import EngineState
 from jaxdual.model_folder import shipped_model
 from server.proto.jaxdual.v1 import inference_pb2 as pb
 from tests.server.grpc.face import read_all, serving, status, until

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import uvicorn
 
-from jaxdual.async_api import EngineState, RequestStream
 from jaxdual.engine.request import TokenEvent, TokenLogprobs
+from jaxdual.engine.supervisor import EngineState
 from jaxdual.front import Front, TokenizedPrompt
 from jaxdual.outputs import EngineStats
+from jaxdual.request_stream import RequestStream
 from jaxdual.sampling_params import SamplingParams
 from jaxdual.tokenizer import Tokenizer
 from server.http import create_app

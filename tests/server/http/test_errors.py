@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from jaxdual.async_api import EngineState
+from jaxdual.engine.supervisor import EngineState
 from jaxdual.errors import EngineDeadError, NotServingError, QueueFullError
 from tests.server.http.scripted import RunningServer, ScriptedLLM
 

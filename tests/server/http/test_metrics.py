@@ -5,7 +5,7 @@ import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse
 
-from jaxdual.async_api import EngineState
+from jaxdual.engine.supervisor import EngineState
 from jaxdual.errors import QueueFullError
 from tests.server.http.scripted import RunningServer
 
@@ -91,7 +91,7 @@ def test_refusals_are_counted_by_reason(server):
 def test_the_engine_s_figures_show(server):
     server.call(
         lambda: server.llm.set_stats(
-            num_running=3, num_waiting=4, kv_blocks=10, kv_blocks_free=7, kv_blocks_cached=2, preemptions=5
+            num_running=3, num_waiting=4, kv_blocks=10, kv_blocks_available=7, kv_blocks_cached=2, preemptions=5
         )
     )
     samples = scrape(server)
@@ -103,7 +103,7 @@ def test_the_engine_s_figures_show(server):
 
 
 def test_counters_go_on_after_a_restart_and_gauges_fall_to_nothing(server):
-    server.call(lambda: server.llm.set_stats(num_running=3, prefix_cache_hits=70, kv_blocks=10, kv_blocks_free=2))
+    server.call(lambda: server.llm.set_stats(num_running=3, prefix_cache_hits=70, kv_blocks=10, kv_blocks_available=2))
     assert scrape(server)["prefix_cache_hits_total",] == 70
     server.call(server.llm.set_state, EngineState.RESTARTING)
     samples = scrape(server)

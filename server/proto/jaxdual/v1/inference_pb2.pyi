@@ -284,19 +284,19 @@ class GetLoadRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetLoadResponse(_message.Message):
-    __slots__ = ("state", "num_unfinished", "num_running", "num_waiting", "kv_blocks", "kv_blocks_free", "kv_blocks_cached")
+    __slots__ = ("state", "num_unfinished", "num_running", "num_waiting", "kv_blocks", "kv_blocks_available", "kv_blocks_cached")
     STATE_FIELD_NUMBER: _ClassVar[int]
     NUM_UNFINISHED_FIELD_NUMBER: _ClassVar[int]
     NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
     NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
     KV_BLOCKS_FIELD_NUMBER: _ClassVar[int]
-    KV_BLOCKS_FREE_FIELD_NUMBER: _ClassVar[int]
+    KV_BLOCKS_AVAILABLE_FIELD_NUMBER: _ClassVar[int]
     KV_BLOCKS_CACHED_FIELD_NUMBER: _ClassVar[int]
     state: ServerState
     num_unfinished: int
     num_running: int
     num_waiting: int
     kv_blocks: int
-    kv_blocks_free: int
+    kv_blocks_available: int
     kv_blocks_cached: int
-    def __init__(self, state: _Optional[_Union[ServerState, str]] = ..., num_unfinished: _Optional[int] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., kv_blocks: _Optional[int] = ..., kv_blocks_free: _Optional[int] = ..., kv_blocks_cached: _Optional[int] = ...) -> None: ...
+    def __init__(self, state: _Optional[_Union[ServerState, str]] = ..., num_unfinished: _Optional[int] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., kv_blocks: _Optional[int] = ..., kv_blocks_available: _Optional[int] = ..., kv_blocks_cached: _Optional[int] = ...) -> None: ...
