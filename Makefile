@@ -6,11 +6,12 @@ PY := $(VENV)/bin/python
 JAX_VERSION ?= 0.11.2
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup demo test test-fast test-newest lint proto clean
+.PHONY: help setup demo test test-fast test-kernels test-newest lint proto clean
 help:
 	@echo "make demo         run a real batch file through the shipped model"
 	@echo "make test         lint, types and all tests"
 	@echo "make test-fast    tests that take under ten seconds each"
+	@echo "make test-kernels GPU kernels, on a machine without a GPU"
 	@echo "make test-newest  all tests with the newest JAX, in .venv-newest/"
 	@echo "make lint         ruff and mypy"
 	@echo "make proto        the modules of server/proto/*.proto"
@@ -41,10 +42,13 @@ demo: $(STAMP)
 	$(PY) -m jaxdual.offline -i examples/batch.jsonl -o build/demo.jsonl --report build/demo-report.json --overwrite --show
 
 test: lint
-	$(PY) -m pytest
+	$(PY) -m pytest -m "not kernels"
 
 test-fast: $(STAMP)
-	$(PY) -m pytest -m "not slow"
+	$(PY) -m pytest -m "not slow and not kernels"
+
+test-kernels: $(STAMP)
+	$(PY) -m pytest -m kernels
 
 test-newest:
 	$(MAKE) test VENV=.venv-newest JAX_VERSION=newest

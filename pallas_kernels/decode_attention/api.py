@@ -7,9 +7,13 @@ import math
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import dispatch
-from pallas_kernels.decode_attention import reference, xla
+from pallas_kernels.decode_attention import mosaic, reference, xla
 
-_IMPLEMENTATIONS = {"xla": xla.decode_attention, "reference": reference.decode_attention}
+_IMPLEMENTATIONS = {
+    "mosaic": mosaic.decode_attention,
+    "xla": xla.decode_attention,
+    "reference": reference.decode_attention,
+}
 
 
 def decode_attention(
@@ -37,8 +41,10 @@ def decode_attention(
       window: sliding window: a query at position p sees the keys at positions j with `p - window < j <= p`; all keys up
         to its own if left out. Only differences of positions count, so a table may leave out whole pages before the
         first key in sight if `lengths` are counted from the first page that it has.
-      implementation: "auto", "xla" (a page of each sequence at a time) or "reference" (gathers the pages: memory
-        `batch * width * page_size` keys and values).
+      implementation: "auto"; "mosaic" (split-KV kernel for GPUs of compute capability 9.0: bfloat16 or float16,
+        `head_dim` 64 or 128, `page_size` 8, 16, 32 or a multiple of 64, up to 64 query heads a key/value head); "xla"
+        (a page of each sequence at a time); or "reference" (gathers the pages: memory `batch * width * page_size` keys
+        and values).
 
     Raises:
       ValueError: shapes that don't fit together.

@@ -1,0 +1,22 @@
+"""Runs Mosaic GPU kernels on a CPU: memory and barriers as a Hopper has them, with races and bad reads found."""
+
+import contextlib
+
+import jax
+from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.sharding import AbstractDevice, AbstractMesh
+
+
+@contextlib.contextmanager
+def interpreted(multiprocessors=1):
+    """Kernels called within are for a GPU of so many multiprocessors; data races fail."""
+    mesh = AbstractMesh((), (), abstract_device=AbstractDevice("NVIDIA H200", multiprocessors, "cuda"))
+    strict = plgpu.InterpretGPUParams(detect_races=True, out_of_bounds_reads="raise", uninitialized_memory="nan")
+    try:
+        with jax.sharding.use_abstract_mesh(mesh), plgpu.force_gpu_interpret_mode(strict):
+            yield
+    except BaseException:
+        interpret_pallas_call.reset_gpu_interpret_mode_state()
+        raise
+    assert not interpret_pallas_call.get_races().races_found
