@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
 
-
-def run(
-    op: str, implementations: Mapping[str, Callable[..., jax.Array]], implementation: str, *args: Any, **kwargs: Any
-) -> jax.Array:
+def run[Result](
+    op: str, implementations: Mapping[str, Callable[..., Result]], implementation: str, *args: Any, **kwargs: Any
+) -> Result:
     """Calls the implementation of `op` that `implementation` names.
 
     Args:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 
-from jaxtyping import Array, Float, Int32
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int32, Shaped
 
 from pallas_kernels import dispatch
 from pallas_kernels.decode_attention import mosaic, reference, xla
+from pallas_kernels.key_bias import KeyBias
+from pallas_kernels.paged import Pages, check_pages, check_window
 
 _IMPLEMENTATIONS = {
     "mosaic": mosaic.decode_attention,
@@ -18,16 +21,23 @@ _IMPLEMENTATIONS = {
 
 def decode_attention(
     q: Float[Array, "batch q_heads head_dim"],
-    k_pages: Float[Array, "rows page_size kv_heads head_dim"],
-    v_pages: Float[Array, "v_rows page_size kv_heads head_dim"],
+    k_pages: Shaped[Array, "rows page_size kv_heads head_dim"],
+    v_pages: Shaped[Array, "v_rows page_size kv_heads head_dim"],
     page_table: Int32[Array, "batch width"],
     lengths: Int32[Array, " batch"],
     *,
     v_page_table: Int32[Array, "batch width"] | None = None,
     scale: float | None = None,
     window: int | None = None,
+    key_bias: KeyBias | None = None,
+    k_scales: Float32[Array, "rows kv_heads page_size"] | None = None,
+    v_scales: Float32[Array, "v_rows kv_heads page_size"] | None = None,
+    return_lse: bool = False,
     implementation: str = "auto",
-) -> Float[Array, "batch q_heads head_dim"]:
+) -> (
+    Float[Array, "batch q_heads head_dim"]
+    | tuple[Float[Array, "batch q_heads head_dim"], Float32[Array, "batch q_heads"]]
+):
     """Attends with the newest token of each sequence to all its keys, its own included.
 
     Args:
@@ -41,34 +51,43 @@ def decode_attention(
       window: sliding window: a query at position p sees the keys at positions j with `p - window < j <= p`; all keys up
         to its own if left out. Only differences of positions count, so a table may leave out whole pages before the
         first key in sight if `lengths` are counted from the first page that it has.
-      implementation: "auto"; "mosaic" (split-KV kernel for GPUs of compute capability 9.0: bfloat16 or float16,
-        `head_dim` 64 or 128, `page_size` 8, 16, 32 or a multiple of 64, up to 64 query heads a key/value head); "xla"
-        (a page of each sequence at a time); or "reference" (gathers the pages: memory `batch * width * page_size` keys
-        and values).
+      key_bias: added to the scaled scores of some keys of each sequence.
+      k_scales, v_scales: factors of each token's keys and values where pages hold numbers of 8 bits; like the pages,
+        they may be one array.
+      return_lse: also return the log of the sum of the exponentials of each query's scores, for merging parts.
+      implementation: "auto": the first of the following that can; "mosaic": split-KV kernel for GPUs of compute
+        capability 9.0 (bfloat16 or float16 queries, pages of their type or float8_e4m3fn, `head_dim` a multiple of 16
+        up to 128 or of 32 up to 256, `page_size` 8, 16, 32 or a multiple of 64, up to 64 query heads a key/value
+        head); "xla": a page of each sequence at a time; "reference": gathers the pages (memory
+        `batch * width * page_size` keys and values).
+
+    Returns:
+      Values `[batch, q_heads, head_dim]`, weighed by the softmax of the scores; with `return_lse` also
+      `[batch, q_heads]`, -inf for padding rows.
 
     Raises:
-      ValueError: shapes that don't fit together.
+      ValueError: shapes or types that don't fit together.
       NotImplementedError: the chosen implementation can't do these arguments.
     """
     batch, q_heads, head_dim = q.shape
-    if k_pages.ndim != 4 or k_pages.shape[3] != head_dim or v_pages.shape[1:] != k_pages.shape[1:]:
-        raise ValueError(f"pages must be [rows, page_size, kv_heads, {head_dim}]: {k_pages.shape=}, {v_pages.shape=}")
-    if q_heads % k_pages.shape[2]:
-        raise ValueError(f"{q_heads=} must be a multiple of kv_heads={k_pages.shape[2]}")
-    if page_table.shape[0] != batch or lengths.shape != (batch,):
-        raise ValueError(f"{page_table.shape=} and {lengths.shape=} must have {batch=} rows")
-    if window is not None and window < 1:
-        raise ValueError(f"{window=} must be at least 1, or None")
-    return dispatch.run(
+    keys = Pages(k_pages, page_table, k_scales)
+    values = Pages(v_pages, page_table if v_page_table is None else v_page_table, v_scales)
+    check_pages(keys, values, batch, q_heads, head_dim)
+    check_window(window)
+    if lengths.shape != (batch,) or lengths.dtype != jnp.int32:
+        raise ValueError(f"lengths must be int32[{batch}]: {lengths.dtype}{list(lengths.shape)}")
+    if key_bias is not None:
+        key_bias.check(batch, keys.keys)
+    out, lse = dispatch.run(
         "decode_attention",
         _IMPLEMENTATIONS,
         implementation,
         q,
-        k_pages,
-        v_pages,
-        page_table,
-        page_table if v_page_table is None else v_page_table,
+        keys,
+        values,
         lengths,
-        1 / math.sqrt(head_dim) if scale is None else scale,
-        window,
+        scale=1 / math.sqrt(head_dim) if scale is None else scale,
+        window=window,
+        key_bias=key_bias,
     )
+    return (out, lse) if return_lse else out

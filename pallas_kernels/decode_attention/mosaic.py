@@ -4,249 +4,316 @@ The keys of all sequences are cut into tiles of `TILE`, and the tiles into items
 grid takes one item of one key/value head, loads its pages with TMA a few tiles ahead, and multiplies with wgmma. The
 queries that share the head are the rows of the products. A second kernel merges the items of each sequence, always in
 the same order. The work is planned from `lengths` alone, so that all layers of a step share one plan.
+
+Rows of 8 bits are brought to float16, which holds them exactly, in shared memory; their scales go to the scores and to
+the weights.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float, Float32, Int32
 
+from pallas_kernels import key_bias as bias
 from pallas_kernels import target
+from pallas_kernels.decode_attention.plan import TILE, Plan, plan
+from pallas_kernels.paged import Pages
 
-TILE = 64  # keys of one step: one page of 64, a part of a larger one, or several smaller ones
 _ROWS = 64  # queries of one step, wgmma's M: those beyond the group compute what nobody reads
 _ROW_BLOCK = 8  # queries are padded to a multiple of this, the rows of a tile in shared memory
+_WORDS = TILE // bias.WORD  # of the bias's bits, a tile
 _LOG2E = math.log2(math.e)
-# Layout in shared memory that TMA writes and wgmma reads, for numbers of two bytes.
-_SWIZZLED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+_FP8_MAX = float(jnp.finfo(jnp.float8_e4m3fn).max)
 _PARAMS = plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Config:
     """What is tuned: tiles loaded ahead, and blocks that a multiprocessor should have."""
 
     stages: int = 2
     blocks: int = 2
 
-
-class Plan(NamedTuple):
-    """Items of work, those of a sequence one after the other; `tiles` of those beyond the last one are 0."""
-
-    row: jax.Array  # [items]
-    tile: jax.Array  # [items], the first of the item
-    tiles: jax.Array  # [items]
-    first: jax.Array  # [batch], first item of the sequence
-    number: jax.Array  # [batch], of its items
-
-
-def plan(lengths: Int32[Array, " batch"], width: int, window: int | None, slots: int) -> Plan:
-    """Cuts the keys in sight into items of at most `ceil(tiles / slots)` tiles, those of a sequence of about one size.
-
-    Args:
-      width: keys that a page table has room for.
-      slots: items that run side by side; there are fewer than `slots + batch`.
-    """
-    batch = lengths.shape[0]
-    start = jnp.zeros_like(lengths) if window is None else jnp.maximum(lengths - window, 0) // TILE
-    tiles = pl.cdiv(lengths, TILE) - start
-    share = jnp.maximum(pl.cdiv(jnp.sum(tiles), slots), 1)
-    size = pl.cdiv(tiles, jnp.maximum(pl.cdiv(tiles, share), 1))
-    count = jnp.where(tiles > 0, pl.cdiv(tiles, jnp.maximum(size, 1)), 0)
-    ends = jnp.cumsum(count)
-    item = jnp.arange(min(slots + batch, batch * pl.cdiv(width, TILE)), dtype=jnp.int32)
-    row = jnp.minimum(jnp.searchsorted(ends, item, side="right").astype(jnp.int32), batch - 1)
-    first = ends - count
-    skipped = (item - first[row]) * size[row]
-    left = jnp.where(item < ends[-1], tiles[row] - skipped, 0)
-    return Plan(row, start[row] + skipped, jnp.clip(left, 0, size[row]), first, count)
+    def __post_init__(self) -> None:
+        if self.stages < 1 or self.blocks < 1:
+            raise ValueError(f"{self.stages=} and {self.blocks=} must be at least 1")
 
 
 def decode_attention(
     q: Float[Array, "batch q_heads head_dim"],
-    k_pages: Float[Array, "rows page_size kv_heads head_dim"],
-    v_pages: Float[Array, "v_rows page_size kv_heads head_dim"],
-    k_table: Int32[Array, "batch width"],
-    v_table: Int32[Array, "batch width"],
+    keys: Pages,
+    values: Pages,
     lengths: Int32[Array, " batch"],
+    *,
     scale: float,
     window: int | None = None,
+    key_bias: bias.KeyBias | None = None,
     config: Config | None = None,
-) -> Float[Array, "batch q_heads head_dim"]:
+) -> tuple[Float[Array, "batch q_heads head_dim"], Float32[Array, "batch q_heads"]]:
     """See `api.decode_attention`."""
     device = target.hopper()
     batch, q_heads, head_dim = q.shape
-    _, page_size, kv_heads, _ = k_pages.shape
-    if q.dtype not in (jnp.bfloat16, jnp.float16) or k_pages.dtype != q.dtype or v_pages.dtype != q.dtype:
+    page_size, kv_heads, dtype = keys.page_size, keys.kv_heads, keys.rows.dtype
+    scaled = keys.scales is not None
+    if q.dtype not in (jnp.bfloat16, jnp.float16) or dtype != (jnp.float8_e4m3fn if scaled else q.dtype):
         raise NotImplementedError(
-            f"queries and pages must be all bfloat16 or all float16: {q.dtype}, {k_pages.dtype}, {v_pages.dtype}"
+            f"queries must be bfloat16 or float16, pages of their type or float8_e4m3fn with scales: {q.dtype}, {dtype}"
         )
-    if head_dim not in (64, 128):
-        raise NotImplementedError(f"{head_dim=} must be 64 or 128")
+    if scaled != (values.scales is not None):
+        raise NotImplementedError("keys and values must both have scales, or none of them")
+    if head_dim % (16 * _halves(head_dim)) or head_dim > 256:
+        raise NotImplementedError(f"{head_dim=} must be a multiple of 16 up to 128, or of 32 up to 256")
     if page_size < _ROW_BLOCK or (TILE % page_size and page_size % TILE):
         raise NotImplementedError(f"{page_size=} must be 8, 16, 32 or a multiple of {TILE}")
     group = q_heads // kv_heads
     if group > _ROWS:
         raise NotImplementedError(f"{group} query heads share a key/value head; at most {_ROWS} can")
+    if batch == 0:
+        raise NotImplementedError("no queries")
     config = config or Config()
     padded = pl.cdiv(group, _ROW_BLOCK) * _ROW_BLOCK
     grouped = jnp.pad(q.reshape(batch, kv_heads, group, head_dim), ((0, 0), (0, 0), (0, padded - group), (0, 0)))
+    if scaled:
+        grouped = grouped.astype(jnp.float16)
     slots = max(1, device.multiprocessors * config.blocks // kv_heads)
-    work = plan(lengths, k_table.shape[1] * page_size, window, slots)
-    parts, lse = _attend(grouped, k_pages, v_pages, k_table, v_table, lengths, work, scale, window, config)
+    work = plan(lengths, keys.keys, window, slots)
+    parts, lse = _attend(grouped, keys, values, lengths, work, scale, window, key_bias, config)
     out, lse = _merge(parts, lse, work, q.dtype)
-    return out[:, :, :group].reshape(q.shape)
+    return out[:, :, :group].reshape(q.shape), lse[:, :, :group].reshape(batch, q_heads)
 
 
 def _attend(
     q: Float[Array, "batch kv_heads group head_dim"],
-    k_pages: Float[Array, "rows page_size kv_heads head_dim"],
-    v_pages: Float[Array, "v_rows page_size kv_heads head_dim"],
-    k_table: Int32[Array, "batch width"],
-    v_table: Int32[Array, "batch width"],
+    keys: Pages,
+    values: Pages,
     lengths: Int32[Array, " batch"],
     work: Plan,
     scale: float,
     window: int | None,
+    key_bias: bias.KeyBias | None,
     config: Config,
 ) -> tuple[Float[Array, "items kv_heads group head_dim"], Float[Array, "items kv_heads group"]]:
     """Attention to the keys of each item, and log2 of the sum of its weights; items of no tiles are left unwritten."""
     _, kv_heads, group, head_dim = q.shape
-    page_size, width = k_pages.shape[1], k_table.shape[1]
+    page_size, width = keys.page_size, keys.table.shape[1]
     items = work.row.shape[0]
     stages = config.stages
     piece = min(TILE, page_size)
     pieces = TILE // piece
+    scaled = keys.scales is not None
+    # wgmma wants one swizzle of all its operands: the widest that cuts a row of a head evenly.
+    halves = _halves(head_dim)
+    half_dim = head_dim // halves
+    columns = math.gcd(half_dim, 64)
+    swizzled = (plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(columns * 2))
+    key_parts = [pl.ds(at, columns) for at in range(0, head_dim, columns)]
+    value_parts = key_parts[: len(key_parts) // halves]
+    arguments = {
+        "q": q,
+        "k": keys.rows,
+        "v": values.rows,
+        "k_table": keys.table,
+        "v_table": values.table,
+        "lengths": lengths,
+        "row": work.row,
+        "tile": work.tile,
+        "tiles": work.tiles,
+    }
+    bits = None if key_bias is None else key_bias.bits
+    optional = {
+        "k_scales": keys.scales,
+        "v_scales": values.scales,
+        "bits": bits,
+        "bias": None if key_bias is None else key_bias.value,
+    }
+    arguments |= {name: array for name, array in optional.items() if array is not None}
 
-    def decode_attention_parts(  # type: ignore[no-untyped-def]
-        q_ref, k_ref, v_ref, k_table_ref, v_table_ref, lengths_ref, row_ref, tile_ref, tiles_ref, out_ref, lse_ref
-    ):
-        head, item = jax.lax.axis_index("head"), jax.lax.axis_index("item")
-        row, begin, tiles = row_ref[item], tile_ref[item], tiles_ref[item]
-        length = lengths_ref[row]
+    def decode_attention_parts(*refs: Any) -> None:
+        *inputs, out_ref, lse_ref = refs
+        ref = dict(zip(arguments, inputs, strict=True))
+        head, item, half = jax.lax.axis_index("head"), jax.lax.axis_index("item"), jax.lax.axis_index("half")
+        own = pl.ds(half * half_dim, half_dim) if halves > 1 else slice(None)
+        row, begin, tiles = ref["row"][item], ref["tile"][item], ref["tiles"][item]
+        length = ref["lengths"][row]
 
-        def rows_of(table_ref: Any, tile: Any) -> list[Any]:
+        def rows_of(tile: Any) -> list[tuple[Any, Any]]:
+            """Row ids of the keys and of the values of each piece of a tile."""
             pages = [tile * TILE // page_size] if pieces == 1 else [tile * pieces + i for i in range(pieces)]
             # A tile may end beyond the table; what it loads there is masked.
-            return [table_ref[row, jnp.minimum(page, width - 1)] for page in pages]
+            pages = [jnp.minimum(page, width - 1) for page in pages]
+            return [(ref["k_table"][row, page], ref["v_table"][row, page]) for page in pages]
 
-        def load(pages_ref: Any, smem: Any, barriers: Any, slot: Any, tile: Any, rows: list[Any]) -> None:
+        def load(name: str, smem: dict[str, Any], slot: Any, tile: Any, rows: Sequence[Any]) -> None:
             offset = tile * TILE % page_size if page_size > TILE else 0
-            for i, page_row in enumerate(rows):
-                plgpu.copy_gmem_to_smem(
-                    pages_ref.at[page_row, pl.ds(offset, piece), head],
-                    smem.at[slot, pl.ds(i * piece, piece)],
-                    barriers.at[slot],
-                )
+            source, ready = pl.ds(offset, piece), smem[name + "_ready"].at[slot]
+            head_part = own if name == "v" else slice(None)
+            for i, page in enumerate(rows):
+                at = pl.ds(i * piece, piece)
+                plgpu.copy_gmem_to_smem(ref[name].at[page, source, head, head_part], smem[name].at[slot, at], ready)
+                if scaled:
+                    plgpu.copy_gmem_to_smem(
+                        ref[name + "_scales"].at[page, head, source], smem[name + "_scales"].at[slot, at], ready
+                    )
 
-        def attend(q_smem: Any, k_smem: Any, v_smem: Any, p_smem: Any, q_ready: Any, k_ready: Any, v_ready: Any) -> Any:
-            plgpu.copy_gmem_to_smem(q_ref.at[row, head], q_smem.at[pl.ds(0, group)], q_ready)
+        def scores_of(smem: dict[str, Any], slot: Any, tile: Any) -> tuple[Any, Any]:
+            """Scores of a tile in units of log2, -inf where no key is in sight, and whether one is."""
+            tile_keys = smem["k"].at[slot]
+            if scaled:
+                for part in key_parts:
+                    loaded = plgpu.load(tile_keys.at[:, part], layout=plgpu.Layout.WGMMA)
+                    smem["wide"][:, part] = loaded.astype(q.dtype)
+                plgpu.commit_smem()
+                tile_keys = smem["wide"]
+
+            def product(scores_ref: Any) -> Any:
+                plgpu.wgmma(scores_ref, smem["q"], tile_keys.transpose((1, 0)))
+                return scores_ref[...]
+
+            scores = pl.run_scoped(product, plgpu.ACC((_ROWS, TILE), jnp.float32)) * (scale * _LOG2E)
+            if scaled:
+                scores *= by_key(smem["k_scales"].at[slot])
+            column = plgpu.broadcasted_iota(jnp.int32, (_ROWS, TILE), 1, layout=plgpu.Layout.WGMMA)
+            if bits is not None:
+                words = [ref["bits"][row, jnp.minimum(tile * _WORDS + i, bits.shape[1] - 1)] for i in range(_WORDS)]
+                word = jnp.where(column < bias.WORD, *words)
+                chosen = (word >> (column % bias.WORD).astype(jnp.uint32)) & 1
+                scores += jnp.where(chosen == 1, ref["bias"][row] * _LOG2E, 0)
+            seen = tile * TILE + column < length
+            if window is not None:
+                seen &= tile * TILE + column >= length - window
+            return jnp.where(seen, scores, -jnp.inf), seen
+
+        def by_key(scales: Any) -> Any:
+            one = plgpu.load(scales, layout=plgpu.Layout.WGMMA.reduce(0))
+            return jax.lax.broadcast_in_dim(one, (_ROWS, TILE), [1])
+
+        def values_of(smem: dict[str, Any], slot: Any, tile: Any) -> Any:
+            """Where the values of a tile lie: 0 beyond the length, where 0 * NaN might reach the sum."""
+
+            def clean(target_ref: Any) -> None:
+                at = plgpu.broadcasted_iota(jnp.int32, (TILE, columns), 0, layout=plgpu.Layout.WGMMA)
+                written = tile * TILE + at < length
+                for part in value_parts:
+                    loaded = plgpu.load(smem["v"].at[slot, :, part], layout=plgpu.Layout.WGMMA).astype(q.dtype)
+                    target_ref[:, part] = jnp.where(written, loaded, jnp.zeros_like(loaded))
+                plgpu.commit_smem()
+
+            if scaled:
+                clean(smem["wide"])
+                return smem["wide"]
+            pl.when((tile + 1) * TILE > length)(lambda: clean(smem["v"].at[slot]))
+            return smem["v"].at[slot]
+
+        def attend(smem: dict[str, Any]) -> Any:
+            plgpu.copy_gmem_to_smem(ref["q"].at[row, head], smem["q"].at[pl.ds(0, group)], smem["q_ready"])
             for i in range(stages):
 
                 @pl.when(i < tiles)
                 def _(i: int = i) -> None:
-                    load(k_ref, k_smem, k_ready, i, begin + i, rows_of(k_table_ref, begin + i))
-                    load(v_ref, v_smem, v_ready, i, begin + i, rows_of(v_table_ref, begin + i))
+                    k_rows, v_rows = zip(*rows_of(begin + i), strict=True)
+                    load("k", smem, i, begin + i, k_rows)
+                    load("v", smem, i, begin + i, v_rows)
 
-            plgpu.barrier_wait(q_ready)
+            plgpu.barrier_wait(smem["q_ready"])
 
             def step(i: Any, carry: Any) -> Any:
                 acc, top, total = carry
-                slot = jax.lax.rem(i, jnp.int32(stages))
-                tile = begin + i
+                slot, tile = jax.lax.rem(i, jnp.int32(stages)), begin + i
                 # Read before the waits, which they overlap.
-                ahead = tile + stages
-                k_rows, v_rows = rows_of(k_table_ref, ahead), rows_of(v_table_ref, ahead)
-                more = i + stages < tiles
-                plgpu.barrier_wait(k_ready.at[slot])
-
-                def product_with_keys(scores_ref: Any) -> Any:
-                    plgpu.wgmma(scores_ref, q_smem, k_smem.at[slot].transpose((1, 0)))
-                    return scores_ref[...]
-
-                scores = pl.run_scoped(product_with_keys, plgpu.ACC((_ROWS, TILE), jnp.float32))
+                ahead, more = tile + stages, i + stages < tiles
+                k_rows, v_rows = zip(*rows_of(ahead), strict=True)
+                plgpu.barrier_wait(smem["k_ready"].at[slot])
+                scores, seen = scores_of(smem, slot, tile)
 
                 @pl.when(more)
                 def _() -> None:
-                    load(k_ref, k_smem, k_ready, slot, ahead, k_rows)
+                    load("k", smem, slot, ahead, k_rows)
 
-                keys = tile * TILE + plgpu.broadcasted_iota(jnp.int32, (_ROWS, TILE), 1, layout=plgpu.Layout.WGMMA)
-                seen = keys < length
-                if window is not None:
-                    seen &= keys >= length - window
-                scores = jnp.where(seen, scores * (scale * _LOG2E), -jnp.inf)
                 # Every tile has a key in sight, so the maximum is finite.
                 higher = jnp.maximum(top, scores.max(axis=1))
                 decay = jnp.exp2(top - higher)
                 weights = jnp.exp2(scores - jax.lax.broadcast_in_dim(higher, scores.shape, [0]))
                 total = total * decay + weights.sum(axis=1)
-                p_smem[...] = weights.astype(p_smem.dtype)
+                plgpu.barrier_wait(smem["v_ready"].at[slot])
+                if scaled:
+                    # The scales alone would bring small weights below what float16 holds; taken back at the end.
+                    weights = jnp.where(seen, weights * (by_key(smem["v_scales"].at[slot]) * _FP8_MAX), 0)
+                smem["p"][...] = weights.astype(q.dtype)
                 plgpu.commit_smem()
-                plgpu.barrier_wait(v_ready.at[slot])
+                tile_values = values_of(smem, slot, tile)
 
-                # Slots beyond the length hold anything, NaN included, and 0 * NaN would reach the sum.
-                @pl.when((tile + 1) * TILE > length)
-                def _() -> None:
-                    values = plgpu.load(v_smem.at[slot], layout=plgpu.Layout.WGMMA)
-                    at = plgpu.broadcasted_iota(jnp.int32, (TILE, head_dim), 0, layout=plgpu.Layout.WGMMA)
-                    v_smem[slot] = jnp.where(tile * TILE + at < length, values, jnp.zeros_like(values))
-                    plgpu.commit_smem()
+                def product(acc_ref: Any, part: Any) -> Any:
+                    plgpu.wgmma(acc_ref, smem["p"], tile_values.at[:, part])
+                    return acc_ref[...]
 
-                def product_with_values(part_ref: Any) -> Any:
-                    plgpu.wgmma(part_ref, p_smem, v_smem.at[slot])
-                    return part_ref[...]
-
-                part = pl.run_scoped(product_with_values, plgpu.ACC((_ROWS, head_dim), jnp.float32))
+                acc = [
+                    one * jax.lax.broadcast_in_dim(decay, one.shape, [0])
+                    + pl.run_scoped(functools.partial(product, part=part), plgpu.ACC((_ROWS, columns), jnp.float32))
+                    for one, part in zip(acc, value_parts, strict=True)
+                ]
 
                 @pl.when(more)
                 def _() -> None:
-                    load(v_ref, v_smem, v_ready, slot, ahead, v_rows)
+                    load("v", smem, slot, ahead, v_rows)
 
-                return acc * jax.lax.broadcast_in_dim(decay, acc.shape, [0]) + part, higher, total
+                return acc, higher, total
 
             column = plgpu.Layout.WGMMA.reduce(1)
-            return jax.lax.fori_loop(
-                0,
-                tiles,
-                step,
-                (
-                    plgpu.layout_cast(jnp.zeros((_ROWS, head_dim), jnp.float32), plgpu.Layout.WGMMA),
-                    plgpu.layout_cast(jnp.full((_ROWS,), -jnp.inf, jnp.float32), column),
-                    plgpu.layout_cast(jnp.zeros((_ROWS,), jnp.float32), column),
-                ),
-            )
+            zero = plgpu.layout_cast(jnp.zeros((_ROWS, columns), jnp.float32), plgpu.Layout.WGMMA)
+            none = plgpu.layout_cast(jnp.full((_ROWS,), -jnp.inf, jnp.float32), column)
+            nothing = plgpu.layout_cast(jnp.zeros((_ROWS,), jnp.float32), column)
+            return jax.lax.fori_loop(0, tiles, step, ([zero for _ in value_parts], none, nothing))
 
         def store(acc: Any, top: Any, total: Any, out_smem: Any, lse_smem: Any) -> None:
-            out_smem[...] = acc / jax.lax.broadcast_in_dim(total, acc.shape, [0])
+            whole = total * _FP8_MAX if scaled else total
+            for one, part in zip(acc, value_parts, strict=True):
+                out_smem[:, part] = one / jax.lax.broadcast_in_dim(whole, one.shape, [0])
             lse_smem[...] = top + jnp.log2(total)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(out_smem.at[pl.ds(0, group)], out_ref.at[item, head])
-            plgpu.copy_smem_to_gmem(lse_smem.at[pl.ds(0, group)], lse_ref.at[item, head])
+            plgpu.copy_smem_to_gmem(out_smem.at[pl.ds(0, group)], out_ref.at[item, head, :, own])
+
+            @pl.when(half == 0)
+            def _() -> None:
+                plgpu.copy_smem_to_gmem(lse_smem.at[pl.ds(0, group)], lse_ref.at[item, head])
+
             plgpu.wait_smem_to_gmem(0)
+
+        tile_ready = plgpu.Barrier(num_arrivals=pieces * (2 if scaled else 1), num_barriers=stages)
+        transforms = () if scaled else swizzled
+        scratch = {
+            "q": plgpu.SMEM((_ROWS, head_dim), q.dtype, transforms=swizzled),
+            "k": plgpu.SMEM((stages, TILE, head_dim), keys.rows.dtype, transforms=transforms),
+            "v": plgpu.SMEM((stages, TILE, half_dim), keys.rows.dtype, transforms=transforms),
+            "p": plgpu.SMEM((_ROWS, TILE), q.dtype, transforms=swizzled),
+            "q_ready": plgpu.Barrier(),
+            "k_ready": tile_ready,
+            "v_ready": tile_ready,
+        }
+        if scaled:
+            scratch |= {
+                "wide": plgpu.SMEM((TILE, head_dim), q.dtype, transforms=swizzled),
+                "k_scales": plgpu.SMEM((stages, TILE), jnp.float32),
+                "v_scales": plgpu.SMEM((stages, TILE), jnp.float32),
+            }
 
         @pl.when(tiles > 0)
         def _() -> None:
             acc, top, total = pl.run_scoped(
-                attend,
-                plgpu.SMEM((_ROWS, head_dim), q.dtype, transforms=_SWIZZLED),
-                plgpu.SMEM((stages, TILE, head_dim), q.dtype, transforms=_SWIZZLED),
-                plgpu.SMEM((stages, TILE, head_dim), q.dtype, transforms=_SWIZZLED),
-                plgpu.SMEM((_ROWS, TILE), q.dtype, transforms=_SWIZZLED),
-                plgpu.Barrier(),
-                plgpu.Barrier(num_arrivals=pieces, num_barriers=stages),
-                plgpu.Barrier(num_arrivals=pieces, num_barriers=stages),
+                lambda *smem: attend(dict(zip(scratch, smem, strict=True))), *scratch.values()
             )
             # In the memory of the tiles, which are done.
             pl.run_scoped(
-                lambda *smem: store(acc, top, total, *smem),
-                plgpu.SMEM((_ROWS, head_dim), jnp.float32),
+                functools.partial(store, acc, top, total),
+                plgpu.SMEM((_ROWS, half_dim), jnp.float32),
                 plgpu.SMEM((_ROWS,), jnp.float32),
             )
 
@@ -256,12 +323,20 @@ def _attend(
             jax.ShapeDtypeStruct((items, kv_heads, group, head_dim), jnp.float32),
             jax.ShapeDtypeStruct((items, kv_heads, group), jnp.float32),
         ),
-        grid=(kv_heads, items),
-        grid_names=("head", "item"),
+        grid=(kv_heads, items, halves),
+        grid_names=("head", "item", "half"),
         compiler_params=_PARAMS,
     )
-    parts, lse = kernel(q, k_pages, v_pages, k_table, v_table, lengths, work.row, work.tile, work.tiles)
+    parts, lse = kernel(*arguments.values())
     return parts, lse
+
+
+def _halves(head_dim: int) -> int:
+    """Blocks of the grid that share an item: with over 128 columns two compute the same scores and half the values.
+
+    The sums of all columns would not fit into registers beside the scores; the second block finds the keys in L2.
+    """
+    return 2 if head_dim > 128 else 1
 
 
 def _merge(
@@ -324,5 +399,5 @@ def _merge(
 
 
 def _vector(shape: tuple[int, int]) -> int:
-    """Neighbouring numbers of one thread: 16 bytes of float32, or what 128 threads leave."""
-    return min(4, math.prod(shape) // 128)
+    """Neighbouring numbers of one thread: 16 bytes of float32, or as many as 128 threads can share out."""
+    return math.gcd(4, math.prod(shape) // 128)

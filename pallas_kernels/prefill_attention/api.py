@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 
-from jaxtyping import Array, Float, Int32
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int32, Shaped
 
 from pallas_kernels import dispatch
+from pallas_kernels.key_bias import KeyBias
+from pallas_kernels.paged import Pages, check_pages, check_window
 from pallas_kernels.prefill_attention import reference, xla
 
 _IMPLEMENTATIONS = {"xla": xla.prefill_attention, "reference": reference.prefill_attention}
@@ -14,8 +17,8 @@ _IMPLEMENTATIONS = {"xla": xla.prefill_attention, "reference": reference.prefill
 
 def prefill_attention(
     q: Float[Array, "seqs chunk q_heads head_dim"],
-    k_pages: Float[Array, "rows page_size kv_heads head_dim"],
-    v_pages: Float[Array, "v_rows page_size kv_heads head_dim"],
+    k_pages: Shaped[Array, "rows page_size kv_heads head_dim"],
+    v_pages: Shaped[Array, "v_rows page_size kv_heads head_dim"],
     page_table: Int32[Array, "seqs width"],
     starts: Int32[Array, " seqs"],
     counts: Int32[Array, " seqs"],
@@ -23,8 +26,15 @@ def prefill_attention(
     v_page_table: Int32[Array, "seqs width"] | None = None,
     scale: float | None = None,
     window: int | None = None,
+    key_bias: KeyBias | None = None,
+    k_scales: Float32[Array, "rows kv_heads page_size"] | None = None,
+    v_scales: Float32[Array, "v_rows kv_heads page_size"] | None = None,
+    return_lse: bool = False,
     implementation: str = "auto",
-) -> Float[Array, "seqs chunk q_heads head_dim"]:
+) -> (
+    Float[Array, "seqs chunk q_heads head_dim"]
+    | tuple[Float[Array, "seqs chunk q_heads head_dim"], Float32[Array, "seqs chunk q_heads"]]
+):
     """Attends causally with a chunk of each sequence to all keys up to each query's own position.
 
     The keys and values of the chunk itself must be in the pages already.
@@ -42,33 +52,43 @@ def prefill_attention(
       window: sliding window: a query at position p sees the keys at positions j with `p - window < j <= p`; all keys up
         to its own if left out. Only differences of positions count, so a table may leave out whole pages before the
         first key in sight if `starts` are counted from the first page that it has.
-      implementation: "auto"; "xla" (a page of each sequence at a time, memory `seqs * q_heads * chunk * page_size`
-        scores); or "reference" (gathers the pages, memory `seqs * q_heads * chunk * width * page_size` scores).
+      key_bias: added to the scaled scores of some keys of each sequence.
+      k_scales, v_scales: factors of each token's keys and values where pages hold numbers of 8 bits; like the pages,
+        they may be one array.
+      return_lse: also return the log of the sum of the exponentials of each query's scores, for merging parts.
+      implementation: "auto": the first of the following that can; "xla": a page of each sequence at a time, memory
+        `seqs * q_heads * chunk * page_size` scores; "reference": gathers the pages, memory
+        `seqs * q_heads * chunk * width * page_size` scores.
+
+    Returns:
+      Values `[seqs, chunk, q_heads, head_dim]`, weighed by the softmax of the scores; with `return_lse` also
+      `[seqs, chunk, q_heads]`, -inf where no query is.
 
     Raises:
-      ValueError: shapes that don't fit together.
+      ValueError: shapes or types that don't fit together.
       NotImplementedError: the chosen implementation can't do these arguments.
     """
     seqs, _, q_heads, head_dim = q.shape
-    if k_pages.ndim != 4 or k_pages.shape[3] != head_dim or v_pages.shape[1:] != k_pages.shape[1:]:
-        raise ValueError(f"pages must be [rows, page_size, kv_heads, {head_dim}]: {k_pages.shape=}, {v_pages.shape=}")
-    if q_heads % k_pages.shape[2]:
-        raise ValueError(f"{q_heads=} must be a multiple of kv_heads={k_pages.shape[2]}")
-    if page_table.shape[0] != seqs or starts.shape != (seqs,) or counts.shape != (seqs,):
-        raise ValueError(f"{page_table.shape=}, {starts.shape=} and {counts.shape=} must have {seqs=} rows")
-    if window is not None and window < 1:
-        raise ValueError(f"{window=} must be at least 1, or None")
-    return dispatch.run(
+    keys = Pages(k_pages, page_table, k_scales)
+    values = Pages(v_pages, page_table if v_page_table is None else v_page_table, v_scales)
+    check_pages(keys, values, seqs, q_heads, head_dim)
+    check_window(window)
+    for name, numbers in (("starts", starts), ("counts", counts)):
+        if numbers.shape != (seqs,) or numbers.dtype != jnp.int32:
+            raise ValueError(f"{name} must be int32[{seqs}]: {numbers.dtype}{list(numbers.shape)}")
+    if key_bias is not None:
+        key_bias.check(seqs, keys.keys)
+    out, lse = dispatch.run(
         "prefill_attention",
         _IMPLEMENTATIONS,
         implementation,
         q,
-        k_pages,
-        v_pages,
-        page_table,
-        page_table if v_page_table is None else v_page_table,
+        keys,
+        values,
         starts,
         counts,
-        1 / math.sqrt(head_dim) if scale is None else scale,
-        window,
+        scale=1 / math.sqrt(head_dim) if scale is None else scale,
+        window=window,
+        key_bias=key_bias,
     )
+    return (out, lse) if return_lse else out

@@ -8,25 +8,28 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float, Float32, Int32
+
+from pallas_kernels.key_bias import KeyBias
+from pallas_kernels.paged import Pages
 
 type _State = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 
 
 def prefill_attention(
     q: Float[Array, "seqs chunk q_heads head_dim"],
-    k_pages: Float[Array, "rows page_size kv_heads head_dim"],
-    v_pages: Float[Array, "v_rows page_size kv_heads head_dim"],
-    k_table: Int32[Array, "seqs width"],
-    v_table: Int32[Array, "seqs width"],
+    keys: Pages,
+    values: Pages,
     starts: Int32[Array, " seqs"],
     counts: Int32[Array, " seqs"],
+    *,
     scale: float,
     window: int | None = None,
-) -> Float[Array, "seqs chunk q_heads head_dim"]:
+    key_bias: KeyBias | None = None,
+) -> tuple[Float[Array, "seqs chunk q_heads head_dim"], Float32[Array, "seqs chunk q_heads"]]:
     """See `api.prefill_attention`."""
     seqs, chunk, q_heads, head_dim = q.shape
-    _, page_size, kv_heads, _ = k_pages.shape
+    page_size, kv_heads = keys.page_size, keys.kv_heads
     precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
     group = q_heads // kv_heads
     # Queries that share keys lie together: one matrix product for each sequence and key/value head.
@@ -41,17 +44,19 @@ def prefill_attention(
 
     def page(state: _State) -> _State:
         block, top, total, out = state
-        keys = block * page_size + slots
-        visible = (keys[None, None, :] <= queries[:, :, None]) & real[:, :, None]
-        written = keys[None, :] < ends[:, None]
+        positions = block * page_size + slots
+        visible = (positions[None, None, :] <= queries[:, :, None]) & real[:, :, None]
+        written = positions[None, :] < ends[:, None]
         if window is not None:
-            visible &= keys[None, None, :] > queries[:, :, None] - window
-            written &= keys[None, :] > starts[:, None] - window
-        k = k_pages[k_table[:, block]]
+            visible &= positions[None, None, :] > queries[:, :, None] - window
+            written &= positions[None, :] > starts[:, None] - window
+        k = _page(keys, block).astype(q.dtype)
         # Unused slots hold anything, NaN included, and 0 * NaN would reach the sum.
-        v = jnp.where(written[:, :, None, None], v_pages[v_table[:, block]], 0)
+        v = jnp.where(written[:, :, None, None], _page(values, block), 0).astype(q.dtype)
         scores = jnp.einsum("shqd,skhd->shqk", grouped, k, precision=precision, preferred_element_type=jnp.float32)
         scores = scores.reshape(seqs, kv_heads, group, chunk, page_size) * jnp.float32(scale)
+        if key_bias is not None:
+            scores += key_bias.at(positions)[:, None, None, None, :]
         scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
         scores = scores.reshape(seqs, kv_heads, group * chunk, page_size)
         higher = jnp.maximum(top, jnp.max(scores, axis=-1, keepdims=True))
@@ -70,6 +75,16 @@ def prefill_attention(
         jnp.zeros(column, jnp.float32),
         jnp.zeros(grouped.shape, jnp.float32),
     )
-    _, _, total, out = jax.lax.while_loop(lambda state: state[0] < pages, page, start)
+    _, top, total, out = jax.lax.while_loop(lambda state: state[0] < pages, page, start)
     out = (out / jnp.where(total > 0, total, 1)).reshape(seqs, kv_heads, group, chunk, head_dim)
-    return out.transpose(0, 3, 1, 2, 4).reshape(q.shape).astype(q.dtype)
+    lse = (top + jnp.log(total)).reshape(seqs, kv_heads, group, chunk)
+    out = out.transpose(0, 3, 1, 2, 4).reshape(q.shape).astype(q.dtype)
+    return out, lse.transpose(0, 3, 1, 2).reshape(q.shape[:3])
+
+
+def _page(pages: Pages, block: Int32[Array, ""]) -> Float[Array, "seqs page_size kv_heads head_dim"]:
+    """A page of each sequence, multiplied by its scales."""
+    rows = pages.table[:, block]
+    if pages.scales is None:
+        return pages.rows[rows]
+    return pages.rows[rows].astype(jnp.float32) * pages.scales[rows].swapaxes(1, 2)[..., None]
