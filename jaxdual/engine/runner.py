@@ -377,7 +377,7 @@ class Runner:
 
     def _run_gather(self, group: int, pages: np.ndarray) -> jax.Array:
         rows = self.layout.groups[group].rows_per_page
-        blocks: jax.Array = self.programs.gather(self.arenas[group], pages, rows_per_page=rows)
+        blocks: jax.Array = self.programs.gather(self.arenas[group], pages, rows_per_block=rows)
         return blocks
 
     def _run_scatter(self, group: int, pages: np.ndarray, blocks: np.ndarray) -> None:

@@ -37,7 +37,7 @@ class Programs:
         self.sample = jax.jit(self._sample, donate_argnums=2)
         self.score = jax.jit(self._score)
         self.set_slot = jax.jit(sampler.set_slot, donate_argnums=0)
-        self.gather = jax.jit(gather_blocks, static_argnames="rows_per_page")
+        self.gather = jax.jit(gather_blocks, static_argnames="rows_per_block")
         self.scatter = jax.jit(scatter_blocks, donate_argnums=0)
 
     def _model(self, leaves: Leaves) -> Any:

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Int32, Shaped
 
 
 def gather_blocks(
-    arena: Float[Array, "rows page_size kv_heads head_dim"], pages: Int32[Array, " blocks"], rows_per_page: int
-) -> Float[Array, "blocks rows_per_page page_size kv_heads head_dim"]:
+    arena: Shaped[Array, "rows page_size kv_heads head_dim"], ids: Int32[Array, " blocks"], rows_per_block: int
+) -> Shaped[Array, "blocks rows_per_block page_size kv_heads head_dim"]:
     """See `api.gather_blocks`."""
-    return arena.reshape(-1, rows_per_page, *arena.shape[1:])[pages]
+    return arena.reshape(-1, rows_per_block, *arena.shape[1:])[ids]
 
 
 def scatter_blocks(
-    arena: Float[Array, "rows page_size kv_heads head_dim"],
-    pages: Int32[Array, " blocks"],
-    blocks: Float[Array, "blocks rows_per_page page_size kv_heads head_dim"],
-) -> Float[Array, "rows page_size kv_heads head_dim"]:
+    arena: Shaped[Array, "rows page_size kv_heads head_dim"],
+    ids: Int32[Array, " blocks"],
+    blocks: Shaped[Array, "blocks rows_per_block page_size kv_heads head_dim"],
+) -> Shaped[Array, "rows page_size kv_heads head_dim"]:
     """See `api.scatter_blocks`."""
-    by_page = arena.reshape(-1, blocks.shape[1], *arena.shape[1:])
-    return by_page.at[pages].set(blocks.astype(arena.dtype), mode="drop").reshape(arena.shape)
+    by_block = arena.reshape(-1, blocks.shape[1], *arena.shape[1:])
+    return by_block.at[ids].set(blocks.astype(arena.dtype), mode="drop").reshape(arena.shape)
