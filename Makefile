@@ -48,7 +48,7 @@ test-fast: $(STAMP)
 	$(PY) -m pytest -m "not slow and not kernels"
 
 test-kernels: $(STAMP)
-	$(PY) -m pytest -m kernels
+	PJRT_NPROC=16 $(PY) -m pytest -m kernels
 
 test-newest:
 	$(MAKE) test VENV=.venv-newest JAX_VERSION=newest

@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -23,17 +22,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32, Int32
 
-from pallas_kernels import key_bias as bias
 from pallas_kernels import target
 from pallas_kernels.decode_attention.plan import TILE, Plan, plan
+from pallas_kernels.key_bias import KeyBias
 from pallas_kernels.paged import Pages
+from pallas_kernels.paged_tiles import LOG2E, PARAMS, Tiling, bias_log2, spread, swizzled
 
 _ROWS = 64  # queries of one step, wgmma's M: those beyond the group compute what nobody reads
 _ROW_BLOCK = 8  # queries are padded to a multiple of this, the rows of a tile in shared memory
-_WORDS = TILE // bias.WORD  # of the bias's bits, a tile
-_LOG2E = math.log2(math.e)
 _FP8_MAX = float(jnp.finfo(jnp.float8_e4m3fn).max)
-_PARAMS = plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -56,7 +53,7 @@ def decode_attention(
     *,
     scale: float,
     window: int | None = None,
-    key_bias: bias.KeyBias | None = None,
+    key_bias: KeyBias | None = None,
     config: Config | None = None,
 ) -> tuple[Float[Array, "batch q_heads head_dim"], Float32[Array, "batch q_heads"]]:
     """See `api.decode_attention`."""
@@ -72,7 +69,7 @@ def decode_attention(
         raise NotImplementedError("keys and values must both have scales, or none of them")
     if head_dim % (16 * _halves(head_dim)) or head_dim > 256:
         raise NotImplementedError(f"{head_dim=} must be a multiple of 16 up to 128, or of 32 up to 256")
-    if page_size < _ROW_BLOCK or (TILE % page_size and page_size % TILE):
+    if not Tiling.fits(TILE, page_size):
         raise NotImplementedError(f"{page_size=} must be 8, 16, 32 or a multiple of {TILE}")
     group = q_heads // kv_heads
     if group > _ROWS:
@@ -99,22 +96,19 @@ def _attend(
     work: Plan,
     scale: float,
     window: int | None,
-    key_bias: bias.KeyBias | None,
+    key_bias: KeyBias | None,
     config: Config,
 ) -> tuple[Float[Array, "items kv_heads group head_dim"], Float[Array, "items kv_heads group"]]:
     """Attention to the keys of each item, and log2 of the sum of its weights; items of no tiles are left unwritten."""
     _, kv_heads, group, head_dim = q.shape
-    page_size, width = keys.page_size, keys.table.shape[1]
     items = work.row.shape[0]
     stages = config.stages
-    piece = min(TILE, page_size)
-    pieces = TILE // piece
+    tiling = Tiling(TILE, keys.page_size, keys.table.shape[1])
     scaled = keys.scales is not None
     # wgmma wants one swizzle of all its operands: the widest that cuts a row of a head evenly.
     halves = _halves(head_dim)
     half_dim = head_dim // halves
     columns = math.gcd(half_dim, 64)
-    swizzled = (plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(columns * 2))
     key_parts = [pl.ds(at, columns) for at in range(0, head_dim, columns)]
     value_parts = key_parts[: len(key_parts) // halves]
     arguments = {
@@ -128,11 +122,10 @@ def _attend(
         "tile": work.tile,
         "tiles": work.tiles,
     }
-    bits = None if key_bias is None else key_bias.bits
     optional = {
         "k_scales": keys.scales,
         "v_scales": values.scales,
-        "bits": bits,
+        "bits": None if key_bias is None else key_bias.bits,
         "bias": None if key_bias is None else key_bias.value,
     }
     arguments |= {name: array for name, array in optional.items() if array is not None}
@@ -145,24 +138,19 @@ def _attend(
         row, begin, tiles = ref["row"][item], ref["tile"][item], ref["tiles"][item]
         length = ref["lengths"][row]
 
-        def rows_of(tile: Any) -> list[tuple[Any, Any]]:
-            """Row ids of the keys and of the values of each piece of a tile."""
-            pages = [tile * TILE // page_size] if pieces == 1 else [tile * pieces + i for i in range(pieces)]
-            # A tile may end beyond the table; what it loads there is masked.
-            pages = [jnp.minimum(page, width - 1) for page in pages]
-            return [(ref["k_table"][row, page], ref["v_table"][row, page]) for page in pages]
+        def rows_of(name: str, tile: Any) -> list[Any]:
+            return tiling.rows(ref[name + "_table"], row, tile)
 
-        def load(name: str, smem: dict[str, Any], slot: Any, tile: Any, rows: Sequence[Any]) -> None:
-            offset = tile * TILE % page_size if page_size > TILE else 0
-            source, ready = pl.ds(offset, piece), smem[name + "_ready"].at[slot]
+        def load(name: str, smem: dict[str, Any], slot: Any, tile: Any, rows: list[Any]) -> None:
+            ready = smem[name + "_ready"].at[slot]
             head_part = own if name == "v" else slice(None)
-            for i, page in enumerate(rows):
-                at = pl.ds(i * piece, piece)
-                plgpu.copy_gmem_to_smem(ref[name].at[page, source, head, head_part], smem[name].at[slot, at], ready)
-                if scaled:
-                    plgpu.copy_gmem_to_smem(
-                        ref[name + "_scales"].at[page, head, source], smem[name + "_scales"].at[slot, at], ready
-                    )
+            tiling.load(tile, rows, smem[name].at[slot], ready, ref[name], [head, head_part], 0)
+            if scaled:
+                scales = name + "_scales"
+                tiling.load(tile, rows, smem[scales].at[slot], ready, ref[scales], [head], 1)
+
+        def in_sight(position: Any) -> Any:
+            return position < length if window is None else (position < length) & (position >= length - window)
 
         def scores_of(smem: dict[str, Any], slot: Any, tile: Any) -> tuple[Any, Any]:
             """Scores of a tile in units of log2, -inf where no key is in sight, and whether one is."""
@@ -178,30 +166,25 @@ def _attend(
                 plgpu.wgmma(scores_ref, smem["q"], tile_keys.transpose((1, 0)))
                 return scores_ref[...]
 
-            scores = pl.run_scoped(product, plgpu.ACC((_ROWS, TILE), jnp.float32)) * (scale * _LOG2E)
+            scores = pl.run_scoped(product, plgpu.ACC((_ROWS, TILE), jnp.float32)) * (scale * LOG2E)
             if scaled:
                 scores *= by_key(smem["k_scales"].at[slot])
             column = plgpu.broadcasted_iota(jnp.int32, (_ROWS, TILE), 1, layout=plgpu.Layout.WGMMA)
-            if bits is not None:
-                words = [ref["bits"][row, jnp.minimum(tile * _WORDS + i, bits.shape[1] - 1)] for i in range(_WORDS)]
-                word = jnp.where(column < bias.WORD, *words)
-                chosen = (word >> (column % bias.WORD).astype(jnp.uint32)) & 1
-                scores += jnp.where(chosen == 1, ref["bias"][row] * _LOG2E, 0)
-            seen = tile * TILE + column < length
-            if window is not None:
-                seen &= tile * TILE + column >= length - window
+            if key_bias is not None:
+                scores += bias_log2(ref["bits"], ref["bias"][row], row, tile, column)
+            seen = in_sight(tile * TILE + column)
             return jnp.where(seen, scores, -jnp.inf), seen
 
         def by_key(scales: Any) -> Any:
             one = plgpu.load(scales, layout=plgpu.Layout.WGMMA.reduce(0))
-            return jax.lax.broadcast_in_dim(one, (_ROWS, TILE), [1])
+            return spread(one, (_ROWS, TILE), 1)
 
         def values_of(smem: dict[str, Any], slot: Any, tile: Any) -> Any:
-            """Where the values of a tile lie: 0 beyond the length, where 0 * NaN might reach the sum."""
+            """Where the values of a tile lie: 0 out of sight, where 0 * NaN might reach the sum."""
 
             def clean(target_ref: Any) -> None:
                 at = plgpu.broadcasted_iota(jnp.int32, (TILE, columns), 0, layout=plgpu.Layout.WGMMA)
-                written = tile * TILE + at < length
+                written = in_sight(tile * TILE + at)
                 for part in value_parts:
                     loaded = plgpu.load(smem["v"].at[slot, :, part], layout=plgpu.Layout.WGMMA).astype(q.dtype)
                     target_ref[:, part] = jnp.where(written, loaded, jnp.zeros_like(loaded))
@@ -210,7 +193,10 @@ def _attend(
             if scaled:
                 clean(smem["wide"])
                 return smem["wide"]
-            pl.when((tile + 1) * TILE > length)(lambda: clean(smem["v"].at[slot]))
+            unclean = (tile + 1) * TILE > length
+            if window is not None:
+                unclean |= tile * TILE < length - window
+            pl.when(unclean)(lambda: clean(smem["v"].at[slot]))
             return smem["v"].at[slot]
 
         def attend(smem: dict[str, Any]) -> Any:
@@ -219,9 +205,8 @@ def _attend(
 
                 @pl.when(i < tiles)
                 def _(i: int = i) -> None:
-                    k_rows, v_rows = zip(*rows_of(begin + i), strict=True)
-                    load("k", smem, i, begin + i, k_rows)
-                    load("v", smem, i, begin + i, v_rows)
+                    for name in ("k", "v"):
+                        load(name, smem, i, begin + i, rows_of(name, begin + i))
 
             plgpu.barrier_wait(smem["q_ready"])
 
@@ -230,7 +215,7 @@ def _attend(
                 slot, tile = jax.lax.rem(i, jnp.int32(stages)), begin + i
                 # Read before the waits, which they overlap.
                 ahead, more = tile + stages, i + stages < tiles
-                k_rows, v_rows = zip(*rows_of(ahead), strict=True)
+                k_rows, v_rows = rows_of("k", ahead), rows_of("v", ahead)
                 plgpu.barrier_wait(smem["k_ready"].at[slot])
                 scores, seen = scores_of(smem, slot, tile)
 
@@ -241,7 +226,7 @@ def _attend(
                 # Every tile has a key in sight, so the maximum is finite.
                 higher = jnp.maximum(top, scores.max(axis=1))
                 decay = jnp.exp2(top - higher)
-                weights = jnp.exp2(scores - jax.lax.broadcast_in_dim(higher, scores.shape, [0]))
+                weights = jnp.exp2(scores - spread(higher, scores.shape, 0))
                 total = total * decay + weights.sum(axis=1)
                 plgpu.barrier_wait(smem["v_ready"].at[slot])
                 if scaled:
@@ -256,7 +241,7 @@ def _attend(
                     return acc_ref[...]
 
                 acc = [
-                    one * jax.lax.broadcast_in_dim(decay, one.shape, [0])
+                    one * spread(decay, one.shape, 0)
                     + pl.run_scoped(functools.partial(product, part=part), plgpu.ACC((_ROWS, columns), jnp.float32))
                     for one, part in zip(acc, value_parts, strict=True)
                 ]
@@ -276,7 +261,7 @@ def _attend(
         def store(acc: Any, top: Any, total: Any, out_smem: Any, lse_smem: Any) -> None:
             whole = total * _FP8_MAX if scaled else total
             for one, part in zip(acc, value_parts, strict=True):
-                out_smem[:, part] = one / jax.lax.broadcast_in_dim(whole, one.shape, [0])
+                out_smem[:, part] = one / spread(whole, one.shape, 0)
             lse_smem[...] = top + jnp.log2(total)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(out_smem.at[pl.ds(0, group)], out_ref.at[item, head, :, own])
@@ -287,20 +272,20 @@ def _attend(
 
             plgpu.wait_smem_to_gmem(0)
 
-        tile_ready = plgpu.Barrier(num_arrivals=pieces * (2 if scaled else 1), num_barriers=stages)
-        transforms = () if scaled else swizzled
+        tile_ready = plgpu.Barrier(num_arrivals=tiling.pieces * (2 if scaled else 1), num_barriers=stages)
+        transforms = () if scaled else swizzled(columns)
         scratch = {
-            "q": plgpu.SMEM((_ROWS, head_dim), q.dtype, transforms=swizzled),
+            "q": plgpu.SMEM((_ROWS, head_dim), q.dtype, transforms=swizzled(columns)),
             "k": plgpu.SMEM((stages, TILE, head_dim), keys.rows.dtype, transforms=transforms),
             "v": plgpu.SMEM((stages, TILE, half_dim), keys.rows.dtype, transforms=transforms),
-            "p": plgpu.SMEM((_ROWS, TILE), q.dtype, transforms=swizzled),
+            "p": plgpu.SMEM((_ROWS, TILE), q.dtype, transforms=swizzled(columns)),
             "q_ready": plgpu.Barrier(),
             "k_ready": tile_ready,
             "v_ready": tile_ready,
         }
         if scaled:
             scratch |= {
-                "wide": plgpu.SMEM((TILE, head_dim), q.dtype, transforms=swizzled),
+                "wide": plgpu.SMEM((TILE, head_dim), q.dtype, transforms=swizzled(columns)),
                 "k_scales": plgpu.SMEM((stages, TILE), jnp.float32),
                 "v_scales": plgpu.SMEM((stages, TILE), jnp.float32),
             }
@@ -325,7 +310,7 @@ def _attend(
         ),
         grid=(kv_heads, items, halves),
         grid_names=("head", "item", "half"),
-        compiler_params=_PARAMS,
+        compiler_params=PARAMS,
     )
     parts, lse = kernel(*arguments.values())
     return parts, lse
@@ -357,7 +342,7 @@ def _merge(
         layout = plgpu.Layout.WG_STRIDED(shape, vec_size=_vector(shape))
         at = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=layout)
 
-        def spread(scalars: list[Any]) -> Any:
+        def by_row(scalars: list[Any]) -> Any:
             full = jnp.full(shape, scalars[0], jnp.float32)
             for i in range(1, _ROW_BLOCK):
                 full = jnp.where(at == i, scalars[i], full)
@@ -375,14 +360,14 @@ def _merge(
             out, totals = carry
             weights = [jnp.exp2(one - top) for top, one in zip(tops, sums(first + i), strict=True)]
             part = plgpu.load(parts_ref.at[first + i, head, rows], layout=layout)
-            return out + part * spread(weights), [total + weight for total, weight in zip(totals, weights, strict=True)]
+            return out + part * by_row(weights), [total + weight for total, weight in zip(totals, weights, strict=True)]
 
         zero = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), layout)
         out, totals = jax.lax.fori_loop(0, count, add, (zero, [jnp.float32(0)] * _ROW_BLOCK))
         inverse = [jnp.where(count > 0, 1 / total, 0) for total in totals]
-        out_ref[row, head, rows] = (out * spread(inverse)).astype(dtype)
+        out_ref[row, head, rows] = (out * by_row(inverse)).astype(dtype)
         for i in range(_ROW_BLOCK):
-            lse_out_ref[row, head, block * _ROW_BLOCK + i] = (tops[i] + jnp.log2(totals[i])) / _LOG2E
+            lse_out_ref[row, head, block * _ROW_BLOCK + i] = (tops[i] + jnp.log2(totals[i])) / LOG2E
 
     kernel: Any = plgpu.kernel(
         decode_attention_merge,
@@ -392,7 +377,7 @@ def _merge(
         ),
         grid=(batch, kv_heads, group // _ROW_BLOCK),
         grid_names=("row", "head", "block"),
-        compiler_params=_PARAMS,
+        compiler_params=PARAMS,
     )
     out, lse = kernel(parts, lse, work.first, work.number)
     return out, lse

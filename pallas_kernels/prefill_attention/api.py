@@ -10,9 +10,13 @@ from jaxtyping import Array, Float, Float32, Int32, Shaped
 from pallas_kernels import dispatch
 from pallas_kernels.key_bias import KeyBias
 from pallas_kernels.paged import Pages, check_pages, check_window
-from pallas_kernels.prefill_attention import reference, xla
+from pallas_kernels.prefill_attention import mosaic, reference, xla
 
-_IMPLEMENTATIONS = {"xla": xla.prefill_attention, "reference": reference.prefill_attention}
+_IMPLEMENTATIONS = {
+    "mosaic": mosaic.prefill_attention,
+    "xla": xla.prefill_attention,
+    "reference": reference.prefill_attention,
+}
 
 
 def prefill_attention(
@@ -56,7 +60,9 @@ def prefill_attention(
       k_scales, v_scales: factors of each token's keys and values where pages hold numbers of 8 bits; like the pages,
         they may be one array.
       return_lse: also return the log of the sum of the exponentials of each query's scores, for merging parts.
-      implementation: "auto": the first of the following that can; "xla": a page of each sequence at a time, memory
+      implementation: "auto": the first of the following that can; "mosaic": warp-specialised kernel for GPUs of compute
+        capability 9.0 (bfloat16 or float16 throughout, `head_dim` a multiple of 16 up to 128, `page_size` a power of
+        two from 16 to 128 or a multiple of it); "xla": a page of each sequence at a time, memory
         `seqs * q_heads * chunk * page_size` scores; "reference": gathers the pages, memory
         `seqs * q_heads * chunk * width * page_size` scores.
 

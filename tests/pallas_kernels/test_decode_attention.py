@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +14,10 @@ from attention_cases import attend, paged
 from jaxtyping import TypeCheckError
 
 from pallas_kernels.decode_attention import decode_attention
+from tests.pallas_kernels.paged_battery import check_decode
 
 PAGE, DIM, WIDTH = 4, 8, 4
-compiled = jax.jit(decode_attention, static_argnames=("scale", "window", "implementation"))
+compiled = jax.jit(decode_attention, static_argnames=("scale", "window", "return_lse", "implementation"))
 type Attention = Callable[..., jax.Array]
 LENGTHS = (0, 1, 3, 4, 5, 8, 16, 13)
 
@@ -151,3 +153,8 @@ def test_an_unknown_implementation_is_refused() -> None:
     pages, table = jnp.zeros((1, 4, 1, 8)), jnp.zeros((1, 1), jnp.int32)
     with pytest.raises(ValueError, match="decode_attention: implementation='fast'"):
         decode_attention(jnp.zeros((1, 1, 8)), pages, pages, table, jnp.ones((1,), jnp.int32), implementation="fast")
+
+
+@pytest.mark.parametrize("options", [{}, {"biased": True}, {"fp8": True}, {"biased": True, "fp8": True, "window": 7}])
+def test_bias_scales_and_log_sum_exp_agree_with_float64(jitted: Attention, options: dict[str, Any]) -> None:
+    check_decode(jitted, 1, [0, 1, 13, 40], page_size=8, head_dim=16, dtype=jnp.float32, kv_heads=2, group=3, **options)

@@ -15,11 +15,12 @@ from jaxtyping import TypeCheckError
 
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.prefill_attention import prefill_attention
+from tests.pallas_kernels.paged_battery import check_prefill
 
 PAGE, DIM, WIDTH, CHUNK = 4, 8, 4, 6
 STARTS = (0, 0, 3, 4, 8, 0, 9)
 COUNTS = (6, 1, 4, 5, 6, 0, 3)
-compiled = jax.jit(prefill_attention, static_argnames=("scale", "window", "implementation"))
+compiled = jax.jit(prefill_attention, static_argnames=("scale", "window", "return_lse", "implementation"))
 type Attention = Callable[..., Any]
 LENGTHS = tuple(start + count for start, count in zip(STARTS, COUNTS, strict=True))
 
@@ -165,3 +166,19 @@ def test_shapes_that_do_not_fit_are_refused(
             jnp.zeros(starts, jnp.int32),
             jnp.ones(counts, jnp.int32),
         )
+
+
+@pytest.mark.parametrize("options", [{}, {"biased": True}, {"fp8": True}, {"biased": True, "fp8": True, "window": 7}])
+def test_bias_scales_and_log_sum_exp_agree_with_float64(jitted: Attention, options: dict[str, Any]) -> None:
+    check_prefill(
+        jitted,
+        1,
+        [0, 5, 20, 3],
+        [9, 0, 12, 1],
+        chunk=12,
+        page_size=8,
+        head_dim=16,
+        dtype=jnp.float32,
+        kv_heads=2,
+        **options,
+    )
