@@ -5,13 +5,15 @@ PY := $(VENV)/bin/python
 # The version that the GPU machines carry; `make test-newest` takes the newest release.
 JAX_VERSION ?= 0.11.2
 STAMP := $(VENV)/.installed
+AOT := $(CURDIR)/$(VENV:.venv%=.aot%)
 
-.PHONY: help setup demo test test-fast test-kernels test-newest lint proto clean
+.PHONY: help setup demo test test-fast test-kernels aot test-newest lint proto clean
 help:
 	@echo "make demo         run a real batch file through the shipped model"
 	@echo "make test         lint, types and all tests"
 	@echo "make test-fast    tests that take under ten seconds each"
 	@echo "make test-kernels GPU kernels, on a machine without a GPU"
+	@echo "make aot          what the GPU compiler makes of the kernels, without a GPU"
 	@echo "make test-newest  all tests with the newest JAX, in .venv-newest/"
 	@echo "make lint         ruff and mypy"
 	@echo "make proto        the modules of server/proto/*.proto"
@@ -47,8 +49,20 @@ test: lint
 test-fast: $(STAMP)
 	$(PY) -m pytest -m "not slow and not kernels"
 
-test-kernels: $(STAMP)
-	PJRT_NPROC=16 $(PY) -m pytest -m kernels
+# JAX's CUDA plugin alone, beside the environment: enough to compile with the tools of a CUDA installation.
+$(AOT)/.installed: $(STAMP)
+	rm -rf $(AOT)
+	version=$$($(PY) -c 'import jax; print(jax.__version__)') && \
+	$(PY) -m pip install -q --no-deps --target $(AOT) jax-cuda13-plugin==$$version jax-cuda13-pjrt==$$version
+	touch $@
+
+aot: $(AOT)/.installed
+	mkdir -p build
+	PYTHONPATH=$(AOT) $(PY) -m bench.aot --json build/aot.json
+
+# XLA's pool of threads must hold all warpgroups of an interpreted kernel, which wait for each other.
+test-kernels: $(STAMP) $(if $(wildcard /usr/local/cuda/bin/ptxas),$(AOT)/.installed)
+	PJRT_NPROC=16 JAXDUAL_AOT=$(AOT) $(PY) -m pytest -m kernels -rs
 
 test-newest:
 	$(MAKE) test VENV=.venv-newest JAX_VERSION=newest

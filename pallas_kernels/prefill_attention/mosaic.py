@@ -139,7 +139,7 @@ def _attend(
                 tiling.load(tile, v_rows, smem["v"].at[slot], ready, v_ref, [head // group], 0)
 
                 @pl.when(unclean)
-                def _() -> None:
+                def clean_values() -> None:
                     plgpu.barrier_wait(smem["v_ready"].at[stages])
                     clean(smem["v"].at[slot], tile)
                     for _ in range(tiling.pieces):
@@ -150,7 +150,7 @@ def _attend(
             for slot in range(stages):
 
                 @pl.when(slot < steps)
-                def _(slot: int = slot) -> None:
+                def drain(slot: int = slot) -> None:
                     plgpu.barrier_wait(smem["k_free"].at[slot])
                     plgpu.barrier_wait(smem["v_free"].at[slot])
 

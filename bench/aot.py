@@ -1,0 +1,132 @@
+"""Compiles the GPU kernels for an H200 on a machine without one, and counts what came out.
+
+`python -m bench.aot --json FILE`, with JAX's CUDA plugin on PYTHONPATH and CUDA's tools on the machine: see `make aot`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding
+
+from pallas_kernels.decode_attention import arg_specs as decode_specs
+from pallas_kernels.decode_attention import decode_attention
+from pallas_kernels.kv_blocks import arg_specs as kv_specs
+from pallas_kernels.prefill_attention import arg_specs as prefill_specs
+from pallas_kernels.prefill_attention import prefill_attention
+
+DEVICE, MULTIPROCESSORS = "NVIDIA H200", 132
+_TARGET = (
+    "gpu_device_info{threads_per_block_limit:1024 threads_per_warp:32 shared_memory_per_block:49152 "
+    "shared_memory_per_core:233472 threads_per_core_limit:2048 core_count:132 fpus_per_core:128 "
+    "block_dim_limit_x:2147483647 block_dim_limit_y:65535 block_dim_limit_z:65535 memory_bandwidth:4800000000000 "
+    "l2_cache_size:62914560 clock_rate_ghz:1.98 device_memory_size:150000000000 shared_memory_per_block_optin:232448 "
+    "cuda_compute_capability{major:9} registers_per_core_limit:65536 registers_per_block_limit:65536} "
+    'platform_name:"CUDA" dnn_version_info{major:9 minor:20} runtime_version{major:13} '
+    'device_description_str:"NVIDIA H200"'
+)
+
+
+def compile_for_h200(function: Callable[..., Any], arguments: Any, **options: Any) -> Any:
+    """The compiled program of `function(**arguments)`; `options` are those of `jax.jit`."""
+    topology = topologies.get_topology_desc(
+        platform="cuda", topology_name=DEVICE, target_config=_TARGET, topology="1x1x8"
+    )
+    sharding = SingleDeviceSharding(topology.devices[0])
+    placed = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), arguments)
+    mesh = AbstractMesh((), (), abstract_device=AbstractDevice(DEVICE, MULTIPROCESSORS, "cuda"))
+    with jax.sharding.use_abstract_mesh(mesh):
+        return jax.jit(function, **options).trace(**placed).lower(lowering_platforms=("cuda",)).compile()
+
+
+def cases() -> dict[str, dict[str, Any]]:
+    """Operation and spec to what is compiled: the function, its spec, and the argument it writes in place."""
+    found: dict[str, dict[str, Any]] = {"prefill_attention": {}, "decode_attention": {}, "kv_blocks": {}}
+    for name, prefill in prefill_specs.SPECS.items():
+        found["prefill_attention"][name] = (prefill_attention, prefill, None)
+    for name, decode in decode_specs.SPECS.items():
+        found["decode_attention"][name] = (decode_attention, decode, None)
+    for name, blocks in kv_specs.SPECS.items():
+        found["kv_blocks"][name] = (blocks.function, blocks, "arena" if blocks.direction == "scatter" else None)
+    return found
+
+
+def measure(function: Callable[..., Any], spec: Any, donated: str | None) -> dict[str, Any]:
+    """Registers, spilled bytes and instructions of each kernel; temporary and aliased bytes of the program."""
+    arguments = jax.eval_shape(spec.make, jax.random.key(0))
+
+    def call(**arrays: Any) -> Any:
+        return function(**arrays, **spec.options, implementation="mosaic")
+
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ |= {"MOSAIC_GPU_DUMP_TO": folder, "MOSAIC_GPU_DUMP_PTX": "1", "MOSAIC_GPU_DUMP_PTXAS": "1"}
+        compiled = compile_for_h200(call, arguments, donate_argnames=donated)
+        kernels = {
+            re.sub(r"_\d+$", "", log.stem): _count(log.read_text(), log.with_suffix(".ptx").read_text())
+            for log in sorted(Path(folder).glob("*.ptxas"))
+        }
+    memory = compiled.memory_analysis()
+    return {
+        "kernels": kernels,
+        "temporary_bytes": memory.temp_size_in_bytes,
+        "aliased_bytes": memory.alias_size_in_bytes,
+        "donated_bytes": arguments[donated].size * arguments[donated].dtype.itemsize if donated else 0,
+    }
+
+
+def _count(log: str, ptx: str) -> dict[str, int]:
+    """What ptxas says of a kernel, and the instructions of its PTX."""
+    return {
+        "registers": int(re.findall(r"Used (\d+) registers", log)[-1]),
+        "spilled_bytes": sum(map(int, re.findall(r"(\d+) bytes spill", log))),
+        "wgmma": ptx.count("wgmma.mma_async"),
+        "tma": ptx.count("cp.async.bulk"),
+    }
+
+
+def table(report: Mapping[str, Any]) -> str:
+    """Markdown, one row a kernel of each spec."""
+    lines = [
+        "| operation | spec | kernel | registers | spilled bytes | wgmma | TMA | temporary MiB |",
+        "|" + "---|" * 8,
+    ]
+    for op, specs in report["operations"].items():
+        for spec, one in specs.items():
+            for kernel, counts in one["kernels"].items():
+                cells = [op, spec, kernel, *counts.values(), round(one["temporary_bytes"] / 2**20, 2)]
+                lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report there")
+    parser.add_argument("--op", choices=list(cases()), help="only this operation")
+    options = parser.parse_args()
+    # No GPU is looked for, and the plugin doesn't ask for the libraries that only running needs.
+    jax.config.update("jax_platforms", "cpu")
+    os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
+    report: dict[str, Any] = {"device": DEVICE, "jax": jax.__version__, "operations": {}}
+    for op, specs in cases().items():
+        if options.op in (None, op):
+            report["operations"][op] = {}
+            for name, case in specs.items():
+                print(f"{op} {name}", file=sys.stderr, flush=True)
+                report["operations"][op][name] = measure(*case)
+    print(table(report))
+    if options.json:
+        options.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

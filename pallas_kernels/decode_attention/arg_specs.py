@@ -1,0 +1,100 @@
+"""Named workloads of decode attention, from real models."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.key_bias import WORD, KeyBias
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Spec:
+    """One step of a batch.
+
+    Attributes:
+      context: keys of the longest sequence; the others have down to `shortest` of it.
+      biased: with a bias of half of the keys.
+      fp8: pages of 8 bits.
+    """
+
+    batch: int
+    context: int
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    page_size: int = 64
+    shortest: float = 1.0
+    window: int | None = None
+    biased: bool = False
+    fp8: bool = False
+    dtype: str = "bfloat16"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Static keyword arguments of `decode_attention`."""
+        return {"window": self.window}
+
+    @property
+    def _keys(self) -> int:
+        """Keys in sight of all sequences, on average."""
+        seen = self.context * (1 + self.shortest) / 2
+        return int(self.batch * min(seen, self.window or seen))
+
+    @property
+    def bytes_moved(self) -> int:
+        """Keys and values read; queries and results are not worth counting."""
+        bytes_of_key = self.head_dim + 4 if self.fp8 else self.head_dim * jnp.dtype(self.dtype).itemsize
+        return 2 * self._keys * self.kv_heads * bytes_of_key
+
+    @property
+    def flops(self) -> int:
+        return 4 * self._keys * self.q_heads * self.head_dim
+
+    def make(self, key: jax.Array) -> dict[str, Any]:
+        """Keyword arguments of `decode_attention`: one arena, whose pages are dealt at random."""
+        q_key, arena_key, table_key, length_key = jax.random.split(key, 4)
+        width = -(-self.context // self.page_size)
+        rows = 2 * self.batch * width
+        arena = jax.random.normal(arena_key, (rows, self.page_size, self.kv_heads, self.head_dim), jnp.bfloat16)
+        k_table = 2 * jax.random.permutation(table_key, self.batch * width).reshape(self.batch, width)
+        lengths = jax.random.uniform(length_key, (self.batch,), minval=self.shortest, maxval=1.0) * self.context
+        pages = arena.astype(jnp.float8_e4m3fn if self.fp8 else self.dtype)
+        arguments: dict[str, Any] = {
+            "q": jax.random.normal(q_key, (self.batch, self.q_heads, self.head_dim), self.dtype),
+            "k_pages": pages,
+            "v_pages": pages,
+            "page_table": k_table.astype(jnp.int32),
+            "v_page_table": (k_table + 1).astype(jnp.int32),
+            "lengths": jnp.ceil(lengths).astype(jnp.int32),
+        }
+        if self.fp8:
+            arguments["k_scales"] = arguments["v_scales"] = jnp.ones((rows, self.kv_heads, self.page_size), jnp.float32)
+        if self.biased:
+            bits = jax.random.bits(key, (self.batch, width * self.page_size // WORD), jnp.uint32)
+            arguments["key_bias"] = KeyBias(bits, jnp.full((self.batch,), 0.7, jnp.float32))
+        return arguments
+
+
+_LLAMA: dict[str, Any] = {"q_heads": 32, "kv_heads": 8, "head_dim": 128}  # Llama-3.1-8B and Qwen3-8B
+_QWEN_MOE: dict[str, Any] = {"q_heads": 32, "kv_heads": 4, "head_dim": 128}  # Qwen3-30B-A3B
+_BASE: dict[str, Any] = {"q_heads": 4, "kv_heads": 2, "head_dim": 64}  # shipped, as is the MoE
+_SMALL: dict[str, Any] = {"q_heads": 4, "kv_heads": 2, "head_dim": 32}  # shipped
+
+SPECS: Mapping[str, Spec] = {
+    "llama_3_1_8b_batch_32_context_4k": Spec(batch=32, context=4096, **_LLAMA),
+    "llama_3_1_8b_batch_128_context_4k": Spec(batch=128, context=4096, **_LLAMA),
+    "llama_3_1_8b_batch_32_context_4k_biased": Spec(batch=32, context=4096, biased=True, **_LLAMA),
+    "llama_3_1_8b_batch_32_context_4k_fp8": Spec(batch=32, context=4096, fp8=True, **_LLAMA),
+    "llama_3_1_8b_batch_64_context_8k_ragged": Spec(batch=64, context=8192, shortest=0.05, **_LLAMA),
+    "llama_3_1_8b_batch_4_context_64k": Spec(batch=4, context=65536, **_LLAMA),
+    "llama_3_1_8b_batch_32_context_8k_window_4k": Spec(batch=32, context=8192, window=4096, **_LLAMA),
+    "qwen3_30b_a3b_batch_32_context_4k": Spec(batch=32, context=4096, **_QWEN_MOE),
+    "head_dim_256_batch_32_context_4k": Spec(batch=32, context=4096, q_heads=16, kv_heads=8, head_dim=256),
+    "base_batch_8_context_1k": Spec(batch=8, context=1024, page_size=16, **_BASE),
+    "small_batch_8_context_1k": Spec(batch=8, context=1024, page_size=16, **_SMALL),
+}

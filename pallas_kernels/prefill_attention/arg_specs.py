@@ -1,0 +1,88 @@
+"""Named workloads of prefill attention, from real models."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.key_bias import WORD, KeyBias
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Spec:
+    """Chunks of prompts, all of them full.
+
+    Attributes:
+      prefix: keys before each chunk.
+      biased: with a bias of half of the keys.
+    """
+
+    seqs: int
+    chunk: int
+    prefix: int = 0
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    page_size: int = 64
+    window: int | None = None
+    biased: bool = False
+    dtype: str = "bfloat16"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Static keyword arguments of `prefill_attention`."""
+        return {"window": self.window}
+
+    @property
+    def bytes_moved(self) -> int:
+        """Keys and values, read once, queries and results."""
+        kv = 2 * (self.prefix + self.chunk) * self.kv_heads
+        return self.seqs * (kv + 2 * self.chunk * self.q_heads) * self.head_dim * jnp.dtype(self.dtype).itemsize
+
+    @property
+    def flops(self) -> int:
+        """Of the keys in sight alone."""
+        seen = [self.prefix + i + 1 for i in range(self.chunk)]
+        return 4 * self.seqs * sum(min(n, self.window or n) for n in seen) * self.q_heads * self.head_dim
+
+    def make(self, key: jax.Array) -> dict[str, Any]:
+        """Keyword arguments of `prefill_attention`: one arena, whose pages are dealt at random."""
+        q_key, arena_key, table_key = jax.random.split(key, 3)
+        width = -(-(self.prefix + self.chunk) // self.page_size)
+        shape = (2 * self.seqs * width, self.page_size, self.kv_heads, self.head_dim)
+        pages = jax.random.normal(arena_key, shape, self.dtype)
+        k_table = 2 * jax.random.permutation(table_key, self.seqs * width).reshape(self.seqs, width)
+        arguments: dict[str, Any] = {
+            "q": jax.random.normal(q_key, (self.seqs, self.chunk, self.q_heads, self.head_dim), self.dtype),
+            "k_pages": pages,
+            "v_pages": pages,
+            "page_table": k_table.astype(jnp.int32),
+            "v_page_table": (k_table + 1).astype(jnp.int32),
+            "starts": jnp.full((self.seqs,), self.prefix, jnp.int32),
+            "counts": jnp.full((self.seqs,), self.chunk, jnp.int32),
+        }
+        if self.biased:
+            bits = jax.random.bits(key, (self.seqs, width * self.page_size // WORD), jnp.uint32)
+            arguments["key_bias"] = KeyBias(bits, jnp.full((self.seqs,), 0.7, jnp.float32))
+        return arguments
+
+
+_LLAMA: dict[str, Any] = {"q_heads": 32, "kv_heads": 8, "head_dim": 128}  # Llama-3.1-8B and Qwen3-8B
+_QWEN_MOE: dict[str, Any] = {"q_heads": 32, "kv_heads": 4, "head_dim": 128}  # Qwen3-30B-A3B
+_BASE: dict[str, Any] = {"q_heads": 4, "kv_heads": 2, "head_dim": 64}  # shipped, as is the MoE
+_SMALL: dict[str, Any] = {"q_heads": 4, "kv_heads": 2, "head_dim": 32}  # shipped
+
+SPECS: Mapping[str, Spec] = {
+    "llama_3_1_8b_4k": Spec(seqs=1, chunk=4096, **_LLAMA),
+    "llama_3_1_8b_8_times_2k": Spec(seqs=8, chunk=2048, **_LLAMA),
+    "llama_3_1_8b_512_after_32k": Spec(seqs=2, chunk=512, prefix=32768, **_LLAMA),
+    "llama_3_1_8b_4k_biased": Spec(seqs=1, chunk=4096, biased=True, **_LLAMA),
+    "llama_3_1_8b_8k_window_4k": Spec(seqs=1, chunk=8192, window=4096, **_LLAMA),
+    "qwen3_30b_a3b_4k": Spec(seqs=1, chunk=4096, **_QWEN_MOE),
+    "base_8_times_256": Spec(seqs=8, chunk=256, page_size=16, **_BASE),
+    "small_8_times_256": Spec(seqs=8, chunk=256, page_size=16, **_SMALL),
+}

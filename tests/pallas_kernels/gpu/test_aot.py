@@ -1,0 +1,70 @@
+"""The kernels compiled for an H200, ahead of time: what the compiler made of them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.kernels
+
+ROOT = Path(__file__).parents[3]
+PLUGIN = Path(os.environ.get("JAXDUAL_AOT", ROOT / ".aot"))
+PTXAS = Path("/usr/local/cuda/bin/ptxas")
+
+
+@pytest.fixture(scope="module")
+def operations(tmp_path_factory):
+    if not PTXAS.exists() or not (PLUGIN / "jax_plugins").exists():
+        pytest.skip(f"AHEAD-OF-TIME COMPILATION NOT TESTED: needs {PTXAS} and JAX's CUDA plugin in {PLUGIN}")
+    file = tmp_path_factory.mktemp("aot") / "aot.json"
+    run = subprocess.run(
+        [sys.executable, "-m", "bench.aot", "--json", file],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(PLUGIN)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    return json.loads(file.read_text())["operations"]
+
+
+def kernels(operations, *names):
+    for name in names:
+        for spec, report in operations[name].items():
+            for kernel, counts in report["kernels"].items():
+                yield f"{name} {spec} {kernel}", counts
+
+
+def test_nothing_is_spilled(operations):
+    spilled = {name: counts["spilled_bytes"] for name, counts in kernels(operations, *operations)}
+    assert len(spilled) > 30
+    assert not any(spilled.values()), spilled
+
+
+def test_attention_multiplies_with_wgmma_and_loads_with_tma(operations):
+    seen = set()
+    for name, counts in kernels(operations, "prefill_attention", "decode_attention"):
+        if not name.endswith("_merge"):  # adds up a few rows
+            seen.add(name.split()[0])
+            assert counts["wgmma"] > 0, name
+            assert counts["tma"] > 0, name
+    assert seen == {"prefill_attention", "decode_attention"}
+
+
+def test_blocks_move_with_bulk_copies_and_in_place(operations):
+    for name, counts in kernels(operations, "kv_blocks"):
+        assert counts["tma"] > 0, name
+    for name, report in operations["kv_blocks"].items():
+        assert report["aliased_bytes"] == report["donated_bytes"], name
+        assert report["temporary_bytes"] == 0, name
+
+
+def test_attention_needs_little_memory_beside_its_results(operations):
+    for op, specs in operations.items():
+        for name, report in specs.items():
+            assert report["temporary_bytes"] < 8 * 2**20, (op, name)
