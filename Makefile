@@ -58,7 +58,7 @@ $(AOT)/.installed: $(STAMP)
 
 aot: $(AOT)/.installed
 	mkdir -p build
-	PYTHONPATH=$(AOT) $(PY) -m bench.aot --json build/aot.json
+	PYTHONPATH=$(AOT) $(PY) -m bench.aot --json build/aot.json --docs docs/kernels.md
 
 # XLA's pool of threads must hold all warpgroups of an interpreted kernel, which wait for each other.
 test-kernels: $(STAMP) $(if $(wildcard /usr/local/cuda/bin/ptxas),$(AOT)/.installed)

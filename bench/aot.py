@@ -25,6 +25,7 @@ from pallas_kernels.kv_blocks import arg_specs as kv_specs
 from pallas_kernels.prefill_attention import arg_specs as prefill_specs
 from pallas_kernels.prefill_attention import prefill_attention
 
+_MARKS = "<!-- table of make aot -->", "<!-- end of the table -->"
 DEVICE, MULTIPROCESSORS = "NVIDIA H200", 132
 _TARGET = (
     "gpu_device_info{threads_per_block_limit:1024 threads_per_warp:32 shared_memory_per_block:49152 "
@@ -111,6 +112,7 @@ def table(report: Mapping[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report there")
+    parser.add_argument("--docs", type=Path, metavar="FILE", help="put the table between the marks of this document")
     parser.add_argument("--op", choices=list(cases()), help="only this operation")
     options = parser.parse_args()
     # No GPU is looked for, and the plugin doesn't ask for the libraries that only running needs.
@@ -124,6 +126,10 @@ def main() -> None:
                 print(f"{op} {name}", file=sys.stderr, flush=True)
                 report["operations"][op][name] = measure(*case)
     print(table(report))
+    if options.docs:
+        before, rest = options.docs.read_text().split(_MARKS[0])
+        after = rest.split(_MARKS[1])[1]
+        options.docs.write_text(f"{before}{_MARKS[0]}\n\n{table(report)}\n\n{_MARKS[1]}{after}")
     if options.json:
         options.json.write_text(json.dumps(report, indent=1) + "\n")
 

@@ -29,7 +29,7 @@ def test_pages_of_all_sizes(page_size):
     check(0, [70], [100], page_size=page_size)
 
 
-@pytest.mark.parametrize(("kv_heads", "group", "head_dim"), [(2, 1, 32), (1, 4, 128), (1, 1, 80)])
+@pytest.mark.parametrize(("kv_heads", "group", "head_dim"), [(2, 2, 32), (1, 4, 128), (1, 1, 80)])
 def test_heads_groups_and_head_sizes(kv_heads, group, head_dim):
     check(1, [3], [128], kv_heads=kv_heads, group=group, head_dim=head_dim)
 
