@@ -6,12 +6,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding
 
+from bench.aot_steps import steps
 from pallas_kernels.decode_attention import arg_specs as decode_specs
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.kv_blocks import arg_specs as kv_specs
@@ -69,12 +71,11 @@ def measure(function: Callable[..., Any], spec: Any, donated: str | None) -> dic
     def call(**arrays: Any) -> Any:
         return function(**arrays, **spec.options, implementation="mosaic")
 
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ |= {"MOSAIC_GPU_DUMP_TO": folder, "MOSAIC_GPU_DUMP_PTX": "1", "MOSAIC_GPU_DUMP_PTXAS": "1"}
+    with _dump() as folder:
         compiled = compile_for_h200(call, arguments, donate_argnames=donated)
         kernels = {
             re.sub(r"_\d+$", "", log.stem): _count(log.read_text(), log.with_suffix(".ptx").read_text())
-            for log in sorted(Path(folder).glob("*.ptxas"))
+            for log in sorted(folder.glob("*.ptxas"))
         }
     memory = compiled.memory_analysis()
     return {
@@ -83,6 +84,36 @@ def measure(function: Callable[..., Any], spec: Any, donated: str | None) -> dic
         "aliased_bytes": memory.alias_size_in_bytes,
         "donated_bytes": arguments[donated].size * arguments[donated].dtype.itemsize if donated else 0,
     }
+
+
+def measure_steps() -> dict[str, Any]:
+    """Memory of whole engine steps."""
+    report = {}
+    for name, step in steps().items():
+        print(f"engine step {name}", file=sys.stderr, flush=True)
+        memory = compile_for_h200(step.function, step.arguments, donate_argnames="arenas").memory_analysis()
+        (arena,) = step.arguments["arenas"]
+        report[name] = {
+            "temporary_bytes": memory.temp_size_in_bytes,
+            "aliased_bytes": memory.alias_size_in_bytes,
+            "arena_bytes": arena.size * arena.dtype.itemsize,
+            "activation_bytes": step.activation_bytes,
+            "page_bytes": step.page_bytes,
+        }
+    return report
+
+
+@contextlib.contextmanager
+def _dump() -> Iterator[Path]:
+    """A folder that Mosaic leaves the PTX of each kernel in, and what ptxas said of it."""
+    with tempfile.TemporaryDirectory() as folder:
+        variables = {"MOSAIC_GPU_DUMP_TO": folder, "MOSAIC_GPU_DUMP_PTX": "1", "MOSAIC_GPU_DUMP_PTXAS": "1"}
+        os.environ |= variables
+        try:
+            yield Path(folder)
+        finally:
+            for name in variables:
+                del os.environ[name]
 
 
 def _count(log: str, ptx: str) -> dict[str, int]:
@@ -96,7 +127,7 @@ def _count(log: str, ptx: str) -> dict[str, int]:
 
 
 def table(report: Mapping[str, Any]) -> str:
-    """Markdown, one row a kernel of each spec."""
+    """Markdown, one row a kernel of each spec, and one an engine step."""
     lines = [
         "| operation | spec | kernel | registers | spilled bytes | wgmma | TMA | temporary MiB |",
         "|" + "---|" * 8,
@@ -106,6 +137,15 @@ def table(report: Mapping[str, Any]) -> str:
             for kernel, counts in one["kernels"].items():
                 cells = [op, spec, kernel, *counts.values(), round(one["temporary_bytes"] / 2**20, 2)]
                 lines.append("| " + " | ".join(map(str, cells)) + " |")
+    if "steps" in report:
+        names = ("temporary_bytes", "aliased_bytes", "arena_bytes", "activation_bytes", "page_bytes")
+        lines += [
+            "",
+            "| engine step | temporary MiB | aliased | arena | activations | a page of every layer |",
+            "|" + "---|" * 6,
+        ]
+        for step, one in report["steps"].items():
+            lines.append("| " + " | ".join([step, *(f"{one[name] / 2**20:.1f}" for name in names)]) + " |")
     return "\n".join(lines)
 
 
@@ -125,6 +165,8 @@ def main() -> None:
             for name, case in specs.items():
                 print(f"{op} {name}", file=sys.stderr, flush=True)
                 report["operations"][op][name] = measure(*case)
+    if options.op is None:
+        report["steps"] = measure_steps()
     print(table(report))
     if options.docs:
         before, rest = options.docs.read_text().split(_MARKS[0])

@@ -16,7 +16,7 @@ PTXAS = Path("/usr/local/cuda/bin/ptxas")
 
 
 @pytest.fixture(scope="module")
-def operations(tmp_path_factory):
+def report(tmp_path_factory):
     if not PTXAS.exists() or not (PLUGIN / "jax_plugins").exists():
         pytest.skip(f"AHEAD-OF-TIME COMPILATION NOT TESTED: needs {PTXAS} and JAX's CUDA plugin in {PLUGIN}")
     file = tmp_path_factory.mktemp("aot") / "aot.json"
@@ -30,7 +30,12 @@ def operations(tmp_path_factory):
         check=False,
     )
     assert run.returncode == 0, run.stderr[-3000:]
-    return json.loads(file.read_text())["operations"]
+    return json.loads(file.read_text())
+
+
+@pytest.fixture
+def operations(report):
+    return report["operations"]
 
 
 def kernels(operations, *names):
@@ -68,3 +73,10 @@ def test_attention_needs_little_memory_beside_its_results(operations):
     for op, specs in operations.items():
         for name, report in specs.items():
             assert report["temporary_bytes"] < 8 * 2**20, (op, name)
+
+
+def test_engine_steps_write_the_arena_in_place_and_copy_none_of_it(report):
+    for name, step in report["steps"].items():
+        assert step["aliased_bytes"] == step["arena_bytes"], name
+        of_attention = 4 * 2**20  # its parts before they are merged
+        assert step["temporary_bytes"] < step["page_bytes"] + step["activation_bytes"] + of_attention, name
