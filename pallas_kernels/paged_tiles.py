@@ -14,7 +14,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import key_bias
 
 LOG2E = math.log2(math.e)
-PARAMS = plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup)
 
 
 def swizzled(columns: int) -> tuple[Any, ...]:

@@ -1,10 +1,13 @@
-"""The device that a kernel is compiled for."""
+"""The device that a kernel is compiled for, and how."""
 
 from __future__ import annotations
 
 import dataclasses
 
 import jax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+PARAMS = plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup)
 
 # Kinds of sm_90 for programs that are compiled where no such device is: an abstract device says no compute capability.
 _HOPPER_KINDS = ("H100", "H200", "H800", "H20", "GH200")

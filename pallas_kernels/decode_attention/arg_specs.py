@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.key_bias import WORD, KeyBias
+from pallas_kernels.model_shapes import BASE, LLAMA_8B, QWEN_MOE, SMALL
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,21 +81,16 @@ class Spec:
         return arguments
 
 
-_LLAMA: dict[str, Any] = {"q_heads": 32, "kv_heads": 8, "head_dim": 128}  # Llama-3.1-8B and Qwen3-8B
-_QWEN_MOE: dict[str, Any] = {"q_heads": 32, "kv_heads": 4, "head_dim": 128}  # Qwen3-30B-A3B
-_BASE: dict[str, Any] = {"q_heads": 4, "kv_heads": 2, "head_dim": 64}  # shipped, as is the MoE
-_SMALL: dict[str, Any] = {"q_heads": 4, "kv_heads": 2, "head_dim": 32}  # shipped
-
 SPECS: Mapping[str, Spec] = {
-    "llama_3_1_8b_batch_32_context_4k": Spec(batch=32, context=4096, **_LLAMA),
-    "llama_3_1_8b_batch_128_context_4k": Spec(batch=128, context=4096, **_LLAMA),
-    "llama_3_1_8b_batch_32_context_4k_biased": Spec(batch=32, context=4096, biased=True, **_LLAMA),
-    "llama_3_1_8b_batch_32_context_4k_fp8": Spec(batch=32, context=4096, fp8=True, **_LLAMA),
-    "llama_3_1_8b_batch_64_context_8k_ragged": Spec(batch=64, context=8192, shortest=0.05, **_LLAMA),
-    "llama_3_1_8b_batch_4_context_64k": Spec(batch=4, context=65536, **_LLAMA),
-    "llama_3_1_8b_batch_32_context_8k_window_4k": Spec(batch=32, context=8192, window=4096, **_LLAMA),
-    "qwen3_30b_a3b_batch_32_context_4k": Spec(batch=32, context=4096, **_QWEN_MOE),
+    "llama_3_1_8b_batch_32_context_4k": Spec(batch=32, context=4096, **LLAMA_8B),
+    "llama_3_1_8b_batch_128_context_4k": Spec(batch=128, context=4096, **LLAMA_8B),
+    "llama_3_1_8b_batch_32_context_4k_biased": Spec(batch=32, context=4096, biased=True, **LLAMA_8B),
+    "llama_3_1_8b_batch_32_context_4k_fp8": Spec(batch=32, context=4096, fp8=True, **LLAMA_8B),
+    "llama_3_1_8b_batch_64_context_8k_ragged": Spec(batch=64, context=8192, shortest=0.05, **LLAMA_8B),
+    "llama_3_1_8b_batch_4_context_64k": Spec(batch=4, context=65536, **LLAMA_8B),
+    "llama_3_1_8b_batch_32_context_8k_window_4k": Spec(batch=32, context=8192, window=4096, **LLAMA_8B),
+    "qwen3_30b_a3b_batch_32_context_4k": Spec(batch=32, context=4096, **QWEN_MOE),
     "head_dim_256_batch_32_context_4k": Spec(batch=32, context=4096, q_heads=16, kv_heads=8, head_dim=256),
-    "base_batch_8_context_1k": Spec(batch=8, context=1024, page_size=16, **_BASE),
-    "small_batch_8_context_1k": Spec(batch=8, context=1024, page_size=16, **_SMALL),
+    "base_batch_8_context_1k": Spec(batch=8, context=1024, page_size=16, **BASE),
+    "small_batch_8_context_1k": Spec(batch=8, context=1024, page_size=16, **SMALL),
 }

@@ -26,7 +26,7 @@ from pallas_kernels import target
 from pallas_kernels.decode_attention.plan import TILE, Plan, plan
 from pallas_kernels.key_bias import KeyBias
 from pallas_kernels.paged import Pages
-from pallas_kernels.paged_tiles import LOG2E, PARAMS, Tiling, bias_log2, spread, swizzled
+from pallas_kernels.paged_tiles import LOG2E, Tiling, bias_log2, spread, swizzled
 
 _ROWS = 64  # queries of one step, wgmma's M: those beyond the group compute what nobody reads
 _ROW_BLOCK = 8  # queries are padded to a multiple of this, the rows of a tile in shared memory
@@ -310,7 +310,7 @@ def _attend(
         ),
         grid=(kv_heads, items, halves),
         grid_names=("head", "item", "half"),
-        compiler_params=PARAMS,
+        compiler_params=target.PARAMS,
     )
     parts, lse = kernel(*arguments.values())
     return parts, lse
@@ -377,7 +377,7 @@ def _merge(
         ),
         grid=(batch, kv_heads, group // _ROW_BLOCK),
         grid_names=("row", "head", "block"),
-        compiler_params=PARAMS,
+        compiler_params=target.PARAMS,
     )
     out, lse = kernel(parts, lse, work.first, work.number)
     return out, lse

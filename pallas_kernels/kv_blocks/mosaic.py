@@ -22,7 +22,6 @@ from jaxtyping import Array, Int32, Shaped
 from pallas_kernels import target
 
 _UNIT = 16  # bytes: bulk copies start at multiples of it and are multiples of it long
-_PARAMS = plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -143,7 +142,7 @@ def _kernel(
         grid=(min(multiprocessors, copies),),
         grid_names=("thread_block",),
         scratch_types=[buffer, plgpu.Barrier(num_barriers=buffer.shape[0])],
-        compiler_params=_PARAMS,
+        compiler_params=target.PARAMS,
     )
     return kernel
 

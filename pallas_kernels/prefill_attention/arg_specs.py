@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.key_bias import WORD, KeyBias
+from pallas_kernels.model_shapes import BASE, LLAMA_8B, QWEN_MOE, SMALL
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,18 +72,13 @@ class Spec:
         return arguments
 
 
-_LLAMA: dict[str, Any] = {"q_heads": 32, "kv_heads": 8, "head_dim": 128}  # Llama-3.1-8B and Qwen3-8B
-_QWEN_MOE: dict[str, Any] = {"q_heads": 32, "kv_heads": 4, "head_dim": 128}  # Qwen3-30B-A3B
-_BASE: dict[str, Any] = {"q_heads": 4, "kv_heads": 2, "head_dim": 64}  # shipped, as is the MoE
-_SMALL: dict[str, Any] = {"q_heads": 4, "kv_heads": 2, "head_dim": 32}  # shipped
-
 SPECS: Mapping[str, Spec] = {
-    "llama_3_1_8b_4k": Spec(seqs=1, chunk=4096, **_LLAMA),
-    "llama_3_1_8b_8_times_2k": Spec(seqs=8, chunk=2048, **_LLAMA),
-    "llama_3_1_8b_512_after_32k": Spec(seqs=2, chunk=512, prefix=32768, **_LLAMA),
-    "llama_3_1_8b_4k_biased": Spec(seqs=1, chunk=4096, biased=True, **_LLAMA),
-    "llama_3_1_8b_8k_window_4k": Spec(seqs=1, chunk=8192, window=4096, **_LLAMA),
-    "qwen3_30b_a3b_4k": Spec(seqs=1, chunk=4096, **_QWEN_MOE),
-    "base_8_times_256": Spec(seqs=8, chunk=256, page_size=16, **_BASE),
-    "small_8_times_256": Spec(seqs=8, chunk=256, page_size=16, **_SMALL),
+    "llama_3_1_8b_4k": Spec(seqs=1, chunk=4096, **LLAMA_8B),
+    "llama_3_1_8b_8_times_2k": Spec(seqs=8, chunk=2048, **LLAMA_8B),
+    "llama_3_1_8b_512_after_32k": Spec(seqs=2, chunk=512, prefix=32768, **LLAMA_8B),
+    "llama_3_1_8b_4k_biased": Spec(seqs=1, chunk=4096, biased=True, **LLAMA_8B),
+    "llama_3_1_8b_8k_window_4k": Spec(seqs=1, chunk=8192, window=4096, **LLAMA_8B),
+    "qwen3_30b_a3b_4k": Spec(seqs=1, chunk=4096, **QWEN_MOE),
+    "base_8_times_256": Spec(seqs=8, chunk=256, page_size=16, **BASE),
+    "small_8_times_256": Spec(seqs=8, chunk=256, page_size=16, **SMALL),
 }

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Float32, Int32
 from pallas_kernels import target
 from pallas_kernels.key_bias import KeyBias
 from pallas_kernels.paged import Pages
-from pallas_kernels.paged_tiles import LOG2E, PARAMS, Tiling, bias_log2, spread, swizzled
+from pallas_kernels.paged_tiles import LOG2E, Tiling, bias_log2, spread, swizzled
 
 TILE = 128  # keys of one step
 _ROWS = 64  # queries of a warpgroup, wgmma's M
@@ -195,7 +195,7 @@ def _attend(
 
                 scores = pl.run_scoped(product_with_keys, plgpu.ACC((_ROWS, TILE), jnp.float32)) * (scale * LOG2E)
                 plgpu.barrier_arrive(smem["k_free"].at[slot])
-                scores = masked(scores, tile, first, bias_refs)
+                scores = masked(scores, tile, first)
                 higher = jnp.maximum(top, scores.max(axis=1))
                 decay = jnp.exp2(top - higher)
                 weights = jnp.exp2(scores - spread(higher, scores.shape, 0))
@@ -243,7 +243,7 @@ def _attend(
             plgpu.copy_smem_to_gmem(smem["lse"].at[warpgroup], lse_ref.at[seq, head, pl.ds(offset, _ROWS)])
             plgpu.wait_smem_to_gmem(0)
 
-        def masked(scores: Any, tile: Any, first: Any, bias_refs: Any) -> Any:
+        def masked(scores: Any, tile: Any, first: Any) -> Any:
             """Scores of a tile with bias, -inf where a query doesn't see the key."""
             if bias_refs:
                 bits_ref, value_ref = bias_refs
@@ -264,16 +264,15 @@ def _attend(
 
             return jax.lax.cond(crossed, mask, lambda scores: scores, scores)
 
-        loads = tiling.pieces
         scratch = {
             "q": plgpu.SMEM((_WARPGROUPS, _ROWS, head_dim), q.dtype, transforms=swizzled(columns)),
             "k": plgpu.SMEM((stages, TILE, head_dim), q.dtype, transforms=swizzled(columns)),
             "v": plgpu.SMEM((stages, TILE, head_dim), q.dtype, transforms=swizzled(columns)),
             "lse": plgpu.SMEM((_WARPGROUPS, _ROWS), jnp.float32),
             "q_ready": plgpu.Barrier(num_barriers=_WARPGROUPS),
-            "k_ready": plgpu.Barrier(num_arrivals=loads, num_barriers=stages),
+            "k_ready": plgpu.Barrier(num_arrivals=tiling.pieces, num_barriers=stages),
             # The last one: of values that are cleaned before they are ready.
-            "v_ready": plgpu.Barrier(num_arrivals=loads, num_barriers=stages + 1),
+            "v_ready": plgpu.Barrier(num_arrivals=tiling.pieces, num_barriers=stages + 1),
             "k_free": plgpu.Barrier(num_arrivals=_WARPGROUPS, num_barriers=stages),
             "v_free": plgpu.Barrier(num_arrivals=_WARPGROUPS, num_barriers=stages),
             "turn": plgpu.Barrier(num_arrivals=_WARPGROUPS),
@@ -298,7 +297,7 @@ def _attend(
         grid_names=("head", "seq", "block"),
         num_threads=_WARPGROUPS + 1,
         thread_name="warpgroup",
-        compiler_params=PARAMS,
+        compiler_params=target.PARAMS,
     )
     out, lse = kernel(*arguments)
     return out, lse

@@ -30,14 +30,17 @@ class Case:
     rng: np.random.Generator
 
 
-def case(seed, lengths, *, kv_heads, head_dim, page_size, dtype, fp8=False, biased=False) -> Case:
-    """`fp8`: pages of 8 bits with a scale of each token; `biased`: a bias of some keys of each sequence."""
+def case(seed, lengths, firsts, *, kv_heads, head_dim, page_size, dtype, fp8=False, biased=False) -> Case:
+    """`firsts`: the first key of each sequence that a query sees; `fp8`: pages of 8 bits with a scale of each token;
+    `biased`: a bias of some keys of each sequence.
+    """
     rng = np.random.default_rng(seed)
     seqs, width = len(lengths), -(-max(*lengths, 1) // page_size) + 1
     rows, tokens = 2 * seqs * width + 1, width * page_size
     ids = rng.permutation(rows)[: 2 * seqs * width].reshape(2, seqs, width).astype(np.int32)
     kv = rng.normal(size=(2, seqs, tokens, kv_heads, head_dim))
-    kv[:, np.arange(tokens) >= np.asarray(lengths)[:, None]] = np.nan
+    at = np.arange(tokens)
+    kv[:, (at >= np.asarray(lengths)[:, None]) | (at < np.asarray(firsts)[:, None])] = np.nan
     arena = np.full((rows, page_size, kv_heads, head_dim), np.nan)
     arena[ids] = kv.reshape(2, seqs, width, page_size, kv_heads, head_dim)
     arrays = {"page_table": jnp.asarray(ids[0]), "v_page_table": jnp.asarray(ids[1])}
@@ -99,8 +102,17 @@ def check_decode(
     window=None,
 ) -> None:
     """Compares `function`, with the arguments of `decode_attention`."""
+    firsts = [max(0, length - window) if window else 0 for length in lengths]
     c = case(
-        seed, lengths, kv_heads=kv_heads, head_dim=head_dim, page_size=page_size, dtype=dtype, fp8=fp8, biased=biased
+        seed,
+        lengths,
+        firsts,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        page_size=page_size,
+        dtype=dtype,
+        fp8=fp8,
+        biased=biased,
     )
     q = jnp.asarray(c.rng.normal(size=(len(lengths), kv_heads * group, head_dim)), dtype)
     out, lse = function(
@@ -132,8 +144,17 @@ def check_prefill(
 ) -> None:
     """Compares `function`, with the arguments of `prefill_attention`."""
     lengths = [start + count for start, count in zip(starts, counts, strict=True)]
+    firsts = [max(0, start + 1 - window) if window else 0 for start in starts]
     c = case(
-        seed, lengths, kv_heads=kv_heads, head_dim=head_dim, page_size=page_size, dtype=dtype, fp8=fp8, biased=biased
+        seed,
+        lengths,
+        firsts,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        page_size=page_size,
+        dtype=dtype,
+        fp8=fp8,
+        biased=biased,
     )
     q = jnp.asarray(c.rng.normal(size=(len(starts), chunk, kv_heads * group, head_dim)), dtype)
     out, lse = function(
