@@ -1,7 +1,8 @@
-"""cuDNN's paged attention, by way of the one private module of JAX that this project reaches into.
+"""cuDNN's attention for GPUs that the Mosaic kernels don't know, by way of the one private module of JAX in use here.
 
-JAX offers cuDNN through `jax.nn.dot_product_attention`, which knows no page tables. What takes them is private, so it
-may move with any release: all that is known about it is in this file.
+JAX offers cuDNN through `jax.nn.dot_product_attention`, which knows no page tables and rounds the log-sum-exp to the
+type of the queries. What takes the one and returns the other is private, so it may move with any release: all that is
+known about it is in this file.
 """
 
 from __future__ import annotations
@@ -12,41 +13,112 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Bool, Float, Float32, Int32
+
+from pallas_kernels.key_bias import KeyBias
+from pallas_kernels.paged import Pages
 
 _MODULE = "jax._src.cudnn.fused_attention_stablehlo"
+# Of one call: a long prompt over a long context is better read page by page.
+_MAX_MASK_BYTES = 2**30
 
 
-def paged_decode_attention(
+def decode_attention(
     q: Float[Array, "batch q_heads head_dim"],
-    k_pages: Float[Array, "rows page_size kv_heads head_dim"],
-    v_pages: Float[Array, "v_rows page_size kv_heads head_dim"],
-    k_table: Int32[Array, "batch width"],
-    v_table: Int32[Array, "batch width"],
+    keys: Pages,
+    values: Pages,
     lengths: Int32[Array, " batch"],
+    *,
     scale: float,
-) -> Float[Array, "batch q_heads head_dim"]:
-    """Attends with one token of each sequence to its keys.
-
-    Args:
-      q: bfloat16 or float16, like the pages.
-      k_table, v_table: ids of rows of `k_pages` and `v_pages`, in token order.
-      lengths: keys of each sequence; 0 for padding, whose output is 0.
-      scale: of the scores.
+    window: int | None = None,
+    key_bias: KeyBias | None = None,
+) -> tuple[Float[Array, "batch q_heads head_dim"], Float32[Array, "batch q_heads"]]:
+    """See `decode_attention.api.decode_attention`; reads the pages where they are.
 
     Raises:
-      NotImplementedError: cuDNN can't be used here, or not for these shapes and types; found out by compiling a program
-        of them once.
+      NotImplementedError: cuDNN can't be used here, or not for these arguments; found out by compiling a program of
+        their shapes once.
     """
-    if q.dtype not in (jnp.bfloat16, jnp.float16) or k_pages.dtype != q.dtype or v_pages.dtype != q.dtype:
+    if window is not None:
+        raise NotImplementedError(f"{window=}: cuDNN would count positions from the query's, which is 0")
+    out, lse = _attend(
+        q[:, None],
+        keys.rows,
+        values.rows,
+        key_bias=key_bias,
+        lengths=lengths,
+        tables=(keys.table, values.table),
+        scale=scale,
+    )
+    # What cuDNN makes of no keys at all is not said.
+    real = (lengths > 0)[:, None]
+    return jnp.where(real[:, :, None], out[:, 0], jnp.zeros((), q.dtype)), jnp.where(real, lse[:, :, 0], -jnp.inf)
+
+
+def prefill_attention(
+    q: Float[Array, "seqs chunk q_heads head_dim"],
+    keys: Pages,
+    values: Pages,
+    starts: Int32[Array, " seqs"],
+    counts: Int32[Array, " seqs"],
+    *,
+    scale: float,
+    window: int | None = None,
+    key_bias: KeyBias | None = None,
+) -> tuple[Float[Array, "seqs chunk q_heads head_dim"], Float32[Array, "seqs chunk q_heads"]]:
+    """See `prefill_attention.api.prefill_attention`; gathers the pages and writes the mask out.
+
+    cuDNN's own causal mask starts both queries and keys at 0, which a chunk behind a cached prefix does not.
+
+    Raises:
+      NotImplementedError: as `decode_attention`.
+    """
+    mask_bytes = q.shape[0] * q.shape[1] * keys.keys * 2
+    if mask_bytes > _MAX_MASK_BYTES:
+        raise NotImplementedError(f"a mask of {mask_bytes} bytes; at most {_MAX_MASK_BYTES} are made")
+    offsets = jnp.arange(q.shape[1], dtype=jnp.int32)
+    positions = jnp.arange(keys.keys, dtype=jnp.int32)
+    real = offsets < counts[:, None]
+    ends = jnp.where(counts > 0, starts + counts, 0)
+    queries = (starts[:, None] + offsets)[:, :, None]
+    visible = positions <= queries
+    if window is not None:
+        visible &= positions > queries - window
+    written = (positions < ends[:, None])[:, :, None, None]
+    # Unused slots hold anything, NaN included, which a mask that is added doesn't hide.
+    k, v = (
+        jnp.where(written, p.rows[p.table].reshape(len(starts), keys.keys, *p.rows.shape[2:]), 0)
+        for p in (keys, values)
+    )
+    out, lse = _attend(q, k, v, key_bias=key_bias, lengths=ends, visible=visible, scale=scale)
+    lse = lse.swapaxes(1, 2)
+    return jnp.where(real[:, :, None, None], out, jnp.zeros((), q.dtype)), jnp.where(real[:, :, None], lse, -jnp.inf)
+
+
+def _attend(
+    q: Float[Array, "batch queries q_heads head_dim"],
+    k: Float[Array, "rows keys kv_heads head_dim"],
+    v: Float[Array, "v_rows keys kv_heads head_dim"],
+    *,
+    key_bias: KeyBias | None,
+    lengths: Int32[Array, " batch"],
+    tables: tuple[Int32[Array, "batch width"], Int32[Array, "batch width"]] | None = None,
+    visible: Bool[Array, "batch queries keys"] | None = None,
+    scale: float,
+) -> tuple[Float[Array, "batch queries q_heads head_dim"], Float32[Array, "batch q_heads queries"]]:
+    """`_fused`, if cuDNN can do that."""
+    if key_bias is not None:
+        raise NotImplementedError(f"key_bias: cuDNN would round its values to {q.dtype}")
+    if q.dtype not in (jnp.bfloat16, jnp.float16) or k.dtype != q.dtype or v.dtype != q.dtype:
         raise NotImplementedError(
-            f"queries and pages must be all bfloat16 or all float16: {q.dtype}, {k_pages.dtype}, {v_pages.dtype}"
+            f"queries and pages must be all bfloat16 or all float16: {q.dtype}, {k.dtype}, {v.dtype}"
         )
-    arrays = (q, k_pages, v_pages, k_table, v_table, lengths)
-    refusal = _refusal(_platform(), tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arrays), scale)
+    arguments: dict[str, Any] = {"q": q, "k": k, "v": v, "lengths": lengths, "tables": tables, "visible": visible}
+    leaves, tree = jax.tree.flatten(arguments)
+    refusal = _refusal(_platform(), tree, tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in leaves), scale)
     if refusal is not None:
         raise NotImplementedError(f"cuDNN can't be used: {refusal}")
-    return _attend(*arrays, scale=scale)
+    return _fused(**arguments, scale=scale)
 
 
 def _platform() -> str:
@@ -59,58 +131,65 @@ def _platform() -> str:
 
 
 @functools.lru_cache
-def _refusal(platform: str, arrays: tuple[jax.ShapeDtypeStruct, ...], scale: float) -> str | None:
+def _refusal(
+    platform: str, tree: jax.tree_util.PyTreeDef, arrays: tuple[jax.ShapeDtypeStruct, ...], scale: float
+) -> str | None:
     """Why attention to such arrays can't be compiled; None if it can."""
     if platform not in ("gpu", "cuda"):
         return f"needs an NVIDIA GPU, not {platform}"
     try:
         # What is asked for is a program of its own: the mesh of the one being traced has no part in it.
         with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
-            jax.jit(functools.partial(_attend, scale=scale)).lower(*arrays).compile()
+            arguments = jax.tree.unflatten(tree, arrays)
+            jax.jit(functools.partial(_fused, scale=scale)).lower(**arguments).compile()
     except RuntimeError as error:  # of cuDNN, of XLA, or NotImplementedError
         return str(error)
     return None
 
 
-def _attend(
-    q: Float[Array, "batch q_heads head_dim"],
-    k_pages: Float[Array, "rows page_size kv_heads head_dim"],
-    v_pages: Float[Array, "v_rows page_size kv_heads head_dim"],
-    k_table: Int32[Array, "batch width"],
-    v_table: Int32[Array, "batch width"],
-    lengths: Int32[Array, " batch"],
+def _fused(
     *,
+    q: Float[Array, "batch queries q_heads head_dim"],
+    k: Float[Array, "rows keys kv_heads head_dim"],
+    v: Float[Array, "v_rows keys kv_heads head_dim"],
+    lengths: Int32[Array, " batch"],
+    tables: tuple[Int32[Array, "batch width"], Int32[Array, "batch width"]] | None,
+    visible: Bool[Array, "batch queries keys"] | None,
     scale: float,
-) -> Float[Array, "batch q_heads head_dim"]:
+) -> tuple[Float[Array, "batch queries q_heads head_dim"], Float32[Array, "batch q_heads queries"]]:
+    """Attention to the first `lengths` keys: those of rows `tables` of `k` and `v`, or of row s for sequence s."""
     try:
         fused: Any = importlib.import_module(_MODULE)
         attention, layout, mask = fused._dot_product_attention, fused.AttentionLayout.BTNH, fused.MaskType.PADDING
         version = fused.check_cudnn_version()
     except (ImportError, AttributeError) as error:
         raise NotImplementedError(f"JAX {jax.__version__}: {error}") from error
-    batch, width = k_table.shape
+    batch, queries = q.shape[:2]
     unused = jnp.zeros(0, q.dtype)
+    bias = unused
+    if visible is not None:
+        bias = jnp.where(visible, 0, jnp.finfo(q.dtype).min / 2).astype(q.dtype)[:, None]
+    k_table, v_table = (unused, unused) if tables is None else (t.reshape(batch, 1, -1, 1) for t in tables)
     # Not by `fused.paged_attention`, which demands that the pages are exactly those of the tables: an arena holds more.
-    out: jax.Array = attention(
-        q[:, None],
-        k_pages,
-        v_pages,
-        unused,  # bias
-        jnp.ones(batch, jnp.int32),  # queries of each sequence
+    out, lse = attention(
+        q,
+        k,
+        v,
+        bias,
+        jnp.full(batch, queries, jnp.int32),
         lengths,
         unused,  # offsets of packed queries
         unused,  # offsets of packed keys
-        k_table.reshape(batch, 1, width, 1),
-        v_table.reshape(batch, 1, width, 1),
+        k_table,
+        v_table,
         scale,
         0,  # seed
         0.0,  # dropout
-        (False, False),  # bias, and its gradient
+        (visible is not None, False),  # bias, and its gradient
         mask,
         layout.value,
         None,  # sliding window
         version,
-        False,  # log of the sums
+        True,  # log of the sums
     )
-    # What cuDNN makes of no keys at all is not said.
-    return jnp.where(lengths[:, None, None] > 0, out[:, 0], jnp.zeros((), q.dtype))
+    return out, lse

@@ -7,13 +7,14 @@ import math
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32, Shaped
 
-from pallas_kernels import dispatch
+from pallas_kernels import cudnn, dispatch
 from pallas_kernels.decode_attention import mosaic, reference, xla
 from pallas_kernels.key_bias import KeyBias
 from pallas_kernels.paged import Pages, check_pages, check_window
 
 _IMPLEMENTATIONS = {
     "mosaic": mosaic.decode_attention,
+    "cudnn": cudnn.decode_attention,
     "xla": xla.decode_attention,
     "reference": reference.decode_attention,
 }
@@ -58,8 +59,8 @@ def decode_attention(
       implementation: "auto": the first of the following that can; "mosaic": split-KV kernel for GPUs of compute
         capability 9.0 (bfloat16 or float16 queries, pages of their type or float8_e4m3fn, `head_dim` a multiple of 16
         up to 128 or of 32 up to 256, `page_size` 8, 16, 32 or a multiple of 64, up to 64 query heads a key/value
-        head); "xla": a page of each sequence at a time; "reference": gathers the pages (memory
-        `batch * width * page_size` keys and values).
+        head); "cudnn": any NVIDIA GPU with cuDNN (one type of 16 bits throughout, no window, no bias); "xla": a page of
+        each sequence at a time; "reference": gathers the pages (memory `batch * width * page_size` keys and values).
 
     Returns:
       Values `[batch, q_heads, head_dim]`, weighed by the softmax of the scores; with `return_lse` also

@@ -7,13 +7,14 @@ import math
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32, Shaped
 
-from pallas_kernels import dispatch
+from pallas_kernels import cudnn, dispatch
 from pallas_kernels.key_bias import KeyBias
 from pallas_kernels.paged import Pages, check_pages, check_window
 from pallas_kernels.prefill_attention import mosaic, reference, xla
 
 _IMPLEMENTATIONS = {
     "mosaic": mosaic.prefill_attention,
+    "cudnn": cudnn.prefill_attention,
     "xla": xla.prefill_attention,
     "reference": reference.prefill_attention,
 }
@@ -62,9 +63,10 @@ def prefill_attention(
       return_lse: also return the log of the sum of the exponentials of each query's scores, for merging parts.
       implementation: "auto": the first of the following that can; "mosaic": warp-specialised kernel for GPUs of compute
         capability 9.0 (bfloat16 or float16 throughout, `head_dim` a multiple of 16 up to 128, `page_size` a power of
-        two from 16 to 128 or a multiple of it); "xla": a page of each sequence at a time, memory
-        `seqs * q_heads * chunk * page_size` scores; "reference": gathers the pages, memory
-        `seqs * q_heads * chunk * width * page_size` scores.
+        two from 16 to 128 or a multiple of it); "cudnn": any NVIDIA GPU with cuDNN (one type of 16 bits throughout, no
+        bias), memory of the gathered pages and of a mask of `seqs * chunk * width * page_size` values, up to 1 GiB;
+        "xla": a page of each sequence at a time, memory `seqs * q_heads * chunk * page_size` scores; "reference":
+        gathers the pages, memory `seqs * q_heads * chunk * width * page_size` scores.
 
     Returns:
       Values `[seqs, chunk, q_heads, head_dim]`, weighed by the softmax of the scores; with `return_lse` also
