@@ -8,11 +8,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,7 @@ from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding
 
 from bench.aot_steps import steps
-from pallas_kernels.decode_attention import arg_specs as decode_specs
-from pallas_kernels.decode_attention import decode_attention
-from pallas_kernels.kv_blocks import arg_specs as kv_specs
-from pallas_kernels.prefill_attention import arg_specs as prefill_specs
-from pallas_kernels.prefill_attention import prefill_attention
+from bench.operations import Case, operations
 
 _MARKS = "<!-- table of make aot -->", "<!-- end of the table -->"
 DEVICE, MULTIPROCESSORS = "NVIDIA H200", 132
@@ -40,8 +37,8 @@ _TARGET = (
 )
 
 
-def compile_for_h200(function: Callable[..., Any], arguments: Any, **options: Any) -> Any:
-    """The compiled program of `function(**arguments)`; `options` are those of `jax.jit`."""
+def compile_for_h200(function: Any, arguments: Any) -> Any:
+    """The compiled program of the jitted `function(**arguments)`."""
     topology = topologies.get_topology_desc(
         platform="cuda", topology_name=DEVICE, target_config=_TARGET, topology="1x1x8"
     )
@@ -49,40 +46,25 @@ def compile_for_h200(function: Callable[..., Any], arguments: Any, **options: An
     placed = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), arguments)
     mesh = AbstractMesh((), (), abstract_device=AbstractDevice(DEVICE, MULTIPROCESSORS, "cuda"))
     with jax.sharding.use_abstract_mesh(mesh):
-        return jax.jit(function, **options).trace(**placed).lower(lowering_platforms=("cuda",)).compile()
+        return function.trace(**placed).lower(lowering_platforms=("cuda",)).compile()
 
 
-def cases() -> dict[str, dict[str, Any]]:
-    """Operation and spec to what is compiled: the function, its spec, and the argument it writes in place."""
-    found: dict[str, dict[str, Any]] = {"prefill_attention": {}, "decode_attention": {}, "kv_blocks": {}}
-    for name, prefill in prefill_specs.SPECS.items():
-        found["prefill_attention"][name] = (prefill_attention, prefill, None)
-    for name, decode in decode_specs.SPECS.items():
-        found["decode_attention"][name] = (decode_attention, decode, None)
-    for name, blocks in kv_specs.SPECS.items():
-        found["kv_blocks"][name] = (blocks.function, blocks, "arena" if blocks.direction == "scatter" else None)
-    return found
-
-
-def measure(function: Callable[..., Any], spec: Any, donated: str | None) -> dict[str, Any]:
+def measure(case: Case) -> dict[str, Any]:
     """Registers, spilled bytes and instructions of each kernel; temporary and aliased bytes of the program."""
-    arguments = jax.eval_shape(spec.make, jax.random.key(0))
-
-    def call(**arrays: Any) -> Any:
-        return function(**arrays, **spec.options, implementation="mosaic")
-
+    arguments = jax.eval_shape(case.spec.make, jax.random.key(0))
     with _dump() as folder:
-        compiled = compile_for_h200(call, arguments, donate_argnames=donated)
+        compiled = compile_for_h200(case.call("mosaic"), arguments)
         kernels = {
             re.sub(r"_\d+$", "", log.stem): _count(log.read_text(), log.with_suffix(".ptx").read_text())
             for log in sorted(folder.glob("*.ptxas"))
         }
     memory = compiled.memory_analysis()
+    donated = arguments[case.donated] if case.donated else None
     return {
         "kernels": kernels,
         "temporary_bytes": memory.temp_size_in_bytes,
         "aliased_bytes": memory.alias_size_in_bytes,
-        "donated_bytes": arguments[donated].size * arguments[donated].dtype.itemsize if donated else 0,
+        "donated_bytes": math.prod(donated.shape) * donated.dtype.itemsize if donated else 0,
     }
 
 
@@ -91,7 +73,7 @@ def measure_steps() -> dict[str, Any]:
     report = {}
     for name, step in steps().items():
         print(f"engine step {name}", file=sys.stderr, flush=True)
-        memory = compile_for_h200(step.function, step.arguments, donate_argnames="arenas").memory_analysis()
+        memory = compile_for_h200(jax.jit(step.function, donate_argnames="arenas"), step.arguments).memory_analysis()
         (arena,) = step.arguments["arenas"]
         report[name] = {
             "temporary_bytes": memory.temp_size_in_bytes,
@@ -153,18 +135,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report there")
     parser.add_argument("--docs", type=Path, metavar="FILE", help="put the table between the marks of this document")
-    parser.add_argument("--op", choices=list(cases()), help="only this operation")
+    parser.add_argument("--op", choices=list(operations()), help="only this operation")
     options = parser.parse_args()
     # No GPU is looked for, and the plugin doesn't ask for the libraries that only running needs.
     jax.config.update("jax_platforms", "cpu")
     os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
     report: dict[str, Any] = {"device": DEVICE, "jax": jax.__version__, "operations": {}}
-    for op, specs in cases().items():
+    for op, cases in operations().items():
         if options.op in (None, op):
             report["operations"][op] = {}
-            for name, case in specs.items():
+            for name, case in cases.items():
                 print(f"{op} {name}", file=sys.stderr, flush=True)
-                report["operations"][op][name] = measure(*case)
+                report["operations"][op][name] = measure(case)
     if options.op is None:
         report["steps"] = measure_steps()
     print(table(report))

@@ -1,0 +1,184 @@
+"""Speed of the operations of `pallas_kernels`, beside each other's implementations and other libraries.
+
+`python -m bench.kernels --json FILE`. Each named workload is first computed by every implementation and compared with
+float32; what is wrong is not timed, and the exit status says so. Then each is timed with inputs that rotate
+(`bench.device_clock`). Figures are set against ceilings measured in the same run: bytes per second of a copy, and
+floating-point operations per second of a large matrix product. `roofline` is the least time that a workload's bytes and
+operations can take by those; `of_roofline` is that over the time measured, 1 at best.
+
+On a CPU only the workloads of the shipped models are run unless others are named.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import gc
+import math
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # other libraries need memory, too
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bench.contenders import CONTENDERS
+from bench.device_clock import Ceilings, ceilings, measure
+from bench.operations import Case, operations
+from bench.report import header, table, write_json
+
+_SHIPPED = ("base_", "small_", "moe_")
+_LIMIT = 0.03  # of the error as `_error` has it: rounding to bfloat16, of weights and results, stays below 0.015
+_ROTATED_BYTES = 2**28  # several times the L2 cache of a GPU
+_MAX_SETS = 16
+_REFERENCE = "reference"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the measurements; returns the exit status: 1 if a result was wrong."""
+    options = _parse(arguments)
+    report = header("bench.kernels")
+    device = jax.devices()[0]
+    report["device"] = {"kind": device.device_kind, "platform": device.platform}
+    limits = ceilings()
+    report["ceilings"] = limits._asdict()
+    _say(
+        f"{device.device_kind}: copy {limits.copy_bytes_per_second / 1e9:.0f} GB/s, "
+        f"{limits.matmul} product {limits.matmul_flops_per_second / 1e12:.2f} TFLOP/s"
+    )
+    report["operations"] = {}
+    wrong = []
+    for op, cases in operations().items():
+        if options.op and op not in options.op:
+            continue
+        found = report["operations"][op] = {}
+        for name, case in cases.items():
+            if _wanted(name, options.spec):
+                found[name] = _measure_case(op, case, options.compare, limits)
+                print(f"\n{op} {name}\n{_table(found[name])}", flush=True)
+                write_json(options.json, report)
+                wrong += [f"{op} {name} {who}" for who, one in found[name]["by"].items() if "wrong" in one]
+    if not any(report["operations"].values()):
+        _say("no workload of that name")
+        return 2
+    for one in wrong:
+        _say(f"WRONG: {one}")
+    return 1 if wrong else 0
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench.kernels", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--json", metavar="FILE", help="where results go")
+    parser.add_argument("--op", action="append", choices=list(operations()), help="only this; may be repeated")
+    parser.add_argument("--spec", action="append", metavar="TEXT", help="only workloads with this in their name")
+    parser.add_argument(
+        "--compare", type=lambda text: text.split(","), metavar="NAMES", help="only these, for example mosaic,xla,cudnn"
+    )
+    return parser.parse_args(arguments)
+
+
+def _wanted(name: str, parts: Sequence[str] | None) -> bool:
+    if parts:
+        return any(part in name for part in parts)
+    return _on_gpu() or name.startswith(_SHIPPED)
+
+
+def _measure_case(op: str, case: Case, names: Sequence[str] | None, limits: Ceilings) -> dict[str, Any]:
+    spec = case.spec
+    sets = min(_MAX_SETS, max(2, math.ceil(_ROTATED_BYTES / spec.bytes_moved))) if _on_gpu() else 2
+    make = jax.jit(spec.make)
+    inputs = [make(jax.random.key(i)) for i in range(sets)]
+    expected = np.asarray(case.expected(inputs[0]), np.float32)
+    roofline = limits.seconds(spec.bytes_moved, spec.flops)
+    contenders = {name: functools.partial(_ours, case, name) for name in case.implementations if name != _REFERENCE}
+    for name, contender in CONTENDERS.get(op, {}).items():
+        contenders[name] = functools.partial(contender, options=spec.options)
+    by: dict[str, dict[str, Any]] = {}
+    for name, contend in contenders.items():
+        if names is None or name in names:
+            by[name] = _measure_one(contend, inputs, expected, case.exact)
+            if "us" in by[name]:
+                seconds = by[name]["us"] / 1e6
+                by[name] |= {
+                    "bytes_per_second": spec.bytes_moved / seconds,
+                    "flops_per_second": spec.flops / seconds,
+                    "of_roofline": roofline / seconds,
+                }
+        gc.collect()  # what a contender laid out for itself
+    report = {"bytes": spec.bytes_moved, "flops": spec.flops, "roofline_us": roofline * 1e6, "by": by}
+    first = by.get(case.implementations[0], {}).get("us")
+    if first is not None:
+        others = {name: one["us"] for name, one in by.items() if "us" in one and name != case.implementations[0]}
+        report["times_as_fast_as"] = {name: microseconds / first for name, microseconds in others.items()}
+    return report
+
+
+def _ours(case: Case, implementation: str, arrays: dict[str, Any]) -> Callable[[], jax.Array]:
+    run = case.call(implementation)
+    if case.donated is None:
+        return functools.partial(run, **arrays)
+    held = dict(arrays)
+    held[case.donated] = jnp.copy(arrays[case.donated])
+
+    def again() -> jax.Array:
+        held[case.donated] = run(**held)
+        return held[case.donated]
+
+    return again
+
+
+def _measure_one(
+    contend: Callable[[dict[str, Any]], Callable[[], Any]],
+    inputs: Sequence[dict[str, Any]],
+    expected: np.ndarray[Any, Any],
+    exact: bool,
+) -> dict[str, Any]:
+    try:
+        calls = [contend(one) for one in inputs]
+        error = _error(calls[0](), expected)
+        if not error <= (0 if exact else _LIMIT):
+            return {"error": error, "wrong": f"error of {error:.3g}"}
+        timing = measure(calls)
+    except (NotImplementedError, ExceptionGroup) as refusal:
+        return {"refused": str(refusal)}
+    clock = "wall" if timing.device is None else "device"
+    return {"error": error, "us": timing.seconds * 1e6, "clock": clock, "wall_us": timing.wall * 1e6}
+
+
+def _error(found: Any, expected: np.ndarray[Any, Any]) -> float:
+    """The largest difference, in parts of what is expected there plus its root mean square; NaN if there is one."""
+    if not isinstance(found, jax.Array):  # of torch
+        found = found.float().cpu().numpy()
+    difference = np.abs(np.asarray(found, np.float32) - expected)
+    return float((difference / (np.abs(expected) + np.sqrt(np.mean(np.square(expected))))).max())
+
+
+def _table(report: Mapping[str, Any]) -> str:
+    head = ("", "us", "GB/s", "TFLOP/s", "of roofline", "error", "wall us")
+    rows = []
+    for name, one in report["by"].items():
+        if "us" in one:
+            rates = (one["bytes_per_second"] / 1e9, one["flops_per_second"] / 1e12)
+            rows.append((name, one["us"], *rates, one["of_roofline"], one["error"], one["wall_us"]))
+        else:
+            rows.append((name, *[None] * 6))
+    reasons = [
+        f"  {name}: {one.get('wrong') or one['refused']}" for name, one in report["by"].items() if "us" not in one
+    ]
+    return "\n".join([table(head, rows), *reasons])
+
+
+def _on_gpu() -> bool:
+    return jax.default_backend() == "gpu"
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
