@@ -16,7 +16,7 @@ from models import Decoder
 from models.config import ModelConfig, RopeConfig
 
 _PAGES, _WIDTH = 4096, 64
-_QWEN3_8B = ModelConfig(
+QWEN3_8B = ModelConfig(
     family="qwen3",
     vocab_size=151936,
     hidden_size=4096,
@@ -47,7 +47,7 @@ class Step(NamedTuple):
 
 def steps() -> dict[str, Step]:
     """Decoding of 32 sequences, and prefill of 4 chunks of 1024 tokens, with pages of 64 tokens."""
-    config = _QWEN3_8B
+    config = QWEN3_8B
     model = nnx.eval_shape(lambda: Decoder(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
     layout = KVLayout.of_layers(
         [None] * config.num_layers, kv_heads=8, head_dim=128, page_size=64, dtype="bfloat16", itemsize=2

@@ -27,6 +27,8 @@ class EngineConfig:
       model: folder in Hugging Face layout, or a hub name; None for the model that ships with jaxdual.
       served_model_name: name in responses; the hub name, or the folder's own name, if None.
       dtype: of weights, activations and KV cache; "auto" is float32 on a CPU, else the checkpoint's.
+      load_format: "auto" reads the checkpoint; "dummy" draws random weights, for measurements: the folder needs no more
+        than a config.json, and `dtype` "auto" is bfloat16 where it would be the checkpoint's.
       max_model_len: tokens of prompt and output together; None for what the model was made for (at most 8192 on a CPU).
       block_size: tokens of a KV page, which is also the unit of prefix sharing.
       max_num_seqs: sequences that run at once.
@@ -50,6 +52,7 @@ class EngineConfig:
     model: str | None = None
     served_model_name: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    load_format: Literal["auto", "dummy"] = "auto"
     max_model_len: int | None = None
     block_size: int = 64
     max_num_seqs: int = 64

@@ -23,7 +23,7 @@ from jaxdual.outputs import EngineInfo, EngineStats
 from jaxdual.sampling_params import MAX_STOP_TOKENS, RECOMMENDED_SAMPLING
 from jaxdual.scheduling.batch import BatchLimits, BatchScheduler
 from jaxdual.telemetry import CompileCounter
-from models import GenerationConfig, ModelConfig, load, load_config, load_generation_config
+from models import Decoder, GenerationConfig, ModelConfig, init, load, load_config, load_generation_config
 from models.fingerprint import model_fingerprint
 
 _CPU_KV_BYTES = 1 << 30
@@ -87,7 +87,7 @@ def build_engine(config: EngineConfig) -> BuiltEngine:
     model_config = load_config(folder)
     generation = load_generation_config(folder)
     max_model_len = _max_model_len(config, model_config)
-    model = load(folder, dtype=config.dtype)
+    model = _model(config, folder, model_config)
     load_seconds = time.perf_counter() - start
 
     dtype = jnp.dtype(model.embedding[...].dtype)
@@ -99,7 +99,7 @@ def build_engine(config: EngineConfig) -> BuiltEngine:
         dtype=dtype.name,
         itemsize=dtype.itemsize,
     )
-    identity = model_fingerprint(folder, dtype.name)
+    identity = model_fingerprint(folder, dtype.name, random_weights=config.load_format == "dummy")
     eos_token_ids = generation.eos_token_ids or model_config.eos_token_ids
     if len(eos_token_ids) > MAX_STOP_TOKENS:
         raise ConfigError(
@@ -149,6 +149,13 @@ def build_engine(config: EngineConfig) -> BuiltEngine:
         default_sampling=_default_sampling(generation),
     )
     return BuiltEngine(engine, info, load_seconds, compiles)
+
+
+def _model(config: EngineConfig, folder: Path, model: ModelConfig) -> Decoder:
+    if config.load_format == "auto":
+        return load(folder, dtype=config.dtype)
+    dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return init(model, dtype=dtype if config.dtype == "auto" else config.dtype)
 
 
 def use_compilation_cache(folder: str | None) -> None:

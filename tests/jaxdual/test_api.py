@@ -185,6 +185,16 @@ def test_a_folder_without_a_tokenizer_takes_ids_only() -> None:
         llm.generate({"prompt_token_ids": [1]}, SamplingParams(stop="x"))
 
 
+def test_random_weights_need_only_a_configuration(tmp_path: Path) -> None:
+    shutil.copy(FIXTURES / "qwen3" / "config.json", tmp_path)
+    llm = LLM(tmp_path, load_format="dummy", max_num_seqs=2)
+    again, stored = (LLM(FIXTURES / "qwen3", load_format=form, max_num_seqs=2) for form in ("dummy", "auto"))
+    prompt = {"prompt_token_ids": [1, 2, 3]}
+    outputs = [one.generate(prompt, GREEDY)[0].outputs[0].token_ids for one in (llm, again, stored)]
+    assert outputs[0] == outputs[1] != outputs[2]
+    assert llm.info.fingerprint == again.info.fingerprint != stored.info.fingerprint
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

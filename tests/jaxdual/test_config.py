@@ -37,6 +37,7 @@ def from_args(arguments: list[str], environment: dict[str, str] | None = None) -
         *(("host_cache_bytes", value) for value in (-1, float("nan"), float("inf"), True, [])),
         *(("gpu_memory_utilization", value) for value in (0, 1.1, -0.5, float("nan"), "nan", "much", True, None)),
         *(("dtype", value) for value in ("float64", None, 32, [])),
+        *(("load_format", value) for value in ("safetensors", None, "")),
         *(("preemption_mode", value) for value in ("drop", None, "")),
         *((name, value) for name in ("enable_prefix_caching", "async_scheduling") for value in (1, "yes", None, "")),
         *(("seed", value) for value in ("", 0.5, "1.5")),

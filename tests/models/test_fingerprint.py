@@ -15,6 +15,7 @@ def test_fingerprints_differ_with_weights_configuration_and_type(tmp_path: Path)
     original = model_fingerprint(FIXTURES / "qwen3", "float32")
     assert model_fingerprint(same, "float32") == original
     assert model_fingerprint(same, "bfloat16") != original
+    assert model_fingerprint(same, "float32", random_weights=True) != original
 
     weights = same / "model.safetensors"
     data = bytearray(weights.read_bytes())

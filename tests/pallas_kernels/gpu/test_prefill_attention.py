@@ -1,27 +1,30 @@
 """The Mosaic kernel of prefill attention, interpreted, beside attention written out in float64."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import pytest
 
 from pallas_kernels.paged import Pages
 from pallas_kernels.prefill_attention import mosaic, prefill_attention
-from tests.pallas_kernels.gpu.interpreter import interpreted
+from tests.pallas_kernels.gpu.interpreter import ON_GPU, interpreted
 from tests.pallas_kernels.paged_battery import check_prefill
 
 pytestmark = pytest.mark.kernels
 
 
+@functools.partial(jax.jit, static_argnames=("scale", "window", "return_lse", "config"))
+def attention(q, k_pages, v_pages, page_table, starts, counts, *, v_page_table, return_lse, **others):
+    keys, values = Pages(k_pages, page_table), Pages(v_pages, v_page_table)
+    return mosaic.prefill_attention(q, keys, values, starts, counts, **others)
+
+
 def check(*arguments, turns=True, stages=2, **options):
-    config = mosaic.Config(stages=stages, registers=False, turns=turns)
-
-    def attention(q, k_pages, v_pages, page_table, starts, counts, *, v_page_table, return_lse, **others):
-        return mosaic.prefill_attention(
-            q, Pages(k_pages, page_table), Pages(v_pages, v_page_table), starts, counts, **others, config=config
-        )
-
-    with interpreted():
-        check_prefill(jax.jit(attention, static_argnames=("scale", "window", "return_lse")), *arguments, **options)
+    for registers in (True, False) if ON_GPU else (False,):
+        config = mosaic.Config(stages=stages, registers=registers, turns=turns)
+        with interpreted():
+            check_prefill(functools.partial(attention, config=config), *arguments, **options)
 
 
 @pytest.mark.parametrize("page_size", [16, 32, 64, 128, 256])

@@ -1,0 +1,59 @@
+"""The kernels' tests on this machine's GPU: the same cases as `make test-kernels`, compiled and run.
+
+`python -m bench.device_battery --json FILE`. The exit status is that of pytest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import pytest
+
+from bench.report import header, write_json
+from bench.workers import ROOT
+
+
+class _Outcomes:
+    """What became of each test, as a plugin of pytest."""
+
+    def __init__(self) -> None:
+        self.passed = 0
+        self.failed: dict[str, str] = {}
+        self.skipped: dict[str, str] = {}
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Called by pytest after each phase of a test."""
+        if report.failed:
+            self.failed[report.nodeid] = report.longreprtext[-1000:]
+        elif report.skipped:
+            self.skipped[report.nodeid] = report.longreprtext[-200:]
+        elif report.when == "call":
+            self.passed += 1
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the tests; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.device_battery", description=(__doc__ or "").partition("\n")[0]
+    )
+    parser.add_argument("--json", metavar="FILE", help="where results go")
+    options = parser.parse_args(arguments)
+    if jax.default_backend() != "gpu":
+        print("no GPU here: the kernels' tests run without one by make test-kernels", file=sys.stderr)
+        return 2
+    os.environ["JAX_PLATFORMS"] = "cuda"  # the tests would choose the CPU
+    outcomes = _Outcomes()
+    status = int(pytest.main(["-m", "kernels", str(ROOT / "tests" / "pallas_kernels")], plugins=[outcomes]))
+    report: dict[str, Any] = header("bench.device_battery")
+    report |= {"device": jax.devices()[0].device_kind, "status": status} | vars(outcomes)
+    write_json(options.json, report)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# Everything that a GPU machine is needed for, in under ten minutes, from the tracked files alone:
+#   bench/gpu_check.sh OUT_DIR
+# leaves battery.json, kernels.json and engine.json in OUT_DIR. A part that fails or takes too long does not keep the
+# others from running; the exit status is 1 if one did. Runs in $PYTHON, else .venv/, else python3, which needs jax with
+# CUDA, flax, jaxtyping, pytest, tokenizers and safetensors.
+set -uo pipefail
+if [ $# -ne 1 ]; then
+  echo "usage: bench/gpu_check.sh OUT_DIR" >&2
+  exit 2
+fi
+mkdir -p "$1" && out=$(cd "$1" && pwd) || exit 2
+cd "$(dirname "$0")/.." || exit 2
+python=${PYTHON:-.venv/bin/python}
+command -v "$python" >/dev/null || python=python3
+export PYTHONUNBUFFERED=1 XLA_PYTHON_CLIENT_PREALLOCATE=false
+if ! "$python" -c 'import jax, sys; sys.exit(jax.default_backend() != "gpu")'; then
+  echo "no GPU that JAX can use; nothing was measured" >&2
+  exit 2
+fi
+status=0
+part() { # NAME SECONDS ARGUMENTS...
+  local name=$1 seconds=$2
+  shift 2
+  echo "== $name"
+  timeout "$seconds" "$python" -m "$@" --json "$out/$name.json" || { echo "== $name: exit status $?"; status=1; }
+}
+part battery 150 bench.device_battery
+part kernels 270 bench.kernels
+part engine 170 bench.device_engine
+exit $status
