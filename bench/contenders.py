@@ -24,11 +24,15 @@ def cudnn_contiguous(arrays: Arrays, options: dict[str, Any]) -> Callable[[], ja
     if jax.default_backend() != "gpu":
         raise NotImplementedError("needs an NVIDIA GPU")
     q, k, v, lengths = _contiguous(arrays, options)
-    extra: dict[str, Any] = {"is_causal": True} if lengths is None else {"key_value_seq_lengths": lengths}
-    attention = jax.jit(functools.partial(jax.nn.dot_product_attention, implementation="cudnn", **extra))
+    return functools.partial(_attend_with_cudnn, q, k, v, lengths)
+
+
+@jax.jit
+def _attend_with_cudnn(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array | None) -> jax.Array:
     if lengths is None:
-        return functools.partial(attention, q, k, v)
-    return lambda: attention(q[:, None], k, v)[:, 0]
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+    attend = jax.nn.dot_product_attention
+    return attend(q[:, None], k, v, key_value_seq_lengths=lengths, implementation="cudnn")[:, 0]
 
 
 def torch_sdpa(arrays: Arrays, options: dict[str, Any]) -> Callable[[], Any]:

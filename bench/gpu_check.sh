@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that a GPU machine is needed for, in under ten minutes, from the tracked files alone:
 #   bench/gpu_check.sh OUT_DIR
-# leaves battery.json, kernels.json and engine.json in OUT_DIR. A part that fails or takes too long does not keep the
+# leaves battery.json, tuning.json, kernels.json and engine.json in OUT_DIR. A part that fails or takes too long does not keep the
 # others from running; the exit status is 1 if one did. Runs in $PYTHON, else .venv/, else python3, which needs jax with
 # CUDA, flax, jaxtyping, pytest, tokenizers and safetensors.
 set -uo pipefail
@@ -26,6 +26,7 @@ part() { # NAME SECONDS ARGUMENTS...
   timeout "$seconds" "$python" -m "$@" --json "$out/$name.json" || { echo "== $name: exit status $?"; status=1; }
 }
 part battery 150 bench.device_battery
-part kernels 270 bench.kernels
-part engine 170 bench.device_engine
+part tuning 150 bench.tune --seconds 100
+part kernels 170 bench.kernels
+part engine 150 bench.device_engine
 exit $status

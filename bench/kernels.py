@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bench.contenders import CONTENDERS
+from bench.contenders import CONTENDERS, Contender
 from bench.device_clock import Ceilings, ceilings, measure
 from bench.operations import Case, operations
 from bench.report import header, table, write_json
@@ -89,18 +89,16 @@ def _wanted(name: str, parts: Sequence[str] | None) -> bool:
 
 def _measure_case(op: str, case: Case, names: Sequence[str] | None, limits: Ceilings) -> dict[str, Any]:
     spec = case.spec
-    sets = min(_MAX_SETS, max(2, math.ceil(_ROTATED_BYTES / spec.bytes_moved))) if _on_gpu() else 2
-    make = jax.jit(spec.make)
-    inputs = [make(jax.random.key(i)) for i in range(sets)]
+    inputs = inputs_of(case)
     expected = np.asarray(case.expected(inputs[0]), np.float32)
     roofline = limits.seconds(spec.bytes_moved, spec.flops)
-    contenders = {name: functools.partial(_ours, case, name) for name in case.implementations if name != _REFERENCE}
+    contenders = {name: functools.partial(our_calls, case, name) for name in case.implementations if name != _REFERENCE}
     for name, contender in CONTENDERS.get(op, {}).items():
-        contenders[name] = functools.partial(contender, options=spec.options)
+        contenders[name] = functools.partial(_their_calls, contender, spec.options)
     by: dict[str, dict[str, Any]] = {}
-    for name, contend in contenders.items():
+    for name, calls_on in contenders.items():
         if names is None or name in names:
-            by[name] = _measure_one(contend, inputs, expected, case.exact)
+            by[name] = _measure_one(calls_on, inputs, expected, case.exact)
             if "us" in by[name]:
                 seconds = by[name]["us"] / 1e6
                 by[name] |= {
@@ -117,28 +115,46 @@ def _measure_case(op: str, case: Case, names: Sequence[str] | None, limits: Ceil
     return report
 
 
-def _ours(case: Case, implementation: str, arrays: dict[str, Any]) -> Callable[[], jax.Array]:
+def inputs_of(case: Case) -> list[dict[str, Any]]:
+    """Different inputs of a workload, so many that what one leaves in the caches is gone when its turn comes again."""
+    sets = min(_MAX_SETS, max(2, math.ceil(_ROTATED_BYTES / case.spec.bytes_moved))) if _on_gpu() else 2
+    make = jax.jit(case.spec.make)
+    return [make(jax.random.key(i)) for i in range(sets)]
+
+
+def our_calls(case: Case, implementation: str, inputs: Sequence[dict[str, Any]]) -> list[Callable[[], Any]]:
+    """One of our implementations on each of the inputs; an array that it writes in place it finds again."""
     run = case.call(implementation)
     if case.donated is None:
-        return functools.partial(run, **arrays)
-    held = dict(arrays)
-    held[case.donated] = jnp.copy(arrays[case.donated])
+        return [functools.partial(run, **arrays) for arrays in inputs]
+    name = case.donated
 
-    def again() -> jax.Array:
-        held[case.donated] = run(**held)
-        return held[case.donated]
+    def in_place(arrays: dict[str, Any]) -> Callable[[], Any]:
+        held = arrays | {name: jnp.copy(arrays[name])}
 
-    return again
+        def again() -> Any:
+            held[name] = run(**held)
+            return held[name]
+
+        return again
+
+    return [in_place(arrays) for arrays in inputs]
+
+
+def _their_calls(
+    contender: Contender, options: dict[str, Any], inputs: Sequence[dict[str, Any]]
+) -> list[Callable[[], Any]]:
+    return [contender(arrays, options) for arrays in inputs]
 
 
 def _measure_one(
-    contend: Callable[[dict[str, Any]], Callable[[], Any]],
+    calls_on: Callable[[Sequence[dict[str, Any]]], list[Callable[[], Any]]],
     inputs: Sequence[dict[str, Any]],
     expected: np.ndarray[Any, Any],
     exact: bool,
 ) -> dict[str, Any]:
     try:
-        calls = [contend(one) for one in inputs]
+        calls = calls_on(inputs)
         error = _error(calls[0](), expected)
         if not error <= (0 if exact else _LIMIT):
             return {"error": error, "wrong": f"error of {error:.3g}"}

@@ -22,7 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32, Int32
 
-from pallas_kernels import target
+from pallas_kernels import target, tuning
 from pallas_kernels.decode_attention.plan import TILE, Plan, plan
 from pallas_kernels.key_bias import KeyBias
 from pallas_kernels.paged import Pages
@@ -43,6 +43,9 @@ class Config:
     def __post_init__(self) -> None:
         if self.stages < 1 or self.blocks < 1:
             raise ValueError(f"{self.stages=} and {self.blocks=} must be at least 1")
+
+
+CANDIDATES = (Config(2, 1), Config(2, 4), Config(3, 2), Config(4, 1))
 
 
 def decode_attention(
@@ -76,7 +79,9 @@ def decode_attention(
         raise NotImplementedError(f"{group} query heads share a key/value head; at most {_ROWS} can")
     if batch == 0:
         raise NotImplementedError("no queries")
-    config = config or Config()
+    if config is None:
+        workload = {"head_dim": head_dim, "group": group, "page_size": page_size, "dtype": dtype.name}
+        config = tuning.choose("decode_attention", Config(), device, **workload)
     padded = pl.cdiv(group, _ROW_BLOCK) * _ROW_BLOCK
     grouped = jnp.pad(q.reshape(batch, kv_heads, group, head_dim), ((0, 0), (0, 0), (0, padded - group), (0, 0)))
     if scaled:

@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Int32, Shaped
 
-from pallas_kernels import target
+from pallas_kernels import target, tuning
 
 _UNIT = 16  # bytes: bulk copies start at multiples of it and are multiples of it long
 
@@ -45,6 +45,9 @@ class Config:
             raise ValueError(f"storing={self.storing} must be at least 0 and less than stages={self.stages}")
 
 
+CANDIDATES = (Config(8192, 16, 8), Config(16384, 12, 6), Config(32768, 6, 3))
+
+
 def gather_blocks(
     arena: Shaped[Array, "rows page_size kv_heads head_dim"],
     ids: Int32[Array, " blocks"],
@@ -52,8 +55,8 @@ def gather_blocks(
     config: Config | None = None,
 ) -> Shaped[Array, "blocks rows_per_block page_size kv_heads head_dim"]:
     """See `api.gather_blocks`; blocks of ids past the last one are left unwritten."""
-    config = config or Config()
     device = target.hopper()
+    config = config or _config("gather", device, arena, rows_per_block)
     shape = (ids.shape[0], rows_per_block, *arena.shape[1:])
     chunk = _chunk(rows_per_block * math.prod(arena.shape[1:]), arena.dtype.itemsize, config)
     by_block = _in_chunks(arena, rows_per_block, chunk)
@@ -85,8 +88,8 @@ def scatter_blocks(
     config: Config | None = None,
 ) -> Shaped[Array, "rows page_size kv_heads head_dim"]:
     """See `api.scatter_blocks`."""
-    config = config or Config()
     device = target.hopper()
+    config = config or _config("scatter", device, arena, blocks.shape[1])
     if blocks.dtype != arena.dtype:
         raise NotImplementedError(f"blocks must have the type of the arena, {arena.dtype}, not {blocks.dtype}")
     number, rows_per_block = blocks.shape[:2]
@@ -114,6 +117,11 @@ def scatter_blocks(
     ref = jax.new_ref(by_block)
     kernel(ref, ids, contents)
     return jax.freeze(ref).reshape(arena.shape)
+
+
+def _config(direction: str, device: target.Target, arena: jax.Array, rows_per_block: int) -> Config:
+    block_bytes = rows_per_block * math.prod(arena.shape[1:]) * arena.dtype.itemsize
+    return tuning.choose("kv_blocks", Config(), device, direction=direction, block_bytes=block_bytes)
 
 
 def _chunk(elements: int, itemsize: int, config: Config) -> int:

@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32, Int32
 
-from pallas_kernels import target
+from pallas_kernels import target, tuning
 from pallas_kernels.key_bias import KeyBias
 from pallas_kernels.paged import Pages
 from pallas_kernels.paged_tiles import LOG2E, Tiling, bias_log2, spread, swizzled
@@ -53,6 +53,9 @@ class Config:
             raise ValueError(f"{self.stages=} must be from 1 to 4")
 
 
+CANDIDATES = (Config(1), Config(3), Config(2, turns=False))
+
+
 def prefill_attention(
     q: Float[Array, "seqs chunk q_heads head_dim"],
     keys: Pages,
@@ -66,7 +69,7 @@ def prefill_attention(
     config: Config | None = None,
 ) -> tuple[Float[Array, "seqs chunk q_heads head_dim"], Float32[Array, "seqs chunk q_heads"]]:
     """See `api.prefill_attention`."""
-    target.hopper()
+    device = target.hopper()
     seqs, chunk, _, head_dim = q.shape
     if q.dtype not in (jnp.bfloat16, jnp.float16) or keys.rows.dtype != q.dtype:
         raise NotImplementedError(
@@ -81,7 +84,9 @@ def prefill_attention(
         raise NotImplementedError(f"{keys.page_size=} must be a power of two from 16 to {TILE}, or a multiple of it")
     if seqs == 0 or chunk == 0:
         raise NotImplementedError("no queries")
-    config = config or Config()
+    if config is None:
+        workload = {"head_dim": head_dim, "page_size": keys.page_size, "biased": key_bias is not None}
+        config = tuning.choose("prefill_attention", Config(), device, **workload)
     padded = jnp.pad(q, ((0, 0), (0, -chunk % _BLOCK), (0, 0), (0, 0)))
     out, lse = _attend(padded, keys, values, starts, counts, scale, window, key_bias, config)
     return out[:, :chunk], lse[:, :, :chunk].swapaxes(1, 2)

@@ -1,0 +1,114 @@
+"""Finds the fastest forms of the kernels on this machine's GPU, and keeps them beside the kernels.
+
+`python -m bench.tune --json FILE`. Each named workload is timed in each form that its kernel lists and in the default
+one. Where workloads that the kernel doesn't tell apart differ, the form with the least sum of slow-downs is taken.
+A form is kept only if it is faster than the default by more than 2 %. `--adopt FILE` keeps what such a file says.
+`--seconds` bounds the time: operations then take turns, and workloads that were not reached are left as they were.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import itertools
+import json
+import math
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from bench.device_clock import measure
+from bench.kernels import inputs_of, our_calls
+from bench.operations import Case, operations
+from bench.report import header, write_json
+from pallas_kernels import tuning
+
+_GAIN = 1.02
+_DEFAULT = "{}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the measurements; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m bench.tune", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--json", metavar="FILE", help="where results go")
+    parser.add_argument("--op", action="append", choices=list(operations()), help="only this; may be repeated")
+    parser.add_argument("--spec", metavar="TEXT", default="", help="only workloads with this in their name")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no further workload after so many")
+    parser.add_argument("--adopt", metavar="FILE", type=Path, help="measure nothing, keep what was measured elsewhere")
+    options = parser.parse_args(arguments)
+    if options.adopt:
+        report = json.loads(options.adopt.read_text())
+        keep(report["device"], report["forms"])
+        return 0
+    if jax.default_backend() != "gpu":
+        print("no GPU here: nothing to tune for", file=sys.stderr)
+        return 2
+    report = header("bench.tune") | {"device": jax.devices()[0].device_kind, "times": {}, "forms": {}}
+    end = time.monotonic() + options.seconds
+    chosen = [
+        [(op, name, case) for name, case in cases.items() if options.spec in name]
+        for op, cases in operations().items()
+        if not options.op or op in options.op
+    ]
+    times: dict[str, dict[str, list[dict[str, float]]]] = defaultdict(lambda: defaultdict(list))
+    for turn in itertools.zip_longest(*chosen):
+        for op, name, case in filter(None, turn):
+            if time.monotonic() > end:
+                print(f"no time for {op} {name}", flush=True)
+                continue
+            for workload, by_form in try_forms(case).items():
+                times[op][workload].append(by_form)
+                print(op, name, min(by_form, key=by_form.__getitem__), flush=True)
+            report["times"] = times
+            report["forms"] = {
+                op: {workload: fastest(each) for workload, each in found.items()} for op, found in times.items()
+            }
+            write_json(options.json, report)
+    keep(report["device"], report["forms"])
+    return 0
+
+
+def try_forms(case: Case) -> dict[str, dict[str, float]]:
+    """Seconds by form, by the workload that the kernel takes the case for; a form that doesn't fit is left out."""
+    inputs = inputs_of(case)
+    found: dict[str, dict[str, float]] = defaultdict(dict)
+    folder = case.function.__module__.rpartition(".")[0]
+    for config in (None, *importlib.import_module(f"{folder}.mosaic").CANDIDATES):
+        with tuning.trying(config) as chosen_for:
+            try:
+                seconds = measure(our_calls(case, "mosaic", inputs)).seconds
+            except (NotImplementedError, ValueError):
+                continue
+        for _, workload in chosen_for:
+            found[workload][_DEFAULT if config is None else json.dumps(dataclasses.asdict(config))] = seconds
+    return found
+
+
+def fastest(times: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    """Fields of the form that is best for workloads together; empty for the default."""
+    forms = set.intersection(*(set(by_form) for by_form in times))
+    # In the mean of logarithms: no workload counts more for being longer.
+    cost = {form: sum(math.log(by_form[form] / by_form[_DEFAULT]) for by_form in times) / len(times) for form in forms}
+    best = min(cost, key=lambda form: (cost[form], form != _DEFAULT))
+    fields: dict[str, Any] = json.loads(best) if cost[best] < -math.log(_GAIN) else {}
+    return fields
+
+
+def keep(device: str, forms: Mapping[str, Mapping[str, Any]]) -> None:
+    """Writes the forms of each operation beside its kernel, in place of what was known of the same workloads."""
+    for op, found in forms.items():
+        file = tuning.file_of(op, device)
+        known = json.loads(file.read_text()) if file.exists() else {}
+        forms_now = {workload: form for workload, form in sorted((known | found).items()) if form}
+        if forms_now or known:
+            write_json(str(file), forms_now)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
