@@ -1,4 +1,4 @@
-"""Attention of other libraries on the workloads of `bench.kernels`, each fed in the layout that it wants.
+"""Operations of other libraries on the workloads of `bench.kernels`, each fed in the layout that it wants.
 
 What a library is given beforehand, pages gathered into one array for instance, is not timed: it gets its best case.
 """
@@ -89,6 +89,44 @@ def flashinfer_paged(arrays: Arrays, options: dict[str, Any]) -> Callable[[], An
     return run
 
 
+def jax_ragged_dot(arrays: Arrays, options: dict[str, Any]) -> Callable[[], Any]:
+    """JAX's own Mosaic kernel of the grouped product; for the gated form two of them."""
+    if jax.default_backend() != "gpu":
+        raise NotImplementedError("needs an NVIDIA GPU")
+    return functools.partial(_multiply_with_jax, **arrays)
+
+
+@jax.jit
+def _multiply_with_jax(
+    lhs: jax.Array,
+    group_sizes: jax.Array,
+    rhs: jax.Array | None = None,
+    gate: jax.Array | None = None,
+    up: jax.Array | None = None,
+) -> jax.Array:
+    # Imported where a GPU is: the module asks for CUDA's plugin.
+    from jax.experimental.pallas.ops.gpu import ragged_dot_mgpu
+
+    def product(matrices: Any) -> jax.Array:
+        block_m = 64 if lhs.shape[0] < 64 * matrices.shape[0] else 128
+        try:
+            found: jax.Array = ragged_dot_mgpu.ragged_dot(
+                lhs,
+                matrices,
+                group_sizes=group_sizes,
+                block_m=block_m,
+                block_n=128,
+                block_k=64,
+                max_concurrent_steps=4,
+                grid_block_n=2,
+            )
+        except ValueError as error:
+            raise NotImplementedError(str(error)) from error
+        return found
+
+    return product(rhs) if gate is None else jax.nn.silu(product(gate)) * product(up)
+
+
 CONTENDERS: Mapping[str, Mapping[str, Contender]] = {
     "prefill_attention": {"cudnn_contiguous": cudnn_contiguous, "torch_sdpa": torch_sdpa},
     "decode_attention": {
@@ -96,6 +134,7 @@ CONTENDERS: Mapping[str, Mapping[str, Contender]] = {
         "torch_sdpa": torch_sdpa,
         "flashinfer": flashinfer_paged,
     },
+    "grouped_matmul": {"jax_ragged_dot": jax_ragged_dot},
 }
 
 
