@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.decode_attention import arg_specs as decode_specs
 from pallas_kernels.decode_attention import decode_attention
+from pallas_kernels.grouped_matmul import arg_specs as matmul_specs
 from pallas_kernels.kv_blocks import arg_specs as kv_specs
 from pallas_kernels.prefill_attention import arg_specs as prefill_specs
 from pallas_kernels.prefill_attention import prefill_attention
@@ -32,7 +33,7 @@ class Case(NamedTuple):
 
     Attributes:
       function: takes what `spec.make` returns, `spec.options` and `implementation`.
-      implementations: names that `function` knows, in the order of "auto".
+      implementations: names that `function` knows, in the order of "auto"; in float32 the last says what is right.
       exact: results are copies: nothing may differ.
       donated: the argument that is written in place.
     """
@@ -74,6 +75,9 @@ def operations() -> Mapping[str, Mapping[str, Case]]:
     return {
         "prefill_attention": {n: Case(prefill_attention, s, attention) for n, s in prefill_specs.SPECS.items()},
         "decode_attention": {n: Case(decode_attention, s, attention) for n, s in decode_specs.SPECS.items()},
+        "grouped_matmul": {
+            name: Case(spec.function, spec, ("mosaic", "xla")) for name, spec in matmul_specs.SPECS.items()
+        },
         "kv_blocks": {
             name: Case(
                 spec.function,

@@ -140,7 +140,7 @@ class Decoder(nnx.Module):
         return logits
 
     def set_expert_implementation(self, implementation: str) -> None:
-        """Choose the `grouped_matmul` implementation of all mixture layers ("dense" is differentiable)."""
+        """Choose the `grouped_matmul` implementation of all mixture layers ("reference" is differentiable)."""
         for layer in self.layers:
             if isinstance(layer.mlp, MoE):
                 layer.mlp.implementation = implementation

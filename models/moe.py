@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from models.config import MoEConfig
 from models.layers import Linear, random_weights
-from pallas_kernels.grouped_matmul import combine, dispatch, grouped_matmul
+from pallas_kernels.grouped_matmul import combine, dispatch, gated_grouped_matmul, grouped_matmul
 
 
 class Experts(nnx.Module):
@@ -28,15 +28,15 @@ class Experts(nnx.Module):
         self, rows: Float[Array, "M D"], group_sizes: Int32[Array, "E"], implementation: str
     ) -> Float[Array, "M D"]:
         """Apply expert `e` to its `group_sizes[e]` rows; rows are sorted by expert."""
-        gate = grouped_matmul(rows, self.gate[...], group_sizes, implementation=implementation)
-        up = grouped_matmul(rows, self.up[...], group_sizes, implementation=implementation)
-        return grouped_matmul(jax.nn.silu(gate) * up, self.down[...], group_sizes, implementation=implementation)
+        gate, up, down = self.gate[...], self.up[...], self.down[...]
+        inner = gated_grouped_matmul(rows, gate, up, group_sizes, implementation=implementation)
+        return grouped_matmul(inner, down, group_sizes, implementation=implementation)
 
 
 class MoE(nnx.Module):
     """Sparse replacement of the MLP. No capacity limit: no token is dropped, and none changes another's result.
 
-    `implementation` is that of `grouped_matmul`: "auto" to serve, "dense" where gradients are wanted.
+    `implementation` is that of `grouped_matmul`: "auto" to serve, "reference" where gradients are wanted.
     """
 
     def __init__(self, moe: MoEConfig, hidden: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:

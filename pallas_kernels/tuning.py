@@ -14,14 +14,17 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar, Protocol
 
 from pallas_kernels.target import Target
 
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
-
 _ROOT = Path(__file__).parent
+
+
+class Form(Protocol):
+    """A dataclass, which is all that is asked of a kernel's `Config`."""
+
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -40,7 +43,7 @@ class Trial:
 _trial: contextvars.ContextVar[Trial | None] = contextvars.ContextVar("trial", default=None)
 
 
-def choose[C: DataclassInstance](operation: str, default: C, device: Target, **workload: object) -> C:
+def choose[C: Form](operation: str, default: C, device: Target, **workload: object) -> C:
     """The form of a kernel.
 
     Args:

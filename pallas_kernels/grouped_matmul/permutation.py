@@ -6,7 +6,7 @@ from jaxtyping import Array, Float, Int, Int32
 
 def dispatch(
     x: Float[Array, "T D"], experts: Int[Array, "T k"], num_experts: int
-) -> tuple[Float[Array, "M D"], Int32[Array, "E"], Int32[Array, "M"]]:
+) -> tuple[Float[Array, "M D"], Int32[Array, " E"], Int32[Array, "M"]]:
     """Copy each token's row once for each of its experts, sorted by expert.
 
     Args:

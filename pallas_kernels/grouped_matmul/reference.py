@@ -5,13 +5,20 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 
-def grouped_matmul_dense(
-    lhs: Float[Array, "M K"], rhs: Float[Array, "E K N"], group_sizes: Int32[Array, "E"]
+def grouped_matmul(
+    lhs: Float[Array, "M K"], rhs: Float[Array, "E K N"], group_sizes: Int32[Array, " E"]
 ) -> Float[Array, "M N"]:
-    """`out[m] = lhs[m] @ rhs[group of m]`, zero beyond the last group; see `grouped_matmul`."""
+    """`out[m] = lhs[m] @ rhs[group of m]`, zero beyond the last group; see `api.grouped_matmul`."""
     ends = jnp.cumsum(group_sizes)
     row = jnp.arange(lhs.shape[0])
     member = (row < ends[:, None]) & (row >= (ends - group_sizes)[:, None])
     spread = jnp.where(member[:, :, None], lhs[None], 0)
     precision = jax.lax.Precision.HIGHEST if lhs.dtype == jnp.float32 else None
     return jnp.einsum("emk,ekn->mn", spread, rhs, precision=precision)
+
+
+def gated_grouped_matmul(
+    lhs: Float[Array, "M K"], gate: Float[Array, "E K N"], up: Float[Array, "E K N"], group_sizes: Int32[Array, " E"]
+) -> Float[Array, "M N"]:
+    """See `api.gated_grouped_matmul`."""
+    return jax.nn.silu(grouped_matmul(lhs, gate, group_sizes)) * grouped_matmul(lhs, up, group_sizes)

@@ -10,10 +10,10 @@ from jaxtyping import Array, Float, Int32
 MAX_BLOCK_ROWS = 128
 
 
-def grouped_matmul_xla(
-    lhs: Float[Array, "M K"], rhs: Float[Array, "E K N"], group_sizes: Int32[Array, "E"]
+def grouped_matmul(
+    lhs: Float[Array, "M K"], rhs: Float[Array, "E K N"], group_sizes: Int32[Array, " E"]
 ) -> Float[Array, "M N"]:
-    """Blocks in ascending order, as many as are filled; see `grouped_matmul`."""
+    """Blocks in ascending order, as many as are filled; see `api.grouped_matmul`."""
     rows, groups = lhs.shape[0], rhs.shape[0]
     if rows == 0 or groups == 0:
         return jnp.zeros((rows, rhs.shape[2]), lhs.dtype)
@@ -39,6 +39,13 @@ def grouped_matmul_xla(
     out = jnp.zeros((rows + block, rhs.shape[2]), lhs.dtype)
     filled: jax.Array = jax.lax.fori_loop(0, block_ends[-1], body, out)
     return filled[:rows]
+
+
+def gated_grouped_matmul(
+    lhs: Float[Array, "M K"], gate: Float[Array, "E K N"], up: Float[Array, "E K N"], group_sizes: Int32[Array, " E"]
+) -> Float[Array, "M N"]:
+    """See `api.gated_grouped_matmul`."""
+    return jax.nn.silu(grouped_matmul(lhs, gate, group_sizes)) * grouped_matmul(lhs, up, group_sizes)
 
 
 def block_rows(rows: int, groups: int) -> int:

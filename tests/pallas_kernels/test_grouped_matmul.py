@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels.grouped_matmul import IMPLEMENTATIONS, combine, dispatch, grouped_matmul
+from pallas_kernels.grouped_matmul import arg_specs, combine, dispatch, gated_grouped_matmul, grouped_matmul
 from pallas_kernels.grouped_matmul.xla import MAX_BLOCK_ROWS, block_rows
 
+IMPLEMENTATIONS = ("xla", "reference")
 ROWS, DEPTH, WIDTH = 40, 5, 3
 
 
@@ -109,12 +110,45 @@ def test_bfloat16_stays_bfloat16() -> None:
         np.testing.assert_allclose(found.astype(np.float32), product(lhs, rhs, [9, 0, 20, 5]), atol=0.1)
 
 
-def test_the_dense_implementation_has_the_gradients_of_the_formula() -> None:
+@pytest.mark.parametrize("implementation", ["auto", *IMPLEMENTATIONS])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_gated_product_is_that_of_two_products(implementation: str, dtype: str) -> None:
+    lhs, gate = (a.astype(dtype) for a in inputs(ROWS, 4))
+    up = inputs(ROWS, 4, seed=1)[1].astype(dtype)
+    sizes = jnp.array([9, 0, 20, 5], jnp.int32)
+    found = gated_grouped_matmul(lhs, gate, up, sizes, implementation=implementation)
+    left, right = (grouped_matmul(lhs, a, sizes, implementation=implementation) for a in (gate, up))
+    np.testing.assert_array_equal(found, jax.nn.silu(left) * right)
+    wanted = product(lhs, gate, [9, 0, 20, 5])
+    wanted = wanted / (1 + np.exp(-wanted)) * product(lhs, up, [9, 0, 20, 5])
+    np.testing.assert_allclose(found.astype(np.float32), wanted, atol=1e-4 if dtype == "float32" else 0.2)
+
+
+def test_the_kernel_needs_a_gpu() -> None:
+    lhs, rhs = (a.astype(jnp.bfloat16) for a in inputs(ROWS, 4))
+    sizes = jnp.array([9, 0, 20, 5], jnp.int32)
+    with pytest.raises(NotImplementedError, match="compute capability"):
+        grouped_matmul(lhs, rhs, sizes, implementation="mosaic")
+    with pytest.raises(NotImplementedError, match="compute capability"):
+        gated_grouped_matmul(lhs, rhs, rhs, sizes, implementation="mosaic")
+
+
+def test_specs_count_what_they_make() -> None:
+    spec = arg_specs.Spec(tokens=50, top_k=2, experts=4, inputs=8, outputs=16, gated=True)
+    arguments = spec.make(jax.random.key(0))
+    assert arguments["group_sizes"].sum() == spec.rows == len(arguments["lhs"]) == 100
+    assert spec.function(**arguments, **spec.options).shape == (100, 16)
+    # All four experts have rows: four times two matrices, and rows in and out.
+    assert spec.bytes_moved == 2 * (4 * 2 * 8 * 16 + 100 * (8 + 16))
+    assert spec.flops == 2 * 2 * 100 * 8 * 16
+
+
+def test_the_reference_has_the_gradients_of_the_formula() -> None:
     lhs, rhs = inputs(6, 2)
     sizes = jnp.array([2, 3], jnp.int32)
 
     def total(lhs, rhs):
-        return grouped_matmul(lhs, rhs, sizes, implementation="dense").sum()
+        return grouped_matmul(lhs, rhs, sizes, implementation="reference").sum()
 
     to_lhs, to_rhs = jax.grad(total, (0, 1))(lhs, rhs)
     np.testing.assert_allclose(
@@ -132,13 +166,26 @@ def test_the_dense_implementation_has_the_gradients_of_the_formula() -> None:
         (jnp.zeros((4, 2)), jnp.zeros((3, 2, 5)), jnp.zeros(2, jnp.int32), "auto", r"int32\[3\] is expected"),
         (jnp.zeros((4, 2)), jnp.zeros((3, 2, 5)), jnp.zeros(3), "auto", "group_sizes is float32"),
         (jnp.zeros((4, 2)), jnp.zeros((3, 2, 5), jnp.bfloat16), jnp.zeros(3, jnp.int32), "auto", "one type"),
-        (jnp.zeros((4, 2)), jnp.zeros((3, 2, 5)), jnp.zeros(3, jnp.int32), "cuda", "known: auto, xla, dense"),
+        (
+            jnp.zeros((4, 2)),
+            jnp.zeros((3, 2, 5)),
+            jnp.zeros(3, jnp.int32),
+            "cuda",
+            r"'cuda' is none of \['auto', 'mosaic', 'xla', 'reference'\]",
+        ),
     ],
 )
 @pytest.mark.usefixtures("unchecked_shapes")
 def test_wrong_arguments_are_refused(lhs, rhs, sizes, implementation, message) -> None:
     with pytest.raises(ValueError, match=message):
         grouped_matmul(lhs, rhs, sizes, implementation=implementation)
+
+
+@pytest.mark.parametrize("up", [jnp.zeros((2, 5, 4)), jnp.zeros((2, 5, 3), jnp.bfloat16)])
+@pytest.mark.usefixtures("unchecked_shapes")
+def test_gate_and_up_that_differ_are_refused(up) -> None:
+    with pytest.raises(ValueError, match="must be alike"):
+        gated_grouped_matmul(jnp.zeros((4, 5)), jnp.zeros((2, 5, 3)), up, jnp.zeros(2, jnp.int32))
 
 
 def test_dispatch_sorts_by_expert_and_combine_undoes_it() -> None:

@@ -51,14 +51,14 @@ def test_nothing_is_spilled(operations):
     assert not any(spilled.values()), spilled
 
 
-def test_attention_multiplies_with_wgmma_and_loads_with_tma(operations):
+def test_products_are_wgmma_and_loads_are_tma(operations):
     seen = set()
-    for name, counts in kernels(operations, "prefill_attention", "decode_attention"):
+    for name, counts in kernels(operations, "prefill_attention", "decode_attention", "grouped_matmul"):
         if not name.endswith("_merge"):  # adds up a few rows
             seen.add(name.split()[0])
             assert counts["wgmma"] > 0, name
             assert counts["tma"] > 0, name
-    assert seen == {"prefill_attention", "decode_attention"}
+    assert seen == {"prefill_attention", "decode_attention", "grouped_matmul"}
 
 
 def test_blocks_move_with_bulk_copies_and_in_place(operations):
@@ -69,7 +69,7 @@ def test_blocks_move_with_bulk_copies_and_in_place(operations):
         assert report["temporary_bytes"] == 0, name
 
 
-def test_attention_needs_little_memory_beside_its_results(operations):
+def test_operations_need_little_memory_beside_its_results(operations):
     for op, specs in operations.items():
         for name, report in specs.items():
             assert report["temporary_bytes"] < 8 * 2**20, (op, name)
