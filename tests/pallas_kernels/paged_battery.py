@@ -15,60 +15,95 @@ SCALE = 0.3  # sharper than usual: an error in a score shows
 
 @dataclass(frozen=True)
 class Case:
-    """Random sequences in one arena whose pages are dealt at random, with NaN wherever no key or value is.
+    """Random sequences whose pages are dealt at random, with NaN wherever no key or value is.
 
     Attributes:
       arrays: keyword arguments of the operations, but for queries and positions.
       keys, values: `[seqs, tokens, kv_heads, head_dim]` in token order, as the pages hold them.
       bias: `[seqs, tokens]`, or None.
+      hidden: tokens at the start of each sequence whose pages the tables leave out.
     """
 
     arrays: dict[str, jax.Array | KeyBias]
     keys: np.ndarray
     values: np.ndarray
     bias: np.ndarray | None
+    hidden: int
     rng: np.random.Generator
 
 
-def case(seed, lengths, firsts, *, kv_heads, head_dim, page_size, dtype, fp8=False, biased=False) -> Case:
-    """`firsts`: the first key of each sequence that a query sees; `fp8`: pages of 8 bits with a scale of each token;
-    `biased`: a bias of some keys of each sequence.
+def case(
+    seed,
+    lengths,
+    firsts=0,
+    *,
+    kv_heads=1,
+    head_dim=64,
+    page_size=64,
+    dtype=jnp.bfloat16,
+    fp8=False,
+    biased=False,
+    separate_values=False,
+    one_table=False,
+    spare=1,
+    left_out=0,
+) -> Case:
+    """Keys and values of sequences of `lengths` tokens.
+
+    Args:
+      firsts: the first key of each sequence that a query sees.
+      fp8: pages of 8 bits with a scale of each token.
+      biased: a bias of some keys of each sequence.
+      separate_values: values in an array of their own, not in one arena with the keys.
+      one_table: values in the same rows of their own array as the keys, and no table of the values.
+      spare: entries of the tables past the last page of the longest sequence.
+      left_out: pages at the start of each sequence that the tables leave out.
     """
     rng = np.random.default_rng(seed)
-    seqs, width = len(lengths), -(-max(*lengths, 1) // page_size) + 1
+    hidden = left_out * page_size
+    seqs, width = len(lengths), -(-max(*lengths, 1) // page_size) + spare
     rows, tokens = 2 * seqs * width + 1, width * page_size
     ids = rng.permutation(rows)[: 2 * seqs * width].reshape(2, seqs, width).astype(np.int32)
+    if one_table:
+        ids[1] = ids[0]
+    arenas = 2 if separate_values or one_table else 1
+    place = np.arange(2)[:, None, None] % arenas, ids  # of keys and of values
     kv = rng.normal(size=(2, seqs, tokens, kv_heads, head_dim))
     at = np.arange(tokens)
-    kv[:, (at >= np.asarray(lengths)[:, None]) | (at < np.asarray(firsts)[:, None])] = np.nan
-    arena = np.full((rows, page_size, kv_heads, head_dim), np.nan)
-    arena[ids] = kv.reshape(2, seqs, width, page_size, kv_heads, head_dim)
-    arrays = {"page_table": jnp.asarray(ids[0]), "v_page_table": jnp.asarray(ids[1])}
+    kv[:, (at >= np.asarray(lengths)[:, None]) | (at < np.reshape(firsts, (-1, 1)))] = np.nan
+    arena = np.full((arenas, rows, page_size, kv_heads, head_dim), np.nan)
+    arena[place] = kv.reshape(2, seqs, width, page_size, kv_heads, head_dim)
+    arrays = {"page_table": jnp.asarray(ids[0, :, left_out:])}
+    if not one_table:
+        arrays["v_page_table"] = jnp.asarray(ids[1, :, left_out:])
     by_token = 1
     if fp8:
         # From just enough for the largest number of a token to twice that; NaN with the tokens that are not there.
-        scales = np.abs(arena).max(axis=-1).swapaxes(1, 2) / 448 * (1 + rng.random((rows, kv_heads, page_size)))
-        scales = scales.astype(np.float32)
-        by_token = scales.swapaxes(1, 2)[..., None]
-        arrays["k_scales"] = arrays["v_scales"] = jnp.asarray(scales)
-    pages = jnp.asarray(arena / by_token, jnp.float8_e4m3fn if fp8 else dtype)
-    arrays["k_pages"] = arrays["v_pages"] = pages
-    keys, values = (np.asarray(pages, np.float64) * by_token)[ids].reshape(kv.shape)
+        room = 1 + rng.random((arenas, rows, kv_heads, page_size))
+        scales = (np.abs(arena).max(axis=-1).swapaxes(2, 3) / 448 * room).astype(np.float32)
+        by_token = scales.swapaxes(2, 3)[..., None]
+        held = [jnp.asarray(x) for x in scales]
+        arrays |= {"k_scales": held[0], "v_scales": held[-1]}
+    pages = [jnp.asarray(x, jnp.float8_e4m3fn if fp8 else dtype) for x in arena / by_token]
+    arrays |= {"k_pages": pages[0], "v_pages": pages[-1]}
+    keys, values = (np.asarray(pages, np.float64) * by_token)[place].reshape(kv.shape)
     bias = None
     if biased:
         chosen, value = rng.random((seqs, tokens)) < 0.3, rng.normal(size=seqs).astype(np.float32)
-        arrays["key_bias"] = KeyBias(pack(jnp.asarray(chosen)), jnp.asarray(value))
+        arrays["key_bias"] = KeyBias(pack(jnp.asarray(chosen[:, hidden:])), jnp.asarray(value))
         bias = chosen * value[:, None]
-    return Case(arrays, keys, values, bias, rng)
+    return Case(arrays, keys, values, bias, hidden, rng)
 
 
-def attend(case: Case, seq: int, q: np.ndarray, position: int, window: int | None) -> tuple[np.ndarray, np.ndarray]:
+def attend(
+    case: Case, seq: int, q: np.ndarray, position: int, window: int | None, scale: float
+) -> tuple[np.ndarray, np.ndarray]:
     """Output and log-sum-exp of one query `[q_heads, head_dim]` at a position of a sequence."""
     seen = slice(max(0, position + 1 - window) if window else 0, position + 1)
     group = q.shape[0] // case.keys.shape[2]
     out, lse = np.zeros(q.shape), np.zeros(q.shape[0])
     for head in range(q.shape[0]):
-        scores = case.keys[seq, seen, head // group] @ q[head] * SCALE
+        scores = case.keys[seq, seen, head // group] @ q[head] * scale
         if case.bias is not None:
             scores = scores + case.bias[seq, seen]
         weights = np.exp(scores - scores.max())
@@ -77,53 +112,15 @@ def attend(case: Case, seq: int, q: np.ndarray, position: int, window: int | Non
     return out, lse
 
 
-def compare(out, lse, expected, expected_lse, dtype) -> None:
-    assert np.isfinite(expected).all()
-    np.testing.assert_allclose(
-        np.asarray(out, np.float64),
-        expected,
-        atol={"bfloat16": 0.02, "float16": 0.004}.get(jnp.dtype(dtype).name, 1e-5),
-    )
-    np.testing.assert_allclose(lse, expected_lse, atol=1e-5 if dtype == jnp.float32 else 0.004)
+def check_decode(function, seed, lengths, *, group=8, **options) -> None:
+    """Compares `function`, with the arguments of `decode_attention`: chunks of one token, or of none."""
 
+    def one_token(q, starts, counts, **others):
+        out, lse = function(q=q[:, 0], lengths=starts + counts, **others)
+        return out[:, None], lse[:, None]
 
-def check_decode(
-    function,
-    seed,
-    lengths,
-    *,
-    kv_heads=1,
-    group=8,
-    head_dim=64,
-    page_size=64,
-    dtype=jnp.bfloat16,
-    fp8=False,
-    biased=False,
-    window=None,
-) -> None:
-    """Compares `function`, with the arguments of `decode_attention`."""
-    firsts = [max(0, length - window) if window else 0 for length in lengths]
-    c = case(
-        seed,
-        lengths,
-        firsts,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        page_size=page_size,
-        dtype=dtype,
-        fp8=fp8,
-        biased=biased,
-    )
-    q = jnp.asarray(c.rng.normal(size=(len(lengths), kv_heads * group, head_dim)), dtype)
-    out, lse = function(
-        q=q, lengths=jnp.asarray(lengths, jnp.int32), scale=SCALE, window=window, return_lse=True, **c.arrays
-    )
-    expected, expected_lse = np.zeros(q.shape), np.full(q.shape[:2], -np.inf)
-    for seq, length in enumerate(lengths):
-        if length:
-            query = np.asarray(q[seq], np.float64)
-            expected[seq], expected_lse[seq] = attend(c, seq, query, length - 1, window)
-    compare(out, lse, expected, expected_lse, dtype)
+    starts, counts = [max(0, length - 1) for length in lengths], [min(1, length) for length in lengths]
+    check_prefill(one_token, seed, starts, counts, chunk=1, group=group, **options)
 
 
 def check_prefill(
@@ -133,42 +130,41 @@ def check_prefill(
     counts,
     *,
     chunk=128,
-    kv_heads=1,
     group=2,
-    head_dim=64,
-    page_size=64,
     dtype=jnp.bfloat16,
-    fp8=False,
-    biased=False,
     window=None,
+    scale=SCALE,
+    **options,
 ) -> None:
-    """Compares `function`, with the arguments of `prefill_attention`."""
-    lengths = [start + count for start, count in zip(starts, counts, strict=True)]
-    firsts = [max(0, start + 1 - window) if window else 0 for start in starts]
-    c = case(
-        seed,
-        lengths,
-        firsts,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        page_size=page_size,
-        dtype=dtype,
-        fp8=fp8,
-        biased=biased,
-    )
-    q = jnp.asarray(c.rng.normal(size=(len(starts), chunk, kv_heads * group, head_dim)), dtype)
+    """Compares `function`, with the arguments of `prefill_attention`; `options` are those of `case`."""
+    starts, counts = np.asarray(starts, np.int32), np.asarray(counts, np.int32)
+    firsts = np.maximum(0, starts + 1 - window) if window else 0
+    c = case(seed, starts + counts, firsts, dtype=dtype, **options)
+    kv_heads, head_dim = c.keys.shape[2:]
+    q = c.rng.normal(size=(len(starts), chunk, kv_heads * group, head_dim))
+    q[np.arange(chunk) >= counts[:, None]] = np.nan  # queries that are not real may hold anything
+    q = jnp.asarray(q, dtype)
     out, lse = function(
         q=q,
-        starts=jnp.asarray(starts, jnp.int32),
-        counts=jnp.asarray(counts, jnp.int32),
-        scale=SCALE,
+        starts=jnp.asarray(starts - c.hidden),
+        counts=jnp.asarray(counts),
+        scale=scale,
         window=window,
         return_lse=True,
         **c.arrays,
     )
+    used = head_dim**-0.5 if scale is None else scale
     expected, expected_lse = np.zeros(q.shape), np.full(q.shape[:3], -np.inf)
-    for seq, (start, count) in enumerate(zip(starts, counts, strict=True)):
-        for i in range(count):
-            query = np.asarray(q[seq, i], np.float64)
-            expected[seq, i], expected_lse[seq, i] = attend(c, seq, query, start + i, window)
-    compare(out, lse, expected, expected_lse, dtype)
+    for seq, i in np.argwhere(np.arange(chunk) < counts[:, None]):
+        query = np.asarray(q[seq, i], np.float64)
+        expected[seq, i], expected_lse[seq, i] = attend(c, seq, query, starts[seq] + i, window, used)
+    assert np.isfinite(expected).all()
+    assert out.dtype == q.dtype
+    atol, lse_atol = {"bfloat16": (0.02, 0.004), "float16": (0.004, 0.004), "float32": (2e-6, 2e-6)}[q.dtype.name]
+    np.testing.assert_allclose(np.asarray(out, np.float64), expected, rtol=1e-6, atol=atol)
+    np.testing.assert_allclose(lse, expected_lse, rtol=1e-6, atol=lse_atol)
+
+
+def zeros(shapes: dict[str, tuple[int, ...]]) -> dict[str, jax.Array]:
+    """Arguments of these shapes by name: float32, or int32 for tables and numbers."""
+    return {name: jnp.zeros(shape, jnp.float32 if len(shape) > 2 else jnp.int32) for name, shape in shapes.items()}

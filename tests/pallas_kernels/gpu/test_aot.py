@@ -76,7 +76,8 @@ def test_operations_need_little_memory_beside_its_results(operations):
 
 
 def test_engine_steps_write_the_arena_in_place_and_copy_none_of_it(report):
+    assert {"decode_32", "prefill_4_times_1024", "prefill_4_times_1024_layer"} <= set(report["steps"])
     for name, step in report["steps"].items():
-        assert step["aliased_bytes"] == step["arena_bytes"], name
+        assert step["aliased_bytes"] == step["donated_bytes"] >= step["arena_bytes"], name
         of_attention = 4 * 2**20  # its parts before they are merged
         assert step["temporary_bytes"] < step["page_bytes"] + step["activation_bytes"] + of_attention, name
