@@ -13,7 +13,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +37,8 @@ _TARGET = (
 )
 
 
-def compile_for_h200(function: Any, arguments: Any) -> Any:
-    """The compiled program of the jitted `function(**arguments)`."""
+def compile_for_h200(trace: Callable[..., Any], arguments: Any) -> Any:
+    """The compiled program of what `trace(**arguments)`, of a jitted function, traces."""
     topology = topologies.get_topology_desc(
         platform="cuda", topology_name=DEVICE, target_config=_TARGET, topology="1x1x8"
     )
@@ -46,14 +46,14 @@ def compile_for_h200(function: Any, arguments: Any) -> Any:
     placed = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), arguments)
     mesh = AbstractMesh((), (), abstract_device=AbstractDevice(DEVICE, MULTIPROCESSORS, "cuda"))
     with jax.sharding.use_abstract_mesh(mesh):
-        return function.trace(**placed).lower(lowering_platforms=("cuda",)).compile()
+        return trace(**placed).lower(lowering_platforms=("cuda",)).compile()
 
 
 def measure(case: Case) -> dict[str, Any]:
     """Registers, spilled bytes and instructions of each kernel; temporary and aliased bytes of the program."""
     arguments = jax.eval_shape(case.spec.make, jax.random.key(0))
     with _dump() as folder:
-        compiled = compile_for_h200(case.call("mosaic"), arguments)
+        compiled = compile_for_h200(case.call("mosaic").trace, arguments)
         kernels = {
             re.sub(r"_\d+$", "", log.stem): _count(log.read_text(), log.with_suffix(".ptx").read_text())
             for log in sorted(folder.glob("*.ptxas"))
@@ -73,12 +73,13 @@ def measure_steps() -> dict[str, Any]:
     report = {}
     for name, step in steps().items():
         print(f"engine step {name}", file=sys.stderr, flush=True)
-        memory = compile_for_h200(jax.jit(step.function, donate_argnames="arenas"), step.arguments).memory_analysis()
-        (arena,) = step.arguments["arenas"]
+        memory = compile_for_h200(step.trace, step.arguments).memory_analysis()
+        donated = jax.tree.leaves([step.arguments[argument] for argument in step.donated])
         report[name] = {
             "temporary_bytes": memory.temp_size_in_bytes,
             "aliased_bytes": memory.alias_size_in_bytes,
-            "arena_bytes": arena.size * arena.dtype.itemsize,
+            "donated_bytes": sum(array.size * array.dtype.itemsize for array in donated),
+            "arena_bytes": step.arena_bytes,
             "activation_bytes": step.activation_bytes,
             "page_bytes": step.page_bytes,
         }
@@ -120,11 +121,11 @@ def table(report: Mapping[str, Any]) -> str:
                 cells = [op, spec, kernel, *counts.values(), round(one["temporary_bytes"] / 2**20, 2)]
                 lines.append("| " + " | ".join(map(str, cells)) + " |")
     if "steps" in report:
-        names = ("temporary_bytes", "aliased_bytes", "arena_bytes", "activation_bytes", "page_bytes")
+        names = ("temporary_bytes", "aliased_bytes", "donated_bytes", "arena_bytes", "activation_bytes", "page_bytes")
         lines += [
             "",
-            "| engine step | temporary MiB | aliased | arena | activations | a page of every layer |",
-            "|" + "---|" * 6,
+            "| engine step | temporary MiB | aliased | donated | arena | activations | a page |",
+            "|" + "---|" * 7,
         ]
         for step, one in report["steps"].items():
             lines.append("| " + " | ".join([step, *(f"{one[name] / 2**20:.1f}" for name in names)]) + " |")

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxdual.engine.layer_steps import LayerPrograms
 from jaxdual.engine.paged import GroupTable
 from jaxdual.engine.steps import Programs
 from jaxdual.kv.layout import KVLayout
 from models import Decoder
 from models.config import ModelConfig, RopeConfig
 
-_PAGES, _WIDTH = 4096, 64
+_PAGES, _WIDTH, _PAGE_SIZE = 4096, 64, 64
+_LAYER_SLOTS = 3
 QWEN3_8B = ModelConfig(
     family="qwen3",
     vocab_size=151936,
@@ -32,42 +35,64 @@ QWEN3_8B = ModelConfig(
 
 
 class Step(NamedTuple):
-    """A step function, its arguments by name, and what its memory is measured by.
+    """An engine step and what its memory is measured by.
 
     Attributes:
+      trace: traces its program for `arguments`.
+      donated: names of the arguments that results are written over.
+      arena_bytes: of the largest of them.
       activation_bytes: of all tokens, between two layers and within an MLP.
-      page_bytes: of one page of every layer.
+      page_bytes: of one page of the arena.
     """
 
-    function: Callable[..., Any]
+    trace: Callable[..., Any]
     arguments: dict[str, Any]
+    donated: tuple[str, ...]
+    arena_bytes: int
     activation_bytes: int
     page_bytes: int
 
 
 def steps() -> dict[str, Step]:
-    """Decoding of 32 sequences, and prefill of 4 chunks of 1024 tokens, with pages of 64 tokens."""
+    """Decoding of 32 sequences, prefill of 4 chunks of 1024 tokens, and one layer of such a prefill."""
     config = QWEN3_8B
     model = nnx.eval_shape(lambda: Decoder(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
     layout = KVLayout.of_layers(
-        [None] * config.num_layers, kv_heads=8, head_dim=128, page_size=64, dtype="bfloat16", itemsize=2
+        [None] * config.num_layers, kv_heads=8, head_dim=128, page_size=_PAGE_SIZE, dtype="bfloat16", itemsize=2
     )
     programs = Programs(model, layout)
-    rows = layout.groups[0].rows_per_page
-    arena = jax.ShapeDtypeStruct((_PAGES * rows, 64, 8, 128), jnp.bfloat16)
+    layer_programs = LayerPrograms(model, page_size=_PAGE_SIZE, slots=_LAYER_SLOTS)
+
+    def arena(layers: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((_PAGES * layers * 2, _PAGE_SIZE, 8, 128), jnp.bfloat16)
 
     def ints(*shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, jnp.int32)
 
-    def step(function: Callable[..., Any], count: int, seqs: int, **arguments: Any) -> Step:
-        common = {"leaves": programs.leaves, "arenas": (arena,), "tables": (GroupTable(ints(seqs, _WIDTH)),)}
+    def step(trace: Callable[..., Any], arguments: dict[str, Any], tokens: int, layers: int) -> Step:
         columns = 4 * config.hidden_size + 3 * config.intermediate_size
-        return Step(function, common | arguments, count * columns * 2, rows * 64 * 8 * 128 * 2)
+        arena_bytes = arena(layers).size * 2
+        donated = tuple(name for name in ("arenas", "arena", "x") if name in arguments)
+        return Step(trace, arguments, donated, arena_bytes, tokens * columns * 2, arena_bytes // _PAGES)
 
-    numbers = ints(32)
+    def all_layers(seqs: int) -> dict[str, Any]:
+        table = GroupTable(ints(seqs, _WIDTH))
+        return {"leaves": programs.leaves, "arenas": (arena(config.num_layers),), "tables": (table,)}
+
+    numbers, seqs = ints(32), ints(4)
+    decode = {"last_token": ints(64), "slots": numbers, "tokens": numbers, "positions": numbers}
+    prefill = {"starts": seqs, "counts": seqs}
+    x, rope = jax.eval_shape(layer_programs.begin, layer_programs.embedding, ints(4, 1024), seqs)
+    layer = layer_programs.arrays_of(1) | {"x": x, "rope": rope, "arena": arena(_LAYER_SLOTS)}
     return {
-        "decode_32": step(
-            programs._decode, 32, 32, last_token=ints(64), slots=numbers, tokens=numbers, positions=numbers
+        "decode_32": step(programs.decode.trace, all_layers(32) | decode, 32, config.num_layers),
+        "prefill_4_times_1024": step(
+            programs.prefill.trace, all_layers(4) | prefill | {"tokens": ints(4, 1024)}, 4096, config.num_layers
         ),
-        "prefill_4_times_1024": step(programs._prefill, 4096, 4, tokens=ints(4, 1024), starts=ints(4), counts=ints(4)),
+        "prefill_4_times_1024_layer": step(
+            partial(layer_programs.layer_program.trace, layer_programs.kind_of(1)),
+            layer | prefill | {"table": GroupTable(ints(4, _WIDTH))},
+            4096,
+            _LAYER_SLOTS,
+        ),
     }

@@ -40,6 +40,62 @@ class GroupTable(NamedTuple):
         return positions if self.first is None else positions - self.first
 
 
+class GroupPrefill:
+    """Writes and attends in one layer group for `seqs` chunks laid side by side, `chunk` tokens each.
+
+    Args:
+      page_size: of the arena.
+      layers: whose rows each page of the arena holds.
+      starts: position of the first token of each chunk.
+      counts: real tokens of each chunk.
+      table: of the group.
+      chunk: padded tokens of a chunk.
+      window: sliding window of the group's layers.
+    """
+
+    def __init__(
+        self,
+        *,
+        page_size: int,
+        layers: int,
+        starts: Int32[Array, " seqs"],
+        counts: Int32[Array, " seqs"],
+        table: GroupTable,
+        chunk: int,
+        window: int | None,
+    ) -> None:
+        offsets = jnp.arange(chunk, dtype=jnp.int32)
+        self._layers, self._counts, self._chunk, self._window = layers, counts, chunk, window
+        # Masks depend on differences of positions only, so each group counts from the first block that it keeps.
+        self._begins = table.relative(starts)
+        self._pages = jnp.asarray(table.pages)
+        positions = self._begins[:, None] + offsets[None, :]
+        self._places = _places(page_size, positions, offsets[None, :] < counts[:, None], self._pages)
+
+    def attend(
+        self,
+        index: int | Int32[Array, ""],
+        q: Float[Array, "tokens q_heads head_dim"],
+        k: Float[Array, "tokens kv_heads head_dim"],
+        v: Float[Array, "tokens kv_heads head_dim"],
+        arena: Arena,
+    ) -> tuple[Float[Array, "tokens q_heads head_dim"], Arena]:
+        """`index`: of the layer among those that a page holds."""
+        arena = _write(self._layers, index, arena, self._places, k, v)
+        rows = _k_rows(self._layers, index, self._pages)
+        out = _prefill_attention(
+            q.reshape(self._counts.shape[0], self._chunk, *q.shape[1:]),
+            arena,
+            arena,
+            rows,
+            self._begins,
+            self._counts,
+            v_page_table=rows + 1,
+            window=self._window,
+        )
+        return out.reshape(q.shape), arena
+
+
 def prefill_attend(
     layout: KVLayout,
     starts: Int32[Array, " seqs"],
@@ -47,22 +103,18 @@ def prefill_attend(
     tables: Sequence[GroupTable],
     chunk: int,
 ) -> Attend:
-    """Writes and attends for `seqs` chunks laid side by side, `chunk` tokens each.
-
-    Args:
-      layout: of the arenas.
-      starts: position of the first token of each chunk.
-      counts: real tokens of each chunk.
-      tables: one for each layer group.
-      chunk: padded tokens of a chunk.
-    """
-    offsets = jnp.arange(chunk, dtype=jnp.int32)
-    real = offsets[None, :] < counts[:, None]
-    # Masks depend on differences of positions only, so each group counts from the first block that it keeps.
-    begins = [table.relative(starts) for table in tables]
-    places = [
-        _places(layout, begin[:, None] + offsets[None, :], real, table)
-        for begin, table in zip(begins, tables, strict=True)
+    """Writes and attends in all layers; arguments as of `GroupPrefill`, with a table for each layer group."""
+    groups = [
+        GroupPrefill(
+            page_size=layout.page_size,
+            layers=len(group.layers),
+            starts=starts,
+            counts=counts,
+            table=table,
+            chunk=chunk,
+            window=group.window,
+        )
+        for group, table in zip(layout.groups, tables, strict=True)
     ]
 
     def attend(
@@ -73,19 +125,8 @@ def prefill_attend(
         arenas: Arenas,
     ) -> tuple[Float[Array, "tokens q_heads head_dim"], Arenas]:
         group, index = layout.place_of(layer)
-        arena = _write(layout, group, index, arenas[group], places[group], k, v)
-        rows = _k_rows(layout, group, index, jnp.asarray(tables[group].pages))
-        out = _prefill_attention(
-            q.reshape(starts.shape[0], chunk, *q.shape[1:]),
-            arena,
-            arena,
-            rows,
-            begins[group],
-            counts,
-            v_page_table=rows + 1,
-            window=layout.groups[group].window,
-        )
-        return out.reshape(q.shape), _replaced(arenas, group, arena)
+        out, arena = groups[group].attend(index, q, k, v, arenas[group])
+        return out, _replaced(arenas, group, arena)
 
     return attend
 
@@ -100,9 +141,10 @@ def decode_attend(layout: KVLayout, positions: Int32[Array, " seqs"], tables: Se
     """
     real = positions >= 0
     relative = [jnp.where(real, table.relative(positions), -1) for table in tables]
+    pages = [jnp.asarray(table.pages) for table in tables]
     places = [
-        _places(layout, jnp.maximum(begin, 0)[:, None], real[:, None], table)
-        for begin, table in zip(relative, tables, strict=True)
+        _places(layout.page_size, jnp.maximum(begin, 0)[:, None], real[:, None], of_group)
+        for begin, of_group in zip(relative, pages, strict=True)
     ]
 
     def attend(
@@ -113,8 +155,9 @@ def decode_attend(layout: KVLayout, positions: Int32[Array, " seqs"], tables: Se
         arenas: Arenas,
     ) -> tuple[Float[Array, "seqs q_heads head_dim"], Arenas]:
         group, index = layout.place_of(layer)
-        arena = _write(layout, group, index, arenas[group], places[group], k, v)
-        rows = _k_rows(layout, group, index, jnp.asarray(tables[group].pages))
+        layers = len(layout.groups[group].layers)
+        arena = _write(layers, index, arenas[group], places[group], k, v)
+        rows = _k_rows(layers, index, pages[group])
         out = _decode_attention(
             q,
             arena,
@@ -130,11 +173,11 @@ def decode_attend(layout: KVLayout, positions: Int32[Array, " seqs"], tables: Se
 
 
 def _places(
-    layout: KVLayout, positions: Int32[Array, "seqs chunk"], real: Array, table: GroupTable
+    page_size: int, positions: Int32[Array, "seqs chunk"], real: Array, pages: Int32[Array, "seqs width"]
 ) -> tuple[jax.Array, jax.Array]:
     """Page and slot in it of every token, flat; padding goes past the end of the arena, where a write is dropped."""
-    pages = jnp.take_along_axis(jnp.asarray(table.pages), positions // layout.page_size, axis=1, mode="clip")
-    return jnp.where(real, pages, _nowhere()).reshape(-1), (positions % layout.page_size).reshape(-1)
+    of_token = jnp.take_along_axis(pages, positions // page_size, axis=1, mode="clip")
+    return jnp.where(real, of_token, _nowhere()).reshape(-1), (positions % page_size).reshape(-1)
 
 
 def _nowhere() -> int:
@@ -142,22 +185,20 @@ def _nowhere() -> int:
     return 2**21
 
 
-def _k_rows(layout: KVLayout, group: int, index: int, pages: Int32[Array, "*any"]) -> Int32[Array, "*any"]:
-    return (pages * len(layout.groups[group].layers) + index) * ROWS_PER_LAYER
+def _k_rows(layers: int, index: int | Int32[Array, ""], pages: Int32[Array, "*any"]) -> Int32[Array, "*any"]:
+    return (pages * layers + index) * ROWS_PER_LAYER
 
 
 def _write(
-    layout: KVLayout,
-    group: int,
-    index: int,
+    layers: int,
+    index: int | Int32[Array, ""],
     arena: Arena,
     places: tuple[jax.Array, jax.Array],
     k: Float[Array, "tokens kv_heads head_dim"],
     v: Float[Array, "tokens kv_heads head_dim"],
 ) -> Arena:
     pages, slots = places
-    k_rows = _k_rows(layout, group, index, pages)
-    put: jax.Array = _put(arena, k_rows, slots, k, v)
+    put: jax.Array = _put(arena, _k_rows(layers, index, pages), slots, k, v)
     return put
 
 

@@ -333,7 +333,7 @@ class Runner:
             group, slots = run[0].group, [copy.slot for copy in run]
             num_pages, host = self._memory[group].num_pages, self._host[group]
             if run[0].direction == "out":
-                self._landing.append((group, self._run_gather(group, _padded_pages(run, num_pages - 1)), slots))
+                self._landing.append((group, self._run_gather(group, _padded_pages(run, num_pages)), slots))
             else:
                 self._land()
                 blocks = np.zeros((_COPY_PAGES, *host.shape[1:]), host.dtype)
@@ -411,7 +411,7 @@ class Runner:
             return self._state
 
         def copy_out(group: int) -> object:
-            return self._run_gather(group, np.zeros(_COPY_PAGES, np.int32))
+            return self._run_gather(group, np.full(_COPY_PAGES, self._memory[group].num_pages, np.int32))
 
         def copy_in(group: int) -> object:
             blocks = np.zeros((_COPY_PAGES, *self._host[group].shape[1:]), self._host[group].dtype)
@@ -443,8 +443,9 @@ def _runs(copies: Sequence[PageCopy]) -> Iterator[list[PageCopy]]:
         yield run
 
 
-def _padded_pages(run: Sequence[PageCopy], padding: int) -> np.ndarray:
-    pages = np.full(_COPY_PAGES, padding, np.int32)
+def _padded_pages(run: Sequence[PageCopy], num_pages: int) -> np.ndarray:
+    """Pages of a run, and behind them one that no block has: it is not moved."""
+    pages = np.full(_COPY_PAGES, num_pages, np.int32)
     pages[: len(run)] = [copy.page for copy in run]
     return pages
 

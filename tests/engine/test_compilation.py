@@ -12,7 +12,8 @@ import pytest
 
 from jaxdual import LLM, SamplingParams
 from jaxdual.engine import sampler
-from jaxdual.engine.paged import GroupTable, decode_attend, prefill_attend
+from jaxdual.engine.layer_steps import LayerPrograms
+from jaxdual.engine.paged import GroupTable
 from jaxdual.engine.steps import Programs
 from jaxdual.kv.layout import KVLayout
 from jaxdual.telemetry import CompileCounter
@@ -120,30 +121,24 @@ def test_fused_steps_alias_the_arenas_and_copy_no_pool(layout: KVLayout) -> None
         assert_in_place(scatter, (arena,), max_temporaries=layout.full_block_bytes(group) * 16)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=["full", "full_and_windows", "windows"])
-@pytest.mark.parametrize("kind", ["decode", "prefill"])
-def test_a_single_layer_aliases_the_arenas_and_copies_no_pool(kind: str, layout: KVLayout) -> None:
-    """Layerwise prefill runs layers one by one."""
-    model = load("qwen3")
-    tokens, width = 8, 4
-    rows = tokens if kind == "decode" else 1
-
-    def layer(
-        x: jax.Array, arenas: tuple[jax.Array, ...], positions: jax.Array, tables: tuple[GroupTable, ...]
-    ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-        if kind == "decode":
-            attend = decode_attend(layout, positions, tables)
-        else:
-            attend = prefill_attend(layout, positions[:1], positions[:1] + 1, tables, tokens)
-        return model.layer(2, x, model.rope(positions), attend, arenas)
-
-    arenas = arenas_of(layout)
-    compiled = (
-        jax.jit(layer, donate_argnums=1)
-        .lower(spec(tokens, 64, dtype=jnp.float32), arenas, spec(tokens), tables_of(layout, rows, width))
-        .compile()
-    )
-    assert_in_place(compiled, arenas, max_temporaries=1 << 22)
+@pytest.mark.parametrize("name", ["qwen3", "mistral"])
+def test_a_layer_by_itself_aliases_its_arena_and_copies_none_of_it(name: str) -> None:
+    slots, tokens, width = 3, 8, 4
+    programs = LayerPrograms(load(name), page_size=64, slots=slots)
+    x, rope = jax.eval_shape(programs.begin, programs.embedding, spec(1, tokens), spec(1))
+    _, _, kv_heads, head_dim = LAYOUTS[0].arena_shape(PAGES)
+    arena = spec(PAGES * slots * 2, 64, kv_heads, head_dim, dtype=jnp.float32)
+    compiled = programs.layer_program.lower(
+        programs.kind_of(1),
+        **programs.arrays_of(1),
+        x=x,
+        arena=arena,
+        rope=rope,
+        starts=spec(1),
+        counts=spec(1),
+        table=GroupTable(spec(1, width)),
+    ).compile()
+    assert_in_place(compiled, (arena,), max_temporaries=1 << 22)
 
 
 def test_sampling_updates_its_state_in_place() -> None:
