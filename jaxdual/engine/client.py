@@ -12,7 +12,8 @@ from collections.abc import Callable
 from typing import Any
 
 from jaxdual.config import EngineConfig
-from jaxdual.engine.wire import Died, Frames, Message, Start, Stop, ToFront
+from jaxdual.engine.wire import Died, Start, Stop, ToFront
+from jaxdual.frames import Frames, Message
 
 _KILL_SECONDS = 5.0  # from asking an engine to stop until it is killed: it may be compiling
 

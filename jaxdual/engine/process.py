@@ -21,7 +21,6 @@ from jaxdual.engine.wire import (
     Add,
     Answer,
     Ask,
-    Channel,
     Compiled,
     Died,
     Events,
@@ -29,8 +28,10 @@ from jaxdual.engine.wire import (
     Start,
     StartFailed,
     Stop,
+    ToEngine,
 )
 from jaxdual.errors import EngineDeadError
+from jaxdual.frames import MessageSocket
 from jaxdual.kv.slots import IntegrityError
 
 _STATS_SECONDS = 0.1  # between two figures sent along with events
@@ -46,7 +47,7 @@ class EngineLoop:
       channel: to the front.
     """
 
-    def __init__(self, built: BuiltEngine, channel: Channel) -> None:
+    def __init__(self, built: BuiltEngine, channel: MessageSocket) -> None:
         self._built = built
         self._engine = built.engine
         self._channel = channel
@@ -119,14 +120,14 @@ def main() -> int:
     # Ctrl-C and a service manager's signal reach the whole group; the front decides what becomes of the requests.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    channel = Channel(socket.socket(fileno=int(sys.argv[1])))
+    channel = MessageSocket(socket.socket(fileno=int(sys.argv[1])), ToEngine, "the front")
     try:
         return _serve(channel)
     except ConnectionError:
         return 0  # nobody is left to serve
 
 
-def _serve(channel: Channel) -> int:
+def _serve(channel: MessageSocket) -> int:
     start, *more = channel.receive(wait=True)
     if not isinstance(start, Start):
         raise TypeError(f"the first message is {type(start).__name__}, not Start")

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from jaxdual import EngineConfig, SamplingParams
 from jaxdual.engine.process import EngineLoop
 from jaxdual.engine.request import Request, TokenEvent, TokenLogprobs
-from jaxdual.engine.wire import Abort, Add, Ask, Channel, Events, Frames, Start, Stop, ToEngine, ToFront
+from jaxdual.engine.wire import Abort, Add, Ask, Events, Start, Stop, ToEngine, ToFront
+from jaxdual.frames import Frames, MessageSocket
 
 PARAMS = SamplingParams(logit_bias={3: 1.5}, stop=["end"], stop_token_ids=[1, 2], seed=-5, n=2, logprobs=0)
 MESSAGES = [
@@ -63,13 +64,13 @@ def test_what_is_no_message_is_refused() -> None:
 
 
 @pytest.fixture
-def ends() -> Iterator[tuple[socket.socket, Channel]]:
+def ends() -> Iterator[tuple[socket.socket, MessageSocket]]:
     front, engine = socket.socketpair()
     with front, engine:
-        yield front, Channel(engine)
+        yield front, MessageSocket(engine, ToEngine, "the front")
 
 
-def test_a_channel_gives_what_is_there_and_waits_only_when_told(ends: tuple[socket.socket, Channel]) -> None:
+def test_a_channel_gives_what_is_there_and_waits_only_when_told(ends: tuple[socket.socket, MessageSocket]) -> None:
     front, channel = ends
     assert channel.receive(wait=False) == []
     frame = Frames(ToEngine).encode(Abort("7"))
@@ -110,7 +111,9 @@ class Broken:
         return [TokenEvent("1", 0, 5)]
 
 
-def test_a_loop_ends_with_its_engine_s_failure_and_refuses_what_it_must(ends: tuple[socket.socket, Channel]) -> None:
+def test_a_loop_ends_with_its_engine_s_failure_and_refuses_what_it_must(
+    ends: tuple[socket.socket, MessageSocket],
+) -> None:
     front, channel = ends
     frames = Frames(ToEngine)
     front.sendall(frames.encode(Add(Request("0", [1], SamplingParams(n=2), 0.0))))
@@ -125,7 +128,7 @@ def test_a_loop_ends_with_its_engine_s_failure_and_refuses_what_it_must(ends: tu
 
 
 def test_shapes_are_compiled_beside_requests_too(
-    ends: tuple[socket.socket, Channel], monkeypatch: pytest.MonkeyPatch
+    ends: tuple[socket.socket, MessageSocket], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("jaxdual.engine.process._WARM_UP_SECONDS", 0.0)
     front, channel = ends

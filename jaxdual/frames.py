@@ -1,0 +1,103 @@
+"""Messages between processes over a stream socket.
+
+A message is MessagePack of a struct, after its length as four bytes, least significant first.
+"""
+
+from __future__ import annotations
+
+import select
+import socket
+import struct
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+
+_LENGTH = struct.Struct("<I")
+_READ_BYTES = 1 << 20
+
+
+class Message(msgspec.Struct, frozen=True, tag=True):
+    """A message; its tag is its class's name."""
+
+
+class Frames:
+    """Messages of one direction as bytes, and back, however the bytes are cut on their way.
+
+    Args:
+      accepted: union of the messages that may come.
+    """
+
+    def __init__(self, accepted: Any) -> None:
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder = msgspec.msgpack.Decoder(accepted)
+        self._buffer = bytearray()
+
+    def encode(self, message: Message) -> bytes:
+        """The frame of a message."""
+        frame = bytearray(_LENGTH.size)
+        self._encoder.encode_into(message, frame, _LENGTH.size)
+        _LENGTH.pack_into(frame, 0, len(frame) - _LENGTH.size)
+        return bytes(frame)
+
+    def feed(self, data: bytes) -> Iterator[Any]:
+        """The messages that are complete with these bytes.
+
+        Raises:
+          msgspec.DecodeError: not a message of this direction: the two sides are of different versions.
+        """
+        buffer = self._buffer
+        buffer += data
+        start = 0
+        while len(buffer) - start >= _LENGTH.size:
+            (length,) = _LENGTH.unpack_from(buffer, start)
+            end = start + _LENGTH.size + length
+            if len(buffer) < end:
+                break
+            message = self._decoder.decode(memoryview(buffer)[start + _LENGTH.size : end].tobytes())
+            start = end
+            yield message
+        del buffer[:start]
+
+
+class MessageSocket:
+    """One end of the socket, for a loop that also has other work.
+
+    Args:
+      sock: connected stream socket.
+      accepted: union of the messages that may come.
+      peer: name of the other end, for errors.
+    """
+
+    def __init__(self, sock: socket.socket, accepted: Any, peer: str) -> None:
+        self._sock = sock
+        self._frames = Frames(accepted)
+        self._peer = peer
+
+    def fileno(self) -> int:
+        return self._sock.fileno()
+
+    def close(self) -> None:
+        self._sock.close()
+
+    def send(self, message: Message) -> None:
+        """Sends a message; waits while the other end is far behind.
+
+        Raises:
+          OSError: the other end is gone.
+        """
+        self._sock.sendall(self._frames.encode(message))
+
+    def receive(self, *, wait: bool) -> list[Any]:
+        """Messages that have come; with `wait`, at least one.
+
+        Raises:
+          ConnectionError: the other end is gone.
+        """
+        messages: list[Any] = []
+        while (wait and not messages) or select.select([self._sock], [], [], 0)[0]:
+            data = self._sock.recv(_READ_BYTES)
+            if not data:
+                raise ConnectionError(f"{self._peer} has closed the connection")
+            messages += self._frames.feed(data)
+        return messages
