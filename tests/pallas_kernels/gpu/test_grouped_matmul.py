@@ -7,7 +7,8 @@ import pytest
 
 from pallas_kernels.grouped_matmul import arg_specs, gated_grouped_matmul, grouped_matmul, mosaic
 from pallas_kernels.grouped_matmul.plan import ALIGNMENT, most_tiles, plan
-from tests.pallas_kernels.gpu.interpreter import interpreted, on_hopper
+from tests.pallas_kernels.gpu.interpreter import ON_GPU, interpreted, on_hopper
+from tests.pallas_kernels.gpu.late_products import late_products
 
 pytestmark = pytest.mark.kernels
 
@@ -85,6 +86,19 @@ def test_sizes_that_no_block_divides(depth, columns, gated):
 def test_more_steps_than_stages(stages, blocks):
     config = mosaic.Config(block_m=64, block_n=64, block_k=64, stages=stages)
     check(4, [70, 5], depth=448, columns=128, config=config, blocks=blocks)
+
+
+@pytest.mark.skipif(ON_GPU, reason="changes the interpreter")
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("block_m", [64, 128])
+def test_operands_are_there_until_products_are_waited_for(monkeypatch, gated, block_m):
+    config = mosaic.Config(block_m=block_m, block_n=64, block_k=64, stages=2)
+    with late_products(monkeypatch):
+        check(12, [70, 5], depth=448, gated=gated, config=config, blocks=1)
+
+
+def test_a_group_that_needs_a_tile_more_for_where_it_begins():
+    check(13, [5, 12], config=NARROW)
 
 
 @pytest.mark.parametrize("gated", [False, True])
