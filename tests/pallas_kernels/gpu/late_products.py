@@ -1,4 +1,4 @@
-"""Operands of wgmma stay in shared memory until their products are waited for: the interpreter does not look at that."""
+"""Operands of wgmma stay in shared memory until their products are waited for, whatever the interpreter does."""
 
 import collections
 import contextlib
@@ -13,7 +13,7 @@ _WGMMA_WAIT = 1 << 16
 
 @contextlib.contextmanager
 def late_products(monkeypatch):
-    """Kernels interpreted within read the operands of a product again where it is waited for: what is overwritten races.
+    """Kernels interpreted within read the operands of a product again where it is waited for: overwriting them races.
 
     The interpreter multiplies at once and has no wgmma_wait; the GPU multiplies later. `wgmma_wait(n)` is traced as a
     wait for stores with a number that none has, so that the interpreter calls back.
