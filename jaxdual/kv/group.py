@@ -20,11 +20,13 @@ class GroupPages:
       num_pages: device pages.
       host_pages: capacity of its host tier in pages; 0 for none.
       window: sliding window of its layers in tokens; None for full attention.
+      staging_pages: host pages behind those of the tier, which blocks on their way from or to elsewhere come through.
     """
 
     num_pages: int
     host_pages: int = 0
     window: int | None = None
+    staging_pages: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +36,7 @@ class PageCopy:
     Attributes:
       direction: "out" from page to slot, "in" from slot to page.
       page: device page.
-      slot: host slot.
+      slot: host slot, of the host tier or behind it of the staging pages.
       group: number of the layer group that both belong to.
     """
 
@@ -44,13 +46,33 @@ class PageCopy:
     group: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class PublishedBlock:
+    """A block that has just been shared: computed by the steps planned before.
+
+    Attributes:
+      group: number of the layer group.
+      key, parent: of the block, and of the one before it; None for a first block.
+      page: that holds it, until the next step is dispatched at least.
+    """
+
+    group: int
+    key: BlockKey
+    parent: BlockKey | None
+    page: int
+
+
 @dataclass(slots=True)
 class KVStats:
-    """Counters since start: of the prefix cache in tokens, of evictions and copies in pages of all groups."""
+    """Counters since start: of the prefix cache in tokens, of evictions and copies in pages of all groups.
+
+    `staged_hits` are tokens that were computed elsewhere or before, and came through staging pages.
+    """
 
     prefix_queries: int = 0
     prefix_hits: int = 0
     host_hits: int = 0
+    staged_hits: int = 0
     evictions: int = 0
     copied_out: int = 0
     copied_in: int = 0
@@ -90,19 +112,26 @@ class Offer:
     pages: int
 
 
-@dataclass(slots=True)
-class _Swapped:
-    """A preempted sequence's own pages in the host tier: its blocks from number `first` on."""
+@dataclass(frozen=True, slots=True)
+class HostBlocks:
+    """A waiting sequence's own blocks from number `first` on, in host memory.
+
+    Attributes:
+      slots: of the host tier for a sequence that was preempted, else of the staging pages, which others hand out.
+      staged: which of the two.
+    """
 
     first: int
-    slots: list[int]
+    slots: Sequence[int]
+    staged: bool = False
 
 
 @dataclass(slots=True)
 class Journal:
-    """What all groups write to: copies to make, in order, and counters."""
+    """What all groups write to: copies to make, in order, blocks shared (if anybody asks for them), and counters."""
 
     copies: list[PageCopy] = field(default_factory=list)
+    published: list[PublishedBlock] | None = None
     stats: KVStats = field(default_factory=KVStats)
 
 
@@ -132,7 +161,7 @@ class GroupAccount:
         self._journal = journal
         self._pool = SlotPool(memory.num_pages)
         self._host = SlotPool(memory.host_pages)
-        self._swapped: dict[int, _Swapped] = {}
+        self._swapped: dict[int, HostBlocks] = {}
 
     @property
     def num_available(self) -> int:
@@ -244,8 +273,12 @@ class GroupAccount:
         if num_tokens >= held.admitted:
             held.promised = 0
 
-    def publish(self, seq_id: int, keys: Sequence[BlockKey]) -> None:
-        """Shares the blocks of `keys` that the sequence holds, see `KVManager.publish`."""
+    def publish(self, seq_id: int, keys: Sequence[BlockKey], stored: int) -> None:
+        """Shares the blocks of `keys` that the sequence holds, see `KVManager.publish`.
+
+        Args:
+          stored: leading blocks of the sequence that came from a store.
+        """
         held = self.held[seq_id]
         for block in range(held.first + len(held.path), len(keys)):
             key, index = keys[block], block - held.first
@@ -255,6 +288,9 @@ class GroupAccount:
                 node = self.tree.insert(parent, key)
             if node.page is None:
                 node.page = held.pages[index]
+                if self._journal.published is not None and block >= stored:
+                    parent_key = keys[block - 1] if block else None
+                    self._journal.published.append(PublishedBlock(self._number, key, parent_key, node.page))
             else:
                 self._pool.free([held.pages[index]])
                 held.pages[index] = node.page
@@ -295,12 +331,16 @@ class GroupAccount:
             self._copy("out", page, slot)
         first = held.first + len(held.path)
         self.release(seq_id)
-        self._swapped[seq_id] = _Swapped(first, slots)
+        self._swapped[seq_id] = HostBlocks(first, slots)
+
+    def stage(self, seq_id: int, blocks: HostBlocks) -> None:
+        """Takes note of what lies in staging pages for a waiting sequence."""
+        self._swapped[seq_id] = blocks
 
     def drop_swapped(self, seq_id: int) -> None:
-        """Forgets what a swapped sequence had in the host tier."""
+        """Forgets what a waiting sequence had in host memory; staging pages are not this account's to give back."""
         swapped = self._swapped.pop(seq_id, None)
-        if swapped is not None:
+        if swapped is not None and not swapped.staged:
             self._host.free(swapped.slots)
 
     def check(self, running: set[int], swapped: set[int]) -> None:
@@ -312,7 +352,8 @@ class GroupAccount:
         own = [page for held in self.held.values() for page in held.own]
         self._pool.check(on_device + own)
         on_host = [node.host_slot for node in self.tree if node.host_slot is not None]
-        self._host.check(on_host + [slot for swapped in self._swapped.values() for slot in swapped.slots])
+        own_slots = [slot for own in self._swapped.values() if not own.staged for slot in own.slots]
+        self._host.check(on_host + own_slots)
         locks: dict[BlockKey, int] = {}
         for seq_id, held in self.held.items():
             if held.pages[: len(held.path)] != [node.page for node in held.path]:

@@ -9,11 +9,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from jaxdual.kv.group import GroupAccount, GroupPages, Journal, KVStats, PageCopy
+from jaxdual.kv.group import GroupAccount, GroupPages, HostBlocks, Journal, KVStats, PageCopy, PublishedBlock
 from jaxdual.kv.keys import BlockKey
 from jaxdual.kv.slots import IntegrityError
 
-__all__ = ["Admission", "GroupPages", "KVManager", "KVStats", "PageCopy", "TableChange"]
+__all__ = [
+    "Admission",
+    "GroupPages",
+    "HostBlocks",
+    "KVManager",
+    "KVStats",
+    "PageCopy",
+    "PublishedBlock",
+    "TableChange",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +31,7 @@ class Admission:
 
     Attributes:
       computed: tokens whose keys and values are there (or listed to be copied in).
-      cached: how many of them came from the prefix cache, in tokens.
+      cached: how many of them came from the prefix cache or were staged, in tokens.
     """
 
     computed: int
@@ -58,6 +67,7 @@ class KVManager:
       prefix_caching: whether full blocks are shared between sequences.
       max_chunk: tokens that a step computes of one sequence at most; None for a whole prompt. Behind a window, a
         prompt is admitted with room for its window and one chunk.
+      report_published: whether `take_published` tells which blocks have been shared.
     """
 
     def __init__(
@@ -67,15 +77,19 @@ class KVManager:
         *,
         prefix_caching: bool = True,
         max_chunk: int | None = None,
+        report_published: bool = False,
     ) -> None:
         self.page_size = page_size
         self.prefix_caching = prefix_caching
-        self._journal = Journal()
+        self._journal = Journal(published=[] if report_published else None)
         self.groups = tuple(
             GroupAccount(number, memory, page_size, max_chunk, self._journal) for number, memory in enumerate(groups)
         )
         self._published: dict[int, int] = {}  # of each running sequence, in blocks
-        self._swapped: dict[int, int] = {}  # of each swapped sequence: computed tokens
+        self._swapped: dict[int, int] = {}  # of each sequence that waits with blocks in host memory: computed tokens
+        self._staging: set[int] = set()  # those of them whose blocks are in staging pages
+        self._unstaged: list[int] = []
+        self._stored: dict[int, int] = {}  # of each sequence that came through staging pages: blocks from a store
 
     @property
     def stats(self) -> KVStats:
@@ -129,7 +143,7 @@ class KVManager:
         all pages now; behind a window `grow` gives them, chunk by chunk.
 
         Args:
-          seq_id: a sequence that holds nothing, or one that was swapped out.
+          seq_id: a sequence that holds nothing, or one that was swapped out or staged.
           keys: keys of the full blocks among its first `num_tokens - 1` tokens.
           num_tokens: tokens to make room for.
           reserve: pages that must stay available afterwards, in each group.
@@ -162,10 +176,35 @@ class KVManager:
         self._published[seq_id] = min(offer.first + len(offer.path) for offer in offers)
         self._swapped.pop(seq_id, None)
         self.stats.host_hits += len(from_host) * self.page_size
+        found = cached
+        if self._unstage(seq_id):
+            self.stats.staged_hits += start - cached
+            swapped, found = None, start
         if swapped is None and self.prefix_caching and use_cache:
             self.stats.prefix_queries += num_tokens
-            self.stats.prefix_hits += cached
-        return Admission(computed=start, cached=cached)
+            self.stats.prefix_hits += found
+        return Admission(computed=start, cached=found)
+
+    def stage(self, seq_id: int, parts: Sequence[HostBlocks], computed: int) -> None:
+        """Takes note of what a sequence that holds nothing finds in staging pages when it is admitted.
+
+        The pages must stay as they are until `take_unstaged` names the sequence and the copies of that step are made.
+
+        Args:
+          seq_id: the sequence.
+          parts: its blocks in each group: those that it needs behind what is cached now.
+          computed: tokens that it can go on from then, full blocks of them from a store.
+
+        Raises:
+          IntegrityError: the sequence holds something already.
+        """
+        if seq_id in self._published or seq_id in self._swapped:
+            raise IntegrityError(f"sequence {seq_id} holds blocks already")
+        for group, part in zip(self.groups, parts, strict=True):
+            group.stage(seq_id, part)
+        self._swapped[seq_id] = computed
+        self._staging.add(seq_id)
+        self._stored[seq_id] = computed // self.page_size
 
     def grow(self, seq_id: int, start: int, end: int) -> bool:
         """Makes room for computing the positions `start` to `end - 1` of a running sequence.
@@ -195,7 +234,7 @@ class KVManager:
         if not self.prefix_caching:
             return
         for group in self.groups:
-            group.publish(seq_id, keys)
+            group.publish(seq_id, keys, self._stored.get(seq_id, 0))
         self._published[seq_id] = max(self._published[seq_id], len(keys))
 
     def take_changes(self, seq_id: int) -> list[TableChange]:
@@ -209,9 +248,11 @@ class KVManager:
         return changes
 
     def release(self, seq_id: int) -> None:
-        """Takes back everything that a sequence has, running or swapped out; what it published stays cached."""
+        """Takes back everything that a sequence has, running or waiting; what it published stays cached."""
         self._published.pop(seq_id, None)
         self._swapped.pop(seq_id, None)
+        self._unstage(seq_id)
+        self._stored.pop(seq_id, None)
         for group in self.groups:
             group.release(seq_id)
 
@@ -246,10 +287,38 @@ class KVManager:
         self._journal.copies.clear()
         return copies
 
+    @property
+    def has_news(self) -> bool:
+        """Whether `take_published` or `take_unstaged` has anything to tell."""
+        return bool(self._journal.published or self._unstaged)
+
+    def take_published(self) -> tuple[PublishedBlock, ...]:
+        """Blocks shared since the last call; whoever wants their contents takes them before the copies of this step."""
+        published = tuple(self._journal.published or ())
+        if self._journal.published:
+            self._journal.published.clear()
+        return published
+
+    def take_unstaged(self) -> tuple[int, ...]:
+        """Sequences whose staging pages are needed no more once the copies of this step are made."""
+        unstaged = tuple(self._unstaged)
+        self._unstaged.clear()
+        return unstaged
+
+    def _unstage(self, seq_id: int) -> bool:
+        """Whether the sequence has been waiting with staging pages, which it needs no more."""
+        if seq_id not in self._staging:
+            return False
+        self._staging.remove(seq_id)
+        self._unstaged.append(seq_id)
+        return True
+
     def check_integrity(self) -> None:
         """Raises `IntegrityError` unless every page and slot has exactly one owner and all links agree."""
         for group in self.groups:
             group.check(set(self._published), set(self._swapped))
+        if not self._staging <= self._swapped.keys():
+            raise IntegrityError(f"sequences {self._staging - self._swapped.keys()} are staged and do not wait")
 
     @property
     def num_held(self) -> int:

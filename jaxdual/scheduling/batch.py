@@ -14,7 +14,7 @@ from enum import Enum
 from typing import Literal
 
 from jaxdual.kv.keys import BlockKey, KeyChain
-from jaxdual.kv.manager import KVManager, PageCopy, TableChange
+from jaxdual.kv.manager import KVManager, PageCopy, PublishedBlock, TableChange
 from jaxdual.kv.slots import IntegrityError
 
 
@@ -128,6 +128,8 @@ class StepPlan:
       admitted: sequences that run from this step on, whose device state must be set before.
       chunks, rows: what to compute.
       preempted: sequences that had to give way.
+      published: blocks shared since the last step; whoever wants their contents takes them before the copies.
+      unstaged: sequences whose staging pages nobody needs once the copies are made.
     """
 
     copies: tuple[PageCopy, ...]
@@ -136,10 +138,12 @@ class StepPlan:
     chunks: tuple[Chunk, ...]
     rows: tuple[Row, ...]
     preempted: tuple[int, ...]
+    published: tuple[PublishedBlock, ...] = ()
+    unstaged: tuple[int, ...] = ()
 
     @property
     def is_empty(self) -> bool:
-        return not (self.copies or self.admitted or self.chunks or self.rows)
+        return not (self.copies or self.admitted or self.chunks or self.rows or self.published or self.unstaged)
 
     @property
     def num_tokens(self) -> int:
@@ -256,6 +260,8 @@ class BatchScheduler:
             chunks=tuple(step.chunks),
             rows=tuple(step.rows),
             preempted=tuple(step.preempted),
+            published=self._kv.take_published(),
+            unstaged=self._kv.take_unstaged(),
         )
         if not plan.is_empty:
             self.stats.steps += 1
