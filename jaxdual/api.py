@@ -218,8 +218,16 @@ class LLM(ServedModel):
         """Raises `IntegrityError` if pages, queues or requests contradict each other."""
         self._engine.check_integrity()
 
+    def close(self) -> None:
+        """Waits until full blocks have reached the block store, where one is configured, and ends what serves it.
+
+        To be called at the end, if at all: no request can be served after it. Without it, a process that ends lets what
+        is on its way to the store arrive there.
+        """
+        self._engine.close()
+
     def _settle(self) -> None:
-        """Lets the engine put away what was aborted, if nothing else will make it run."""
+        """Lets the engine put away what has ended, if nothing else will make it run."""
         while self.has_unfinished and not self.num_unfinished:
             self.step()
 
@@ -233,6 +241,7 @@ class LLM(ServedModel):
                 still = [output for output in waiting if not output.finished]
                 bar.update(len(waiting) - len(still))
                 waiting = still
+        self._settle()
 
     def _params_for(
         self, params: SamplingParams | Sequence[SamplingParams] | None, count: int

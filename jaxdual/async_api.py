@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable, Container, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from jaxdual.config import MAX_QUEUED_REQUESTS, EngineConfig
+from jaxdual.config import MAX_QUEUED_REQUESTS, ClusterConfig, EngineConfig
 from jaxdual.engine.request import TokenEvent
 from jaxdual.engine.supervisor import EngineState, EngineSupervisor
 from jaxdual.errors import EngineDeadError, NotServingError, QueueFullError
@@ -20,6 +20,7 @@ from jaxdual.request_stream import RequestStream
 from jaxdual.sampling_params import SamplingParams
 from jaxdual.served_model import ServedModel, front_of
 
+_MOST_ENGINES_LOST = 2  # by one request, before it is taken for the cause
 _LONG_TEXT = 4096  # characters from which tokenizing leaves the loop
 
 _logger = logging.getLogger(__name__)
@@ -46,20 +47,27 @@ class AsyncLLM(ServedModel):
         **settings: Any,
     ) -> None:
         config = EngineConfig.from_mapping({"model": None if model is None else str(model), **settings})
-        self._init(config, max_queued_requests)
+        self._init(config, None, max_queued_requests)
 
     @classmethod
-    def from_config(cls, config: EngineConfig, *, max_queued_requests: int = MAX_QUEUED_REQUESTS) -> AsyncLLM:
-        """An `AsyncLLM` with this configuration."""
+    def from_config(
+        cls,
+        config: EngineConfig,
+        *,
+        cluster: ClusterConfig | None = None,
+        max_queued_requests: int = MAX_QUEUED_REQUESTS,
+    ) -> AsyncLLM:
+        """An `AsyncLLM` with this configuration; with `cluster`, one engine of many processes."""
         llm = cls.__new__(cls)
-        llm._init(config, max_queued_requests)
+        llm._init(config, cluster, max_queued_requests)
         return llm
 
-    def _init(self, config: EngineConfig, max_queued_requests: int) -> None:
+    def _init(self, config: EngineConfig, cluster: ClusterConfig | None, max_queued_requests: int) -> None:
         self.config = config
+        self._most_running = config.max_num_seqs * (cluster.decode if cluster else 1)
         self.max_queued_requests = max_queued_requests
         self._engine = EngineSupervisor(
-            config, on_ready=self._on_ready, on_events=self._on_events, on_lost=self._on_lost
+            config, cluster, on_ready=self._on_ready, on_events=self._on_events, on_lost=self._on_lost
         )
         self._text: Front | None = None  # from the engine's first start on
         # By the identity of the output: an id may be in use again while its aborted owner ends.
@@ -193,7 +201,7 @@ class AsyncLLM(ServedModel):
         """
         self._engine.check_open()
         # What runs counts, whatever the queue, so that a request that fits into an idle engine is never refused there.
-        most = self.config.max_num_seqs + self.max_queued_requests
+        most = self._most_running + self.max_queued_requests
         if outputs > most:
             raise ValueError(f"{outputs} outputs are asked for together; at most {most} may be under way at once")
         under_way = sum(len(stream.output.outputs) for stream in self._streams.values())
@@ -306,10 +314,12 @@ class AsyncLLM(ServedModel):
     def _on_events(self, events: Sequence[TokenEvent]) -> None:
         self._deliver(self._front.take(events))
 
-    def _on_lost(self, reason: str, waiting: Container[str]) -> None:
+    def _on_lost(self, reason: str, goes_on: bool) -> None:
         if self._text is None:
             return
-        ended = self._text.fail(reason, keep=waiting)
+        if goes_on:
+            self._text.resume(_MOST_ENGINES_LOST, keep=self._engine.waiting)
+        ended = self._text.fail(reason, keep=self._engine.waiting)
         if ended:
             _logger.error("%d requests end with an error: %s", len(ended), reason)
         self._deliver(ended)

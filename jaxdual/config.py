@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 ENVIRONMENT_PREFIX = "JAXDUAL_"
 MAX_QUEUED_REQUESTS = 256
+_LEAST_SECRET = 16  # characters
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -40,6 +41,19 @@ class EngineConfig:
         `max_num_seqs` sequences of full length need, up to 1 GiB.
       gpu_memory_utilization: part of a GPU's memory that weights and KV memory may take together.
       host_cache_bytes: bytes of host memory that hold evicted and swapped blocks.
+      kv_store: where full blocks of KV memory are kept beyond the engine's life, and read from again: a folder,
+        "memory:", or "s3://bucket/prefix"; None for nowhere.
+      kv_store_capacity_bytes: of the store; what was used least lately makes room. Required with `kv_store`.
+      kv_staging_bytes: bytes of host memory that blocks come through on their way from and to the store; None for what
+        two sequences of full length need, at least 64 MiB.
+      kv_transport: carrier of KV blocks between the engines of a cluster: "shm" on one machine, "tcp" anywhere; None
+        for "shm" in a cluster, and for none in an engine by itself.
+      kv_host: address at which engines take blocks over "tcp".
+      kv_secret: what engines must know to write blocks into each other's memory over "tcp", 16 characters or more; None
+        for one that the cluster draws.
+      kv_role: which blocks an engine stores: "both" all that become full in it, "prefill" none, since those that go on
+        from its prompts do. A cluster sets it.
+      kv_load_timeout: seconds that a request waits for stored blocks before it goes on without them.
       enable_prefix_caching: shares blocks of equal prefixes between requests.
       preemption_mode: "recompute" or "swap", for sequences that must give way.
       async_scheduling: plans the next step while the device works on this one; False is the plain loop that it must
@@ -62,6 +76,14 @@ class EngineConfig:
     kv_cache_memory_bytes: int | None = None
     gpu_memory_utilization: float = 0.9
     host_cache_bytes: int = 0
+    kv_store: str | None = None
+    kv_store_capacity_bytes: int | None = None
+    kv_staging_bytes: int | None = None
+    kv_transport: Literal["shm", "tcp"] | None = None
+    kv_host: str = "127.0.0.1"
+    kv_secret: str | None = None
+    kv_role: Literal["both", "prefill"] = "both"
+    kv_load_timeout: float = 10.0
     enable_prefix_caching: bool = True
     preemption_mode: Literal["recompute", "swap"] = "recompute"
     async_scheduling: bool = True
@@ -79,6 +101,8 @@ class EngineConfig:
             ("num_kv_blocks", 1),
             ("kv_cache_memory_bytes", 1),
             ("host_cache_bytes", 0),
+            ("kv_store_capacity_bytes", 1),
+            ("kv_staging_bytes", 1),
         ):
             value = getattr(self, name)
             if value is not None and value < low:
@@ -92,8 +116,21 @@ class EngineConfig:
                 f"max_num_batched_tokens={self.max_num_batched_tokens} must be at least "
                 f"max_num_seqs={self.max_num_seqs}, since each running sequence takes one token a step"
             )
+        if (self.kv_store is None) != (self.kv_store_capacity_bytes is None):
+            raise ConfigError("kv_store and kv_store_capacity_bytes must be given together")
+        if self.kv_store is not None and not self.enable_prefix_caching:
+            raise ConfigError("kv_store needs enable_prefix_caching: stored blocks are found by their prefix")
+        if self.kv_secret is not None and len(self.kv_secret) < _LEAST_SECRET:
+            raise ConfigError(f"kv_secret of {len(self.kv_secret)} characters; at least {_LEAST_SECRET} are needed")
+        if not 0 < self.kv_load_timeout < float("inf"):
+            raise ConfigError(f"kv_load_timeout={self.kv_load_timeout} must be above 0 seconds")
         if self.preemption_mode == "swap" and not self.host_cache_bytes:
             raise ConfigError('preemption_mode="swap" needs host_cache_bytes above 0')
+
+    @property
+    def needs_kv_agent(self) -> bool:
+        """Whether KV blocks go to or come from anywhere else."""
+        return self.kv_store is not None or self.kv_transport is not None
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> EngineConfig:
@@ -104,6 +141,31 @@ class EngineConfig:
         """
         _refuse_unknown(values, (cls,))
         return cls(**values)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterConfig:
+    """Engines that serve one model together, each in a process of its own.
+
+    Attributes:
+      prefill: engines that compute prompts; 0 for one engine that does everything.
+      decode: engines that go on from them; 0 together with `prefill`.
+    """
+
+    prefill: int = 0
+    decode: int = 0
+
+    def __post_init__(self) -> None:
+        _read_types(self)
+        for name in ("prefill", "decode"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name}={getattr(self, name)} must be at least 0")
+        if bool(self.prefill) != bool(self.decode):
+            raise ConfigError(f"prefill={self.prefill} and decode={self.decode} must both be at least 1, or both 0")
+
+    def __bool__(self) -> bool:
+        """Whether there is more than one engine."""
+        return self.prefill > 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,7 +214,7 @@ class ServerConfig:
 
 
 # All settings that flags of some program, variables and files may hold.
-_KINDS = (EngineConfig, ServerConfig)
+_KINDS = (EngineConfig, ClusterConfig, ServerConfig)
 
 
 def add_arguments(parser: argparse.ArgumentParser, *kinds: type) -> None:

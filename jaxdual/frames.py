@@ -8,7 +8,7 @@ from __future__ import annotations
 import select
 import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import msgspec
@@ -88,13 +88,20 @@ class MessageSocket:
         """
         self._sock.sendall(self._frames.encode(message))
 
-    def receive(self, *, wait: bool) -> list[Any]:
-        """Messages that have come; with `wait`, at least one.
+    def receive(self, *, wait: bool, beside: Sequence[int] = ()) -> list[Any]:
+        """Messages that have come.
+
+        Args:
+          wait: for the first of them, or until something else is to be done.
+          beside: descriptors that are readable when there is.
 
         Raises:
           ConnectionError: the other end is gone.
         """
         messages: list[Any] = []
+        own = self._sock.fileno()
+        if wait and beside and own not in select.select([own, *beside], [], [])[0]:
+            return messages
         while (wait and not messages) or select.select([self._sock], [], [], 0)[0]:
             data = self._sock.recv(_READ_BYTES)
             if not data:

@@ -47,10 +47,18 @@ class _Tracked:
     taken for those of a later one to which the caller gave the same id.
     """
 
-    engine_id: str
+    request: Request
     output: RequestOutput
-    params: SamplingParams
     detokenizers: list[IncrementalDetokenizer]
+    engines_lost: int = 0
+
+    @property
+    def engine_id(self) -> str:
+        return self.request.request_id
+
+    @property
+    def params(self) -> SamplingParams:
+        return self.request.params
 
 
 class Front:
@@ -139,7 +147,8 @@ class Front:
             metrics=RequestMetrics(arrival),
         )
         engine_id = f"{number}"
-        self._engine.add(Request(engine_id, tokens, params, arrival, priority))
+        request = Request(engine_id, tokens, params, arrival, priority)
+        self._engine.add(request)
         detokenizers = [
             IncrementalDetokenizer(
                 self.tokenizer,
@@ -150,7 +159,7 @@ class Front:
             )
             for _ in range(params.n)
         ]
-        tracked = _Tracked(engine_id, output, params, detokenizers)
+        tracked = _Tracked(request, output, detokenizers)
         self._tracked[request_id] = self._by_engine_id[engine_id] = tracked
         return output
 
@@ -181,6 +190,25 @@ class Front:
             if output.finish_reason is None
         ]
         return self.take(events)
+
+    def resume(self, most_lost: int, keep: Container[str] = ()) -> None:
+        """Hands the engine again what an engine that is gone had under way: each output goes on from its last token.
+
+        Args:
+          most_lost: engines that a request may have been lost with. What was there more often may be the cause, and is
+            left as it is.
+          keep: ids of requests that the engine has.
+        """
+        for tracked in self._tracked.values():
+            if tracked.engine_id in keep:
+                continue
+            tracked.engines_lost += 1
+            if tracked.engines_lost <= most_lost:
+                resumed = tuple(
+                    tuple(output.token_ids) if output.finish_reason is None else None
+                    for output in tracked.output.outputs
+                )
+                self._engine.add(dataclasses.replace(tracked.request, resumed=resumed))
 
     def take(self, events: Iterable[TokenEvent]) -> list[RequestOutput]:
         """Brings outputs up to date, and returns those that changed, each once."""

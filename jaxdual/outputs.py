@@ -148,10 +148,17 @@ class EngineStats:
       computed_prompt_tokens: prompt tokens that were computed, those of preempted sequences each time.
       prefix_cache_queries, prefix_cache_hits: prompt tokens looked up, and found.
       host_cache_hits: of the found ones, those that had to be copied from host memory.
+      store_cache_hits: of the found ones, those that were read from the block store.
       blocks_copied_out, blocks_copied_in: pages moved to host memory, and back.
       preemptions: sequences that had to give way.
       steps: steps run.
       kv_blocks, kv_blocks_cached, kv_blocks_available: pages in all; holding unused cached blocks; available in all.
+      store_blocks_read, store_blocks_failed: pages read from the store; gone or broken when they were to be read.
+      store_blocks_written, store_blocks_lost: pages stored; not stored although they were full.
+      store_wait_seconds: of all requests that waited for the store, from their arrival on.
+      store_timeouts: requests that went on without what they had waited for.
+      kv_agent_restarts: times that the process that reads and writes the store had died.
+      agent_address: where agents of other engines reach this engine's; "" if they don't.
       load_seconds, compile_seconds: loading the model; compiling programs, or reading them from the compilation cache.
       compilations: programs compiled or read from the compilation cache.
     """
@@ -174,3 +181,12 @@ class EngineStats:
     load_seconds: float
     compile_seconds: float
     compilations: int
+    store_cache_hits: int = 0
+    store_blocks_read: int = 0
+    store_blocks_failed: int = 0
+    store_blocks_written: int = 0
+    store_blocks_lost: int = 0
+    store_wait_seconds: float = 0.0
+    store_timeouts: int = 0
+    kv_agent_restarts: int = 0
+    agent_address: str = ""

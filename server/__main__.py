@@ -11,7 +11,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from jaxdual.config import EngineConfig, ServerConfig, add_arguments, read_config
+from jaxdual.config import ClusterConfig, EngineConfig, ServerConfig, add_arguments, read_config
 from server.serve import Server
 
 
@@ -22,12 +22,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Serves a model: OpenAI's HTTP API and metrics on one port, gRPC (jaxdual.v1, KServe's Open "
         "Inference Protocol, health, reflection) on the other.",
     )
-    add_arguments(parser, ServerConfig, EngineConfig)
+    add_arguments(parser, ServerConfig, ClusterConfig, EngineConfig)
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
         engine_config, server_config = read_config(EngineConfig, options), read_config(ServerConfig, options)
-        return asyncio.run(Server(engine_config, server_config).run())
+        return asyncio.run(Server(engine_config, server_config, read_config(ClusterConfig, options)).run())
     except (ValueError, OSError) as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 2

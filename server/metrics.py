@@ -41,6 +41,13 @@ _ENGINE_COUNTERS = (
     ("num_preemptions", "preemptions", "Sequences that had to give way to others."),
     ("prefix_cache_queries", "prefix_cache_queries", "Prompt tokens looked up in the prefix cache."),
     ("prefix_cache_hits", "prefix_cache_hits", "Prompt tokens found in the prefix cache."),
+    ("external_prefix_cache_hits", "store_cache_hits", "Of those, tokens that were read from the block store."),
+    ("kv_store_blocks_read", "store_blocks_read", "KV blocks read from the store."),
+    ("kv_store_blocks_failed", "store_blocks_failed", "KV blocks that were gone or broken when they were to be read."),
+    ("kv_store_blocks_written", "store_blocks_written", "KV blocks stored."),
+    ("kv_store_blocks_lost", "store_blocks_lost", "Full KV blocks that were not stored."),
+    ("kv_store_timeouts", "store_timeouts", "Requests that went on without the blocks that they waited for."),
+    ("kv_agent_restarts", "kv_agent_restarts", "Times that the process beside the engine had died."),
 )
 
 

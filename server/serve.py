@@ -16,7 +16,7 @@ import grpc
 import uvicorn
 
 from jaxdual.async_api import AsyncLLM
-from jaxdual.config import ConfigError, EngineConfig, ServerConfig
+from jaxdual.config import ClusterConfig, ConfigError, EngineConfig, ServerConfig
 from jaxdual.engine.supervisor import EngineState
 from server.grpc import GrpcServer, create_server
 from server.http import create_app
@@ -33,11 +33,16 @@ class Server:
 
     Args:
       engine_config, server_config: what to serve, and how.
+      cluster_config: by how many engines, if by more than one.
     """
 
-    def __init__(self, engine_config: EngineConfig, server_config: ServerConfig) -> None:
+    def __init__(
+        self, engine_config: EngineConfig, server_config: ServerConfig, cluster_config: ClusterConfig | None = None
+    ) -> None:
         self._config = server_config
-        self._llm = AsyncLLM.from_config(engine_config, max_queued_requests=server_config.max_queued_requests)
+        self._llm = AsyncLLM.from_config(
+            engine_config, cluster=cluster_config, max_queued_requests=server_config.max_queued_requests
+        )
         self._metrics = Metrics(self._llm)
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()

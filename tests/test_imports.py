@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 ORDER = ("pallas_kernels", "models", "jaxdual", "server")  # a folder imports only what stands before it, and itself
 KERNEL_IMPORTS = {"jax", "numpy", "jaxtyping", "pallas_kernels"}
-WITHOUT_JAX = ("jaxdual/kv", "jaxdual/scheduling", "jaxdual/transport")
+WITHOUT_JAX = ("jaxdual/kv", "jaxdual/scheduling", "jaxdual/transport", "jaxdual/agent", "jaxdual/cluster")
 FACES = ("starlette", "uvicorn", "grpc", "msgspec", "torch", "transformers")
 
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from jaxdual.config import ConfigError, EngineConfig
 from jaxdual.engine.buckets import Buckets
+from jaxdual.engine.build_transfers import build_transfers, host_memory
 from jaxdual.engine.engine import Engine
 from jaxdual.engine.runner import Runner
 from jaxdual.engine.sampler import SAMPLER_BYTES_PER_TOKEN_ID
@@ -28,6 +29,7 @@ from models.fingerprint import model_fingerprint
 
 _CPU_KV_BYTES = 1 << 30
 _CPU_MODEL_LEN = 8192
+_STAGING_BYTES = 64 << 20  # at least, where a store is configured
 _CPU_PREFILL_BESIDE_DECODE = 128  # tokens: about what 64 sequences cost to decode, so that a step doubles at most
 _HIDDEN_COPIES = 8  # activations of a step, in residual streams of its widest batch: room left beside the KV memory
 
@@ -50,10 +52,10 @@ class BuiltEngine:
 
     def stats(self) -> EngineStats:
         """Counters since the start."""
-        kv, scheduler = self.engine.kv, self.engine.scheduler
+        kv, scheduler, transfers = self.engine.kv, self.engine.scheduler, self.engine.transfers
         return EngineStats(
             num_running=scheduler.num_running,
-            num_waiting=scheduler.num_waiting,
+            num_waiting=scheduler.num_waiting + (0 if transfers is None else transfers.num_waiting),
             prompt_tokens=self.engine.prompt_tokens,
             generation_tokens=self.engine.generation_tokens,
             computed_prompt_tokens=scheduler.stats.prefill_tokens,
@@ -70,6 +72,8 @@ class BuiltEngine:
             load_seconds=self.load_seconds,
             compile_seconds=self.compiles.seconds,
             compilations=self.compiles.compilations,
+            store_cache_hits=kv.stats.staged_hits,
+            **({} if transfers is None else transfers.stats()),
         )
 
 
@@ -108,7 +112,14 @@ def build_engine(config: EngineConfig) -> BuiltEngine:
     max_chunk = min(config.max_num_batched_tokens, max_model_len)
     memory = _group_pages(config, layout, max_model_len, max_chunk, model_config)
     _check_host_memory(config, layout, memory, model_config)
-    kv = KVManager(memory, config.block_size, prefix_caching=config.enable_prefix_caching, max_chunk=max_chunk)
+    kv = KVManager(
+        memory,
+        config.block_size,
+        prefix_caching=config.enable_prefix_caching,
+        max_chunk=max_chunk,
+        report_published=config.kv_store is not None and config.kv_role == "both",
+    )
+    host, slab = host_memory(layout, memory, shared=config.needs_kv_agent)
     limits = BatchLimits(
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
@@ -124,6 +135,7 @@ def build_engine(config: EngineConfig) -> BuiltEngine:
         max_model_len=max_model_len,
         max_chunk=max_chunk,
         buckets=Buckets(config.max_num_seqs, max_chunk),
+        host=host,
     )
     engine = Engine(
         runner,
@@ -131,6 +143,7 @@ def build_engine(config: EngineConfig) -> BuiltEngine:
         kv,
         eos_token_ids=eos_token_ids,
         model_fingerprint=identity,
+        transfers=None if slab is None else build_transfers(config, kv, runner, memory, host, slab),
         overlap=config.async_scheduling,
         seed=config.seed,
     )
@@ -233,8 +246,17 @@ def _group_pages(
                 f"{source} gives {pages} KV pages, but one sequence of {max_model_len} tokens needs "
                 f"{most} ({most * layout.full_block_bytes(group)} bytes): give more memory or a smaller max_model_len"
             )
+    staging = 0
+    if config.needs_kv_agent:
+        staging = config.kv_staging_bytes or max(2 * sequence_bytes, _STAGING_BYTES)
     return tuple(
-        GroupPages(pages, config.host_cache_bytes * most // sequence_bytes, group.window)
+        GroupPages(
+            pages,
+            config.host_cache_bytes * most // sequence_bytes,
+            group.window,
+            # At least one page to read a block into and one to store a block from.
+            max(staging * most // sequence_bytes, 2) if staging else 0,
+        )
         for pages, most, group in zip(num_pages, needed, layout.groups, strict=True)
     )
 
@@ -248,12 +270,14 @@ def _check_host_memory(
     per_sequence = model.vocab_size * SAMPLER_BYTES_PER_TOKEN_ID
     device = sum(pages.num_pages * layout.full_block_bytes(group) for group, pages in enumerate(memory))
     host = sum(pages.host_pages * layout.full_block_bytes(group) for group, pages in enumerate(memory))
+    staging = sum(pages.staging_pages * layout.full_block_bytes(group) for group, pages in enumerate(memory))
     for need, setting in (
         (
             device * on_cpu,
             f"KV memory of {sum(pages.num_pages for pages in memory)} pages of block_size={layout.page_size}",
         ),
         (host, f"host_cache_bytes={config.host_cache_bytes}"),
+        (staging, f"kv_staging_bytes={config.kv_staging_bytes}"),
         (config.max_num_seqs * per_sequence * on_cpu, f"max_num_seqs={config.max_num_seqs}"),
     ):
         if need > total:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from jaxdual.config import EngineConfig
+from jaxdual.config import ClusterConfig, EngineConfig
 from jaxdual.engine.wire import Died, Start, Stop, ToFront
 from jaxdual.frames import Frames, Message
 
@@ -43,9 +43,18 @@ class EngineProcess(asyncio.Protocol):
 
     @classmethod
     async def launch(
-        cls, config: EngineConfig, on_message: Callable[[Any], None], on_death: Callable[[str], None]
+        cls,
+        config: EngineConfig,
+        on_message: Callable[[Any], None],
+        on_death: Callable[[str], None],
+        cluster: ClusterConfig | None = None,
     ) -> EngineProcess:
         """Starts an engine; the first message is `Ready` or `StartFailed`.
+
+        Args:
+          config: of the engine.
+          on_message, on_death: see the class.
+          cluster: starts a cluster of such engines, which speaks as one engine does.
 
         Raises:
           OSError: the process can't be started.
@@ -53,8 +62,9 @@ class EngineProcess(asyncio.Protocol):
         ours, theirs = socket.socketpair()
         with theirs:
             # A group of its own: Ctrl-C is the front's to handle.
+            module = "jaxdual.cluster.process" if cluster else "jaxdual.engine.process"
             process = subprocess.Popen(
-                [sys.executable, "-m", "jaxdual.engine.process", str(theirs.fileno())],
+                [sys.executable, "-m", module, str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 process_group=0,
@@ -67,7 +77,7 @@ class EngineProcess(asyncio.Protocol):
             process.kill()
             process.wait()
             raise
-        engine.send(Start(config))
+        engine.send(Start(config, cluster or ClusterConfig()))
         return engine
 
     @property

@@ -7,14 +7,20 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from jaxdual.engine.request import Request, TokenEvent, TokenLogprobs
+from jaxdual.engine.request import Request, Target, TokenEvent, TokenLogprobs
 from jaxdual.engine.runner import Launch, Runner, ScoreTargets, SlotBinding, StepResult
 from jaxdual.engine.sampler import MAX_SUPPRESSED, SlotSampling
 from jaxdual.errors import EngineDeadError
 from jaxdual.kv.keys import KeyChain, root_key
 from jaxdual.kv.manager import KVManager
-from jaxdual.scheduling.batch import BatchScheduler, Phase, SequenceState, StepPlan
+from jaxdual.scheduling.batch import BatchScheduler, FinishReason, Phase, SequenceState, StepPlan
+
+if TYPE_CHECKING:  # it speaks with a process, in messages that an engine without a store needs no package for
+    from jaxdual.engine.transfers import Transfers
+
+_TRANSFER_WAIT_SECONDS = 0.05  # at most, while every request waits for stored blocks
 
 
 @dataclass(slots=True, eq=False)
@@ -34,10 +40,11 @@ class _Output:
 
 @dataclass(frozen=True, slots=True)
 class _Flight:
-    """A step under way."""
+    """A step under way, and how many copies of blocks off the device came before it."""
 
     plan: StepPlan
     launch: Launch
+    gathered: int
 
 
 class Engine:
@@ -52,6 +59,7 @@ class Engine:
       kv: page accounting; the same object that the scheduler asks.
       eos_token_ids: the model's end-of-sequence tokens.
       model_fingerprint: identifies the weights in block keys.
+      transfers: what moves blocks to and from a block store, if there is one.
       overlap: see above.
       seed: of the seeds drawn for requests without one; None for a random one.
       clock: seconds, monotonic.
@@ -68,6 +76,7 @@ class Engine:
         *,
         eos_token_ids: Sequence[int],
         model_fingerprint: bytes,
+        transfers: Transfers | None = None,
         overlap: bool = True,
         seed: int | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -75,6 +84,7 @@ class Engine:
         self.runner = runner
         self.scheduler = scheduler
         self.kv = kv
+        self.transfers = transfers
         self._eos = tuple(eos_token_ids)
         self._fingerprint = model_fingerprint
         self._overlap = overlap
@@ -91,20 +101,56 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        """Whether `step` has anything to do: requests, events to hand out, or a step under way."""
-        return bool(self._requests or self._events or self._flight)
+        """Whether `step` has anything to do: requests, events to hand out, a step under way, or blocks to be stored."""
+        unsent = self.transfers is not None and self.transfers.has_unsent
+        return bool(self._requests or self._events or self._flight or self.kv.has_news or unsent)
 
     @property
     def num_unfinished(self) -> int:
         return len(self._requests)
 
-    def add(self, request: Request) -> None:
+    def add(self, request: Request, target: Target | None = None) -> None:
         """Queues a request.
 
+        Args:
+          target: memory of another engine, where the keys and values of the prompt go when they are computed.
+
         Raises:
-          ValueError: its id is in use, its prompt is empty, or it has no `max_tokens`.
+          ValueError: its id is in use, its prompt is empty, it has no `max_tokens`, or nothing of it is left to do.
           EngineDeadError: a step has failed before.
         """
+        outputs = self._make_outputs(request)
+        if target is not None and self.transfers is not None:
+            self.transfers.exports.want(outputs[0].sequence.seq_id, request.request_id, target)
+        if self.transfers is not None:
+            self.transfers.fetch([output.sequence for output in outputs])
+            return
+        for output in outputs:
+            self.scheduler.add(output.sequence)
+
+    def adopt(self, request: Request, stored: int) -> None:
+        """Queues a request whose prompt has been computed and written to memory that `arrivals` granted under its id.
+
+        Its first output has its first token. If the prompt is lost, it is computed here.
+
+        Args:
+          stored: leading blocks of the prompt that are in the store already.
+
+        Raises:
+          ValueError, EngineDeadError: as `add`.
+        """
+        if self.transfers is None:
+            raise ValueError(f"request_id={request.request_id!r}: this engine expects nothing from others")
+        sequences = [output.sequence for output in self._make_outputs(request)]
+        first = sequences[0]
+        if not self.transfers.arrivals.adopt(request.request_id, first.seq_id, stored=stored):
+            self.transfers.fetch(sequences)
+            return
+        for sequence in sequences:
+            self.scheduler.add(sequence)
+
+    def _make_outputs(self, request: Request) -> list[_Output]:
+        """Takes note of a request; its outputs are still to be queued."""
         if self._dead is not None:
             raise EngineDeadError(self._dead)
         if request.request_id in self._requests:
@@ -119,14 +165,19 @@ class Engine:
             raise ValueError(
                 f"{len(stops)} tokens end this request, the model's own included; at most {MAX_SUPPRESSED} can"
             )
+        given = [tokens if tokens is None else list(tokens) for tokens in request.resumed or [()] * params.n]
+        if len(given) != params.n or all(tokens is None or len(tokens) >= max_output for tokens in given):
+            raise ValueError(f"{len(given)} outputs are resumed of {params.n}, or all of them are complete")
         outputs: list[_Output] = []
-        for index in range(params.n):
+        for index, before in enumerate(given):
+            if before is None:
+                continue
             # The first output keeps the seed itself: n=1 and the first of n=2 agree.
             seed = (base_seed + index * 0x9E3779B97F4A7C15) % 2**64
-            wants_prompt = params.prompt_logprobs is not None and index == 0
+            wants_prompt = params.prompt_logprobs is not None and index == 0 and not before
             sequence = SequenceState(
                 seq_id=next(self._ids),
-                tokens=list(request.prompt_token_ids),
+                tokens=[*request.prompt_token_ids, *before],
                 prompt_length=len(request.prompt_token_ids),
                 max_output=max_output,
                 stop_token_ids=stops,
@@ -142,17 +193,29 @@ class Engine:
         self.prompt_tokens += len(request.prompt_token_ids)
         for output in outputs:
             self._outputs[output.sequence.seq_id] = output
-            self.scheduler.add(output.sequence)
+        return outputs
 
     def abort(self, request_id: str, index: int | None = None) -> None:
         """Ends a request, or one of its outputs, now; unknown ids are ignored, since it may just have ended.
 
         The next `step` hands out an event with `finish_reason` "abort" for each output that was still going.
         """
+        if self.transfers is not None:
+            self.transfers.exports.cancel(request_id)
         for output in list(self._requests.get(request_id, ())):
             if index is None or output.index == index:
-                self.scheduler.finish(output.sequence, "abort")
+                self._finish(output.sequence, "abort")
                 self._emit_end(output, None)
+
+    @property
+    def descriptors(self) -> tuple[int, ...]:
+        """What is readable when `poll` has something to do though there is no work for `step`."""
+        return () if self.transfers is None else self.transfers.descriptors
+
+    def poll(self) -> None:
+        """Handles what comes from beside the engine; `step` does, too."""
+        if self._dead is None and self.transfers is not None:
+            self._poll_transfers(self.transfers)
 
     def step(self) -> list[TokenEvent]:
         """Runs one step of the loop, and returns what has happened since the last call.
@@ -164,6 +227,7 @@ class Engine:
         if self._dead is not None and not self._events:
             raise EngineDeadError(self._dead)
         try:
+            self.poll()
             if self._dead is not None:
                 pass
             elif self._overlap:
@@ -180,6 +244,33 @@ class Engine:
         """Raises `IntegrityError` if KV accounting, queues or requests contradict each other."""
         self.scheduler.check_integrity()
         self.runner.check_arena()
+        if self.transfers is not None:
+            self.transfers.check_integrity()
+
+    def close(self) -> None:
+        """Lets blocks that are full reach the store, and ends what runs beside the engine; no step follows."""
+        self._dead = self._dead or "the engine is closed"
+        if self.transfers is not None:
+            self.transfers.close()
+
+    # Transfers.
+
+    def _poll_transfers(self, transfers: Transfers) -> None:
+        """Queues the sequences that have waited for stored blocks; waits for some if there is nothing else to do."""
+        idle = not (self._flight or self._events or self.scheduler.num_waiting or self.scheduler.num_running)
+        wait = idle and (transfers.num_waiting or transfers.has_unsent)
+        for sequence in transfers.poll(_TRANSFER_WAIT_SECONDS if wait else 0.0):
+            self.scheduler.add(sequence)
+
+    def _export(self, transfers: Transfers, plan: StepPlan) -> None:
+        """Has prompts leave that the dispatched step completes; one whose last token was all that was left is a row."""
+        if not transfers.exports.any_wanted:
+            return
+        completed = [chunk.seq_id for chunk in plan.chunks if chunk.samples]
+        for seq_id in (*completed, *(row.seq_id for row in plan.rows)):
+            groups = range(len(self.kv.groups))
+            held = [(self.kv.first_of(seq_id, group), tuple(self.kv.pages_of(seq_id, group))) for group in groups]
+            transfers.exports.computed(seq_id, held)
 
     # The two loops.
 
@@ -220,10 +311,18 @@ class Engine:
                         skip=output.num_scored - chunk.start, tokens=tuple(prompt[output.num_scored + 1 : end + 1])
                     )
                     output.num_scored = end
-        return _Flight(plan, self.runner.dispatch(plan, bindings, targets))
+        if self.transfers is not None:
+            self.transfers.save(plan.published)
+        launch = self.runner.dispatch(plan, bindings, targets)
+        if self.transfers is not None:
+            self.transfers.unstaged(plan.unstaged)
+            self._export(self.transfers, plan)
+        return _Flight(plan, launch, self.transfers.num_gathered if self.transfers is not None else 0)
 
     def _retire(self, flight: _Flight) -> None:
         result = self.runner.fetch(flight.launch)
+        if self.transfers is not None:
+            self.transfers.settle(flight.gathered)
         for seq_id, scores in result.prompt_logprobs.items():
             if seq_id in self._outputs:
                 self._outputs[seq_id].prompt_logprobs.extend(scores)
@@ -257,6 +356,15 @@ class Engine:
 
     # Ends.
 
+    def _finish(self, sequence: SequenceState, reason: FinishReason) -> None:
+        """Ends a sequence wherever it is."""
+        if self.transfers is not None:
+            self.transfers.exports.drop(sequence.seq_id)
+        if self.transfers is not None and self.transfers.drop(sequence):
+            sequence.phase, sequence.finish_reason = Phase.FINISHED, reason
+        else:
+            self.scheduler.finish(sequence, reason)
+
     def _emit_end(self, output: _Output, error: str | None) -> None:
         sequence = output.sequence
         self._events.append(
@@ -282,5 +390,5 @@ class Engine:
         self._flight = None
         self._dead = f"the engine has failed: {type(error).__name__}: {error}"
         for output in list(self._outputs.values()):
-            self.scheduler.finish(output.sequence, "error")
+            self._finish(output.sequence, "error")
             self._emit_end(output, self._dead)

@@ -13,18 +13,28 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from functools import partial
 
 from jaxdual.engine.build import BuiltEngine, build_engine
-from jaxdual.engine.request import TokenEvent
+from jaxdual.engine.request import Request, TokenEvent
 from jaxdual.engine.wire import (
     Abort,
     Add,
+    Adopt,
     Answer,
+    ArrivalLost,
     Ask,
     Compiled,
     Died,
     Events,
+    Expect,
+    Forget,
+    Granted,
+    HandedOff,
+    PeerDied,
+    Prefill,
     Ready,
+    Settled,
     Start,
     StartFailed,
     Stop,
@@ -66,10 +76,13 @@ class EngineLoop:
         """
         while not self._stopping:
             idle = not self._engine.has_work and self._next_warm_up is None
-            for message in self._channel.receive(wait=idle):
+            for message in self._channel.receive(wait=idle, beside=self._engine.descriptors):
                 self._handle(message)
             if self._engine.has_work:
                 self._send_events(self._engine.step())
+            else:
+                self._engine.poll()
+            self._send_handoffs()
             # Now and then also beside requests: else a server under steady load would never be ready.
             free = not self._engine.has_work or time.monotonic() >= self._warm_up_due
             if self._next_warm_up is not None and free and not self._stopping:
@@ -78,20 +91,54 @@ class EngineLoop:
     def _handle(self, message: object) -> None:
         match message:
             case Add(request):
-                try:
-                    self._engine.add(request)
-                except ValueError as error:  # the front has checked it: only its defect comes here
-                    refused = [
-                        TokenEvent(request.request_id, index, None, finish_reason="error", error=str(error))
-                        for index in range(request.params.n)
-                    ]
-                    self._channel.send(Events(refused, None))
+                self._queue(request, partial(self._engine.add, request))
+            case Prefill(request, target):
+                self._queue(request, partial(self._engine.add, request, target))
+            case Adopt(request, stored):
+                self._queue(request, partial(self._engine.adopt, request, stored))
+            case Expect() | Forget() | Settled() | PeerDied():
+                self._handle_arrival(message)
             case Abort(request_id, index):
                 self._engine.abort(request_id, index)
             case Ask(number, check_integrity):
                 self._channel.send(Answer(number, self._built.stats(), self._check() if check_integrity else None))
             case Stop():
                 self._stopping = True
+
+    def _queue(self, request: Request, queue: Callable[[], None]) -> None:
+        try:
+            queue()
+        except ValueError as error:  # the front has checked it: only its defect comes here
+            refused = [
+                TokenEvent(request.request_id, index, None, finish_reason="error", error=str(error))
+                for index in range(request.params.n)
+            ]
+            self._channel.send(Events(refused, None))
+
+    def _handle_arrival(self, message: Expect | Forget | Settled | PeerDied) -> None:
+        if self._engine.transfers is None:
+            return
+        arrivals = self._engine.transfers.arrivals
+        match message:
+            case Expect(request_id, tokens, peer):
+                arrivals.expect(request_id, tokens, peer)
+            case Forget(request_id):
+                arrivals.forget(request_id)
+            case Settled(request_id):
+                arrivals.settled(request_id)
+            case PeerDied(peer):
+                arrivals.peer_died(peer)
+
+    def _send_handoffs(self) -> None:
+        transfers = self._engine.transfers
+        if transfers is None:
+            return
+        for request_id, target in transfers.arrivals.take_granted():
+            self._channel.send(Granted(request_id, target))
+        for request_id in transfers.arrivals.take_lost():
+            self._channel.send(ArrivalLost(request_id))
+        for request_id, complete in transfers.exports.take_over():
+            self._channel.send(HandedOff(request_id, complete))
 
     def _check(self) -> str | None:
         try:
@@ -145,6 +192,7 @@ def _serve(channel: MessageSocket) -> int:
     channel.send(Ready(built.info, built.stats()))
     try:
         EngineLoop(built, channel).run()
+        built.engine.close()
     except ConnectionError:
         raise
     except Exception as error:

@@ -29,6 +29,8 @@ class Request:
       arrival: seconds of the monotonic clock.
       priority: smaller goes first.
       salt: keeps its cached blocks apart from those of requests with another salt.
+      resumed: of a request that was under way in an engine that is gone, the tokens that each output had; None for an
+        output that has ended. Empty for a new request.
     """
 
     request_id: str
@@ -37,6 +39,25 @@ class Request:
     arrival: float
     priority: int = 0
     salt: bytes = b""
+    resumed: tuple[tuple[int, ...] | None, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Memory of another engine that the keys and values of a prompt are to be written to.
+
+    Attributes:
+      peer: address of the KV agent that may write them.
+      address, descriptor: of the KV agent whose memory it is, and of that memory.
+      firsts: in each layer group, number of the first block that is wanted.
+      offsets: in each layer group, where that block and all after it go, in bytes.
+    """
+
+    peer: str
+    address: str
+    descriptor: bytes
+    firsts: tuple[int, ...]
+    offsets: tuple[tuple[int, ...], ...]
 
 
 @dataclass(slots=True)  # not frozen: one is made for every token, and frozen ones take four times as long to make

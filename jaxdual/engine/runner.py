@@ -26,7 +26,7 @@ from models import Decoder
 
 # Pages moved by one program between tiers, and prompt tokens scored by one: a copy or two of waste at the end of a
 # long move costs less than another program to compile.
-_COPY_PAGES = 8
+COPY_PAGES = 8
 _SCORE_TOKENS = 128
 
 
@@ -136,6 +136,7 @@ class Runner:
       max_model_len: tokens of the longest sequence.
       max_chunk: tokens of the longest chunk.
       buckets: padded shapes.
+      host: host memory of each layer group, `[host_pages + staging_pages, *block]`.
     """
 
     def __init__(
@@ -148,6 +149,7 @@ class Runner:
         max_model_len: int,
         max_chunk: int,
         buckets: Buckets,
+        host: Sequence[np.ndarray],
     ) -> None:
         self.buckets = buckets
         self.programs = Programs(model, layout)
@@ -167,10 +169,7 @@ class Runner:
         self._state = jax.device_put(sampler.new_state(max_num_seqs, self.vocab_size), device)
         self._padding_slot = max_num_seqs
         self._memory = tuple(memory)
-        self._host = [
-            np.zeros((pages.host_pages, *layout.block_shape(group)), jnp.dtype(layout.dtype))
-            for group, pages in enumerate(memory)
-        ]
+        self._host = tuple(host)
         self._landing: deque[tuple[int, jax.Array, list[int]]] = deque()
         self._sampling: dict[int, SlotSampling] = {}
 
@@ -234,6 +233,10 @@ class Runner:
 
         for name, run in self._warm_up_runs():
             yield name, partial(timed, run)
+
+    def gather(self, group: int, pages: Sequence[int]) -> jax.Array:
+        """Starts a copy of up to `COPY_PAGES` pages of a group off the device: the first blocks of the result."""
+        return self._run_gather(group, self._padded(group, pages))
 
     def check_arena(self) -> None:
         """Raises `IntegrityError` if an arena is not the buffer that it was at the start."""
@@ -331,14 +334,20 @@ class Runner:
     def _copy(self, copies: Sequence[PageCopy]) -> None:
         for run in _runs(copies):
             group, slots = run[0].group, [copy.slot for copy in run]
-            num_pages, host = self._memory[group].num_pages, self._host[group]
+            host = self._host[group]
             if run[0].direction == "out":
-                self._landing.append((group, self._run_gather(group, _padded_pages(run, num_pages)), slots))
+                self._landing.append((group, self.gather(group, [copy.page for copy in run]), slots))
             else:
                 self._land()
-                blocks = np.zeros((_COPY_PAGES, *host.shape[1:]), host.dtype)
+                blocks = np.zeros((COPY_PAGES, *host.shape[1:]), host.dtype)
                 blocks[: len(run)] = host[slots]
-                self._run_scatter(group, _padded_pages(run, num_pages), blocks)
+                self._run_scatter(group, self._padded(group, [copy.page for copy in run]), blocks)
+
+    def _padded(self, group: int, pages: Sequence[int]) -> np.ndarray:
+        """Pages of one program, and behind them one that the arena doesn't have: it is not moved."""
+        padded = np.full(COPY_PAGES, self._memory[group].num_pages, np.int32)
+        padded[: len(pages)] = pages
+        return padded
 
     def _land(self) -> None:
         """Brings blocks on their way out into their host slots, in the order in which they left."""
@@ -411,11 +420,11 @@ class Runner:
             return self._state
 
         def copy_out(group: int) -> object:
-            return self._run_gather(group, np.full(_COPY_PAGES, self._memory[group].num_pages, np.int32))
+            return self.gather(group, ())
 
         def copy_in(group: int) -> object:
-            blocks = np.zeros((_COPY_PAGES, *self._host[group].shape[1:]), self._host[group].dtype)
-            self._run_scatter(group, np.full(_COPY_PAGES, self._memory[group].num_pages, np.int32), blocks)
+            blocks = np.zeros((COPY_PAGES, *self._host[group].shape[1:]), self._host[group].dtype)
+            self._run_scatter(group, self._padded(group, ()), blocks)
             return self.arenas[group]
 
         for rows in self.buckets.rows:
@@ -427,27 +436,20 @@ class Runner:
         yield "set slot", set_slot
         for group, host in enumerate(self._host):
             if len(host):
-                yield f"copy out group={group} pages={_COPY_PAGES}", partial(copy_out, group)
-                yield f"copy in group={group} pages={_COPY_PAGES}", partial(copy_in, group)
+                yield f"copy out group={group} pages={COPY_PAGES}", partial(copy_out, group)
+                yield f"copy in group={group} pages={COPY_PAGES}", partial(copy_in, group)
 
 
 def _runs(copies: Sequence[PageCopy]) -> Iterator[list[PageCopy]]:
     """Neighbouring copies of one direction and group, at most as many as one program moves."""
     run: list[PageCopy] = []
     for copy in copies:
-        if run and ((copy.direction, copy.group) != (run[0].direction, run[0].group) or len(run) == _COPY_PAGES):
+        if run and ((copy.direction, copy.group) != (run[0].direction, run[0].group) or len(run) == COPY_PAGES):
             yield run
             run = []
         run.append(copy)
     if run:
         yield run
-
-
-def _padded_pages(run: Sequence[PageCopy], num_pages: int) -> np.ndarray:
-    """Pages of a run, and behind them one that no block has: it is not moved."""
-    pages = np.full(_COPY_PAGES, num_pages, np.int32)
-    pages[: len(run)] = [copy.page for copy in run]
-    return pages
 
 
 def _logprobs_at(logprobs: Logprobs, row: int) -> TokenLogprobs:

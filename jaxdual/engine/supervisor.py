@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import enum
 import logging
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Collection, Sequence
 
-from jaxdual.config import ConfigError, EngineConfig
+from jaxdual.config import ClusterConfig, ConfigError, EngineConfig
 from jaxdual.engine.client import EngineProcess
 from jaxdual.engine.request import Request, TokenEvent
 from jaxdual.engine.wire import Abort, Add, Answer, Ask, Compiled, Events, Ready, StartFailed
@@ -38,21 +38,23 @@ class EngineSupervisor:
 
     Args:
       config: of the engine.
+      cluster: how many of them make one, if more than one do.
       on_ready: called each time that a process is about to take requests; a ValueError that it raises ends the start.
       on_events: called with what requests have given.
-      on_lost: called when requests have ended with their process, or will never have one: with the reason, and with
-        the ids of those that don't end, since they wait for the next process.
+      on_lost: called when requests have lost their process: with the reason, and with whether there will be another
+        one, to which they may be added again.
     """
 
     def __init__(
         self,
         config: EngineConfig,
+        cluster: ClusterConfig | None = None,
         *,
         on_ready: Callable[[EngineInfo], None],
         on_events: Callable[[Sequence[TokenEvent]], None],
-        on_lost: Callable[[str, Container[str]], None],
+        on_lost: Callable[[str, bool], None],
     ) -> None:
-        self._config = config
+        self._config, self._cluster = config, cluster
         self._on_ready = on_ready
         self._on_events = on_events
         self._on_lost = on_lost
@@ -144,9 +146,9 @@ class EngineSupervisor:
             del self._waiting[request_id]
 
     @property
-    def num_waiting(self) -> int:
-        """Requests that wait for a process."""
-        return len(self._waiting)
+    def waiting(self) -> Collection[str]:
+        """Ids of the requests that wait for a process."""
+        return self._waiting.keys()
 
     # Figures.
 
@@ -196,7 +198,7 @@ class EngineSupervisor:
         self._ready = False
         self._compile_seconds = {}
         try:
-            process = await EngineProcess.launch(self._config, self._on_message, self._on_death)
+            process = await EngineProcess.launch(self._config, self._on_message, self._on_death, self._cluster)
         except OSError as error:
             self._on_death(f"the engine process can't be started: {error}")
             return
@@ -260,7 +262,7 @@ class EngineSupervisor:
         if self._failed_starts >= _MOST_FAILED_STARTS:
             self._give_up(EngineDeadError(f"{reason}; it has failed {self._failed_starts} times in a row"))
             return
-        self._lose_running(reason)
+        self._lose_running(reason, goes_on=True)
         self._set_state(EngineState.RESTARTING)
         self._restart = asyncio.get_running_loop().create_task(self._start_again())
 
@@ -289,15 +291,15 @@ class EngineSupervisor:
 
     def _lose_all(self, reason: str) -> None:
         self._waiting.clear()
-        self._lose_running(reason)
+        self._lose_running(reason, goes_on=False)
 
-    def _lose_running(self, reason: str) -> None:
-        """Ends what the process had under way."""
+    def _lose_running(self, reason: str, *, goes_on: bool) -> None:
+        """Tells of what the process had under way."""
         for question in self._questions.values():
             if not question.done():
                 question.set_exception(EngineDeadError(reason))
         self._questions.clear()
-        self._on_lost(reason, self._waiting)
+        self._on_lost(reason, goes_on)
 
     def _set_state(self, state: EngineState) -> None:
         # Whoever drains or stops has the last word.

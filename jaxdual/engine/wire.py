@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from jaxdual.config import EngineConfig
-from jaxdual.engine.request import Request, TokenEvent
+from jaxdual.config import ClusterConfig, EngineConfig
+from jaxdual.engine.request import Request, Target, TokenEvent
 from jaxdual.frames import Message
 from jaxdual.outputs import EngineInfo, EngineStats
 
@@ -11,15 +11,60 @@ from jaxdual.outputs import EngineInfo, EngineStats
 
 
 class Start(Message, frozen=True, tag=True):
-    """The first message: which engine to be. Answered by `Ready` or `StartFailed`."""
+    """The first message: which engine to be, or which cluster. Answered by `Ready` or `StartFailed`."""
 
     config: EngineConfig
+    cluster: ClusterConfig = ClusterConfig()
 
 
 class Add(Message, frozen=True, tag=True):
     """Queues a request. Answered by `Events`."""
 
     request: Request
+
+
+class Prefill(Message, frozen=True, tag=True):
+    """Queues a request, and has the keys and values of its prompt written to `target`. Answered by `HandedOff`, beside
+    `Events`.
+    """
+
+    request: Request
+    target: Target
+
+
+class Expect(Message, frozen=True, tag=True):
+    """Reserves memory for the keys and values of a prompt of so many tokens, which `peer` will write. Answered by
+    `Granted`.
+    """
+
+    request_id: str
+    tokens: int
+    peer: str
+
+
+class Adopt(Message, frozen=True, tag=True):
+    """Queues a request whose prompt has been written, the leading `stored` blocks of it being in the store already."""
+
+    request: Request
+    stored: int
+
+
+class Forget(Message, frozen=True, tag=True):
+    """What was expected is not wanted any more; unknown ids are ignored."""
+
+    request_id: str
+
+
+class Settled(Message, frozen=True, tag=True):
+    """Nothing of what was expected will be written any more, and it is not complete; unknown ids are ignored."""
+
+    request_id: str
+
+
+class PeerDied(Message, frozen=True, tag=True):
+    """The engine whose KV agent has this address is dead."""
+
+    peer: str
 
 
 class Abort(Message, frozen=True, tag=True):
@@ -72,6 +117,26 @@ class Events(Message, frozen=True, tag=True):
     stats: EngineStats | None
 
 
+class Granted(Message, frozen=True, tag=True):
+    """Where a prompt that was announced is to be written; None if it can't be taken."""
+
+    request_id: str
+    target: Target | None
+
+
+class ArrivalLost(Message, frozen=True, tag=True):
+    """A prompt that was granted will never be complete here."""
+
+    request_id: str
+
+
+class HandedOff(Message, frozen=True, tag=True):
+    """Nothing of a prompt will be written any more; `complete` says whether all of it has been."""
+
+    request_id: str
+    complete: bool
+
+
 class Answer(Message, frozen=True, tag=True):
     """The answer to `Ask`; `error` says what the check found."""
 
@@ -86,5 +151,5 @@ class Died(Message, frozen=True, tag=True):
     message: str
 
 
-ToEngine = Start | Add | Abort | Ask | Stop
-ToFront = Ready | StartFailed | Compiled | Events | Answer | Died
+ToEngine = Start | Add | Prefill | Expect | Adopt | Forget | Settled | PeerDied | Abort | Ask | Stop
+ToFront = Ready | StartFailed | Compiled | Events | Granted | ArrivalLost | HandedOff | Answer | Died

@@ -89,7 +89,7 @@ class KVManager:
         self._swapped: dict[int, int] = {}  # of each sequence that waits with blocks in host memory: computed tokens
         self._staging: set[int] = set()  # those of them whose blocks are in staging pages
         self._unstaged: list[int] = []
-        self._stored: dict[int, int] = {}  # of each sequence that came through staging pages: blocks from a store
+        self._stored: dict[int, int] = {}  # of each sequence that came through staging pages
 
     @property
     def stats(self) -> KVStats:
@@ -185,7 +185,7 @@ class KVManager:
             self.stats.prefix_hits += found
         return Admission(computed=start, cached=found)
 
-    def stage(self, seq_id: int, parts: Sequence[HostBlocks], computed: int) -> None:
+    def stage(self, seq_id: int, parts: Sequence[HostBlocks], computed: int, *, stored: int) -> None:
         """Takes note of what a sequence that holds nothing finds in staging pages when it is admitted.
 
         The pages must stay as they are until `take_unstaged` names the sequence and the copies of that step are made.
@@ -193,7 +193,8 @@ class KVManager:
         Args:
           seq_id: the sequence.
           parts: its blocks in each group: those that it needs behind what is cached now.
-          computed: tokens that it can go on from then, full blocks of them from a store.
+          computed: tokens that it can go on from then.
+          stored: leading blocks of them that are in the store already.
 
         Raises:
           IntegrityError: the sequence holds something already.
@@ -204,7 +205,7 @@ class KVManager:
             group.stage(seq_id, part)
         self._swapped[seq_id] = computed
         self._staging.add(seq_id)
-        self._stored[seq_id] = computed // self.page_size
+        self._stored[seq_id] = stored
 
     def grow(self, seq_id: int, start: int, end: int) -> bool:
         """Makes room for computing the positions `start` to `end - 1` of a running sequence.

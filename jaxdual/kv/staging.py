@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from jaxdual.kv.group import GroupPages
+from jaxdual.kv.group import GroupPages, HostBlocks
 from jaxdual.kv.lease import Lease, LeaseBook
+from jaxdual.kv.manager import KVManager
 from jaxdual.kv.slots import SlotPool
 
 
@@ -53,3 +54,39 @@ class Staging:
     def _take_back(self, lease: Lease) -> None:
         for pool, slots in zip(self._pools, lease.slots, strict=True):
             pool.free(slots)
+
+
+class StagedSequences:
+    """Sequences that find blocks in staging pages when they are admitted, and the leases of these.
+
+    Args:
+      kv: accounting that admits them.
+      staging: whose leases they are.
+    """
+
+    def __init__(self, kv: KVManager, staging: Staging) -> None:
+        self._kv, self._staging = kv, staging
+        self._leases: dict[int, Lease] = {}
+
+    @property
+    def leases(self) -> list[Lease]:
+        return list(self._leases.values())
+
+    def put(self, seq_id: int, lease: Lease, firsts: Sequence[int], blocks: int, computed: int, *, stored: int) -> None:
+        """Takes a lease that is ready over for a sequence that holds nothing; see `KVManager.stage`.
+
+        Args:
+          firsts: in each group, number of the block in the lease's first page.
+          blocks: of the sequence, of which those from `firsts` on are in the lease.
+        """
+        parts = [
+            HostBlocks(first, slots[: blocks - first], staged=True)
+            for first, slots in zip(firsts, lease.slots, strict=True)
+        ]
+        self._kv.stage(seq_id, parts, computed, stored=stored)
+        self._leases[seq_id] = lease
+
+    def release(self, seq_ids: Sequence[int]) -> None:
+        """The copies to the device of what these sequences had here are under way, or they have ended."""
+        for seq_id in seq_ids:
+            self._staging.leases.end(self._leases.pop(seq_id))

@@ -29,6 +29,7 @@ def test_a_block_that_leaves_and_returns_at_once_keeps_its_contents(steps: int) 
         max_model_len=16,
         max_chunk=8,
         buckets=Buckets(2, 8),
+        host=[np.zeros((10, *LAYOUT.block_shape()), np.float32)],
     )
     contents = np.random.default_rng(0).normal(size=(PAGES, *LAYOUT.block_shape())).astype(np.float32)
     runner.arenas = (runner.programs.scatter(runner.arenas[0], np.arange(PAGES, dtype=np.int32), contents),)

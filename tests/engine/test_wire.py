@@ -13,14 +13,35 @@ from hypothesis import strategies as st
 
 from jaxdual import EngineConfig, SamplingParams
 from jaxdual.engine.process import EngineLoop
-from jaxdual.engine.request import Request, TokenEvent, TokenLogprobs
-from jaxdual.engine.wire import Abort, Add, Ask, Events, Start, Stop, ToEngine, ToFront
+from jaxdual.engine.request import Request, Target, TokenEvent, TokenLogprobs
+from jaxdual.engine.wire import (
+    Abort,
+    Add,
+    Adopt,
+    Ask,
+    Events,
+    Expect,
+    Forget,
+    PeerDied,
+    Prefill,
+    Settled,
+    Start,
+    Stop,
+    ToEngine,
+    ToFront,
+)
 from jaxdual.frames import Frames, MessageSocket
 
 PARAMS = SamplingParams(logit_bias={3: 1.5}, stop=["end"], stop_token_ids=[1, 2], seed=-5, n=2, logprobs=0)
 MESSAGES = [
     Start(EngineConfig(model="somewhere", seed=3, max_model_len=None)),
-    Add(Request("7", [1, 2, 2**31 - 1], PARAMS, 1.25, -3, b"\x00\xff")),
+    Add(Request("7", [1, 2, 2**31 - 1], PARAMS, 1.25, -3, b"\x00\xff", ((1, 2), None))),
+    Prefill(Request("7", [1], PARAMS, 1.25), Target("a", "b", b"\x00", (0, 3), ((4096, 0), ()))),
+    Expect("7", 12, "a"),
+    Adopt(Request("7", [1], PARAMS, 1.25, resumed=((5,),)), 3),
+    Forget("7"),
+    Settled("7"),
+    PeerDied("a"),
     Abort("7", 1),
     Abort("8"),
     Ask(1, check_integrity=True),
@@ -86,6 +107,9 @@ def test_a_channel_gives_what_is_there_and_waits_only_when_told(ends: tuple[sock
 class Broken:
     """An engine whose second step fails."""
 
+    descriptors = ()
+    transfers = None
+
     def __init__(self) -> None:
         self.engine = self
         self.runner = self
@@ -103,6 +127,9 @@ class Broken:
         if request.params.n > 1:
             raise ValueError("no more than one output")
         self.has_work = True
+
+    def poll(self) -> None:
+        pass
 
     def step(self) -> list[TokenEvent]:
         self.steps += 1

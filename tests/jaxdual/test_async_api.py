@@ -21,6 +21,7 @@ from jaxdual import (
     QueueFullError,
     RequestOutput,
     SamplingParams,
+    async_api,
 )
 from jaxdual.engine import supervisor
 from jaxdual.engine.supervisor import EngineState
@@ -91,7 +92,7 @@ async def settled(llm: AsyncLLM) -> None:
         await asyncio.sleep(0)
     await llm.check_integrity()
     assert llm.num_unfinished == 0
-    assert llm._engine.num_waiting == 0
+    assert not llm._engine.waiting
 
 
 def children() -> str:
@@ -291,23 +292,29 @@ def test_the_start_is_reported_by_shape(shared: AsyncLLM) -> None:
     assert report["load_seconds"] > 0
 
 
-def test_a_killed_engine_ends_requests_with_its_reason_and_the_next_ones_work(run: Loop, llm: AsyncLLM) -> None:
+def kill(llm: AsyncLLM) -> None:
+    assert llm.engine_pid is not None
+    os.kill(llm.engine_pid, signal.SIGKILL)
+
+
+def test_requests_go_on_from_their_last_token_when_the_engine_is_killed(run: Loop, llm: AsyncLLM) -> None:
+    seeded = SamplingParams(temperature=1.0, seed=3, n=3, max_tokens=40, ignore_eos=True)
+
     async def main() -> None:
-        want = (await last(llm.generate([5, 6, 7], GREEDY))).outputs[0].token_ids
+        prompts = [[5, 6, 7 + i] for i in range(6)]
+        want = [(await last(llm.generate(prompt, LONG))).outputs[0].token_ids for prompt in prompts]
+        drawn = [output.token_ids for output in (await last(llm.generate([9, 9], seeded))).outputs]
         states: list[EngineState] = []
         llm.on_state(states.append)
-        streams = [await llm.submit([5, 6, 7 + i], LONG) for i in range(6)]
+        streams = [await llm.submit(prompt, LONG) for prompt in prompts]
+        of_seeds = await llm.submit([9, 9], seeded)
         await anext(streams[0])
         pid = llm.engine_pid
-        assert pid is not None
-        os.kill(pid, signal.SIGKILL)
+        kill(llm)
         outputs = [await last(stream) for stream in streams]
-        assert {output.outputs[0].finish_reason for output in outputs} == {"error"}
-        assert {output.outputs[0].error for output in outputs} == {"the engine process has ended (signal 9)"}
-        with pytest.raises(EngineDeadError):
-            await llm.stats()
-        # Taken while there is no engine; it waits for the next one.
-        assert (await last(llm.generate([5, 6, 7], GREEDY))).outputs[0].token_ids == want
+        assert [output.outputs[0].token_ids for output in outputs] == want
+        assert {output.outputs[0].finish_reason for output in outputs} == {"length"}
+        assert [output.token_ids for output in (await last(of_seeds)).outputs] == drawn
         await settled(llm)
         assert states[:2] == [EngineState.RESTARTING, EngineState.WARMING]
         assert llm.restarts == 1
@@ -316,16 +323,39 @@ def test_a_killed_engine_ends_requests_with_its_reason_and_the_next_ones_work(ru
     run(main())
 
 
+def test_a_request_that_is_lost_with_engine_after_engine_ends_with_the_reason(
+    run: Loop, llm: AsyncLLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(async_api, "_MOST_ENGINES_LOST", 1)
+
+    async def main() -> None:
+        stream = await llm.submit([5, 6, 7], LONG)
+        for restarts in (0, 1):
+            before = len(stream.output.outputs[0].token_ids)
+            while len(stream.output.outputs[0].token_ids) == before:
+                await anext(stream)
+            assert llm.restarts == restarts
+            kill(llm)
+        output = (await last(stream)).outputs[0]
+        assert (output.finish_reason, output.error) == ("error", "the engine process has ended (signal 9)")
+        with pytest.raises(EngineDeadError):
+            await llm.stats()
+        # Taken while there is no engine; it waits for the next one.
+        assert len((await last(llm.generate([5, 6, 7], GREEDY))).outputs[0].token_ids) == 12
+        await settled(llm)
+
+    run(main())
+
+
 def test_requests_that_wait_for_an_engine_can_be_cancelled(run: Loop, llm: AsyncLLM) -> None:
     async def main() -> None:
-        assert llm.engine_pid is not None
-        os.kill(llm.engine_pid, signal.SIGKILL)
+        kill(llm)
         while llm.state is not EngineState.RESTARTING:
             await asyncio.sleep(0)
         streams = [await llm.submit([5, 6, 7], LONG) for _ in range(3)]
-        assert llm._engine.num_waiting == 3
+        assert len(llm._engine.waiting) == 3
         streams[1].close()
-        assert llm._engine.num_waiting == 2
+        assert len(llm._engine.waiting) == 2
         assert len((await last(streams[2])).outputs[0].token_ids) == 50
         assert len((await last(streams[0])).outputs[0].token_ids) == 50
         await settled(llm)
@@ -340,8 +370,7 @@ def test_an_engine_that_dies_before_it_serves_counts_as_a_failed_start(
 
     async def main() -> None:
         assert llm.state is EngineState.WARMING
-        assert llm.engine_pid is not None
-        os.kill(llm.engine_pid, signal.SIGKILL)
+        kill(llm)
         while llm.state is EngineState.WARMING:
             await asyncio.sleep(0)
         assert llm.state is EngineState.STOPPED
@@ -374,8 +403,7 @@ def test_an_engine_that_cannot_be_started_again_is_given_up(
     async def main() -> None:
         await llm.start()
         (tmp_path / "model" / "config.json").unlink()
-        assert llm.engine_pid is not None
-        os.kill(llm.engine_pid, signal.SIGKILL)
+        kill(llm)
         while llm.state is not EngineState.RESTARTING:
             await asyncio.sleep(0)
         with pytest.raises(EngineDeadError, match="2 times in a row"):

@@ -209,34 +209,27 @@ def test_requests_that_a_stock_client_cancels_free_the_engine(program, module):
     assert after.get("request_success_total{length}") == before.get("request_success_total{length}")
 
 
-def test_an_engine_that_is_killed_fails_its_requests_and_the_next_ones_work_twice_in_a_row(program, expected):
+def test_requests_go_on_when_their_engine_is_killed_twice_in_a_row(program, expected):
     logged = len(program.log())
     restarts = program.metrics()["engine_restarts_total"]
-    for number in (1, 2):
-        with both_clients(program) as (openai_client, triton_client):
-            openai_client.send(requests(PROMPTS[:10], LONG))
-            triton_client.send(requests(PROMPTS[10:20], LONG))
+    with both_clients(program) as (openai_client, triton_client):
+        openai_client.send(requests(PROMPTS[:10], LONG))
+        triton_client.send(requests(PROMPTS[10:20], LONG))
+        for number in (1, 2):
             until(lambda: program.under_way() == 20, "20 requests under way", 30)
             (engine,) = program.engines()
             os.kill(engine, signal.SIGKILL)
-            over_http, over_grpc = openai_client.outcomes(), triton_client.outcomes()
-        for outcome in over_http + over_grpc:
-            assert "signal 9" in outcome["error"]["message"]
-        # None stands for an error event of a stream that had begun.
-        assert {outcome["error"]["status"] for outcome in over_http[1::2]} == {503}
-        assert {outcome["error"]["status"] for outcome in over_http[::2]} <= {503, None}
-        assert {outcome["error"]["status"] for outcome in over_grpc[1::2]} == {"unavailable"}
-        assert all((outcome["error"]["status"] is None) for outcome in over_http if outcome["parts"])
-        with both_clients(program) as (openai_client, triton_client):
-            openai_client.send(requests(PROMPTS[20:24], TOKENS))
-            triton_client.send(requests(PROMPTS[24:28], TOKENS))
-            outcomes = openai_client.outcomes() + triton_client.outcomes()
-        check_whole(outcomes, TOKENS)
-        for outcome, output in zip(outcomes, expected[20:28], strict=True):
-            assert outcome["text"] == output.outputs[0].text or is_tie(output, outcome["text"])
-        assert program.process.poll() is None
-        assert program.metrics()["engine_restarts_total"] == restarts + number
-        assert program.engines() != [engine]
+            until(
+                lambda number=number: program.metrics()["engine_restarts_total"] == restarts + number,
+                "the next engine",
+                30,
+            )
+            assert program.engines() != [engine]
+        outcomes = openai_client.outcomes() + triton_client.outcomes()
+    check_whole(outcomes, LONG)
+    for outcome, output in zip(outcomes, expected[:20], strict=True):
+        assert outcome["text"].startswith(output.outputs[0].text) or is_tie(output, outcome["text"])
+    assert program.process.poll() is None
     program.wait_until_serving()
     until(program.is_idle, "the engine to be idle", 10)
     assert "Traceback" not in program.log()[logged:]

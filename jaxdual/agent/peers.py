@@ -1,0 +1,131 @@
+"""The agent's connections to agents of other engines: writes into their slabs, and the ends of theirs into ours."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+from jaxdual.transport import (
+    Channel,
+    Completed,
+    Op,
+    Peer,
+    PeerLost,
+    SharedSlab,
+    ShmTransport,
+    Status,
+    TcpTransport,
+    Ticket,
+    TrafficClass,
+    Transport,
+)
+
+_GONE_SECONDS = 0.02  # between two looks
+
+
+def open_transport(carrier: str, slab: SharedSlab, *, host: str, secret: bytes) -> Transport:
+    """The transport of an agent.
+
+    Args:
+      carrier: "shm" or "tcp".
+      slab: which peers may write.
+      host: address that "tcp" listens on.
+      secret: what its peers must know.
+
+    Raises:
+      ValueError: another carrier, or a secret that is too short.
+      OSError: the address can't be listened on.
+    """
+    if carrier == "shm":
+        return ShmTransport(slab)
+    if carrier == "tcp":
+        return TcpTransport(secret, host)
+    raise ValueError(f"{carrier=} must be shm or tcp")
+
+
+class Peers:
+    """Belongs to one asyncio loop.
+
+    Args:
+      transport: which this object polls and closes.
+      slab: registered with it.
+      on_gone: called with the address of a peer that has no connection to here left.
+    """
+
+    def __init__(self, transport: Transport, slab: SharedSlab, on_gone: Callable[[str], None]) -> None:
+        self._transport = transport
+        self._region = transport.register(slab.view())
+        self._on_gone = on_gone
+        self._channels: dict[str, asyncio.Task[Channel]] = {}
+        self._tickets: dict[Ticket, asyncio.Future[Status]] = {}
+        asyncio.get_running_loop().add_reader(transport.fileno(), self._poll)
+
+    @property
+    def address(self) -> str:
+        return self._transport.address
+
+    @property
+    def descriptor(self) -> bytes:
+        """Of the slab, for peers."""
+        return self._region.descriptor
+
+    async def push(self, address: str, descriptor: bytes, runs: Sequence[tuple[int, int, int]]) -> bool:
+        """Writes runs of bytes into a peer's slab; whether they are there. When it returns, nothing is under way."""
+        try:
+            channel = await self._channel(address)
+            ticket = channel.write(self._region, self._transport.remote(descriptor), [Op(*run) for run in runs])
+        except (OSError, ValueError):
+            return False
+        status: asyncio.Future[Status] = asyncio.get_running_loop().create_future()
+        self._tickets[ticket] = status
+        return await status is Status.OK
+
+    async def gone(self, address: str) -> None:
+        """Returns when a peer whose process has died, or is about to, can write here no more.
+
+        That is, when it has no connection left and nobody answers at its address. A process that is stopped keeps its
+        memory here.
+        """
+        while True:
+            for peer in self._of(address):
+                self._transport.disconnect(peer)
+            if not self._of(address):
+                try:
+                    channel = await asyncio.to_thread(self._transport.connect, address, TrafficClass.KV)
+                except (ConnectionRefusedError, FileNotFoundError):
+                    return
+                except OSError:
+                    pass
+                else:
+                    await asyncio.to_thread(channel.close)
+            await asyncio.sleep(_GONE_SECONDS)
+
+    async def close(self) -> None:
+        """Ends all connections, and answers nobody any more: from then on nothing is written to peers."""
+        asyncio.get_running_loop().remove_reader(self._transport.fileno())
+        await asyncio.to_thread(self._transport.close)
+
+    async def _channel(self, address: str) -> Channel:
+        task = self._channels.get(address)
+        if task is None:
+            connecting = asyncio.to_thread(self._transport.connect, address, TrafficClass.KV)
+            task = self._channels[address] = asyncio.get_running_loop().create_task(connecting)
+        try:
+            return await asyncio.shield(task)
+        except OSError:
+            self._channels.pop(address, None)
+            raise
+
+    def _poll(self) -> None:
+        for event in self._transport.poll():
+            match event:
+                case Completed(ticket, status):
+                    self._tickets.pop(ticket).set_result(status)
+                case PeerLost(Channel() as channel, _):
+                    self._channels.pop(channel.peer_address, None)
+                case PeerLost(Peer(address=address), _):
+                    if not self._of(address):
+                        self._on_gone(address)
+
+    def _of(self, address: str) -> list[Peer]:
+        return [peer for peer in self._transport.peers() if peer.address == address]

@@ -1,0 +1,197 @@
+"""`python -m jaxdual.agent.process FD SLAB_FD`: the KV agent of the engine at the other end of socket FD.
+
+One asyncio loop speaks with the engine; the store's threads move bytes between its files and the slab. When the engine
+is gone, what it wanted stored is stored, and the process ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future
+from typing import Any
+
+from jaxdual.agent.peers import Peers, open_transport
+from jaxdual.agent.wire import (
+    Attach,
+    Attached,
+    AttachFailed,
+    AwaitGone,
+    Done,
+    Found,
+    GroupSlots,
+    Load,
+    Lookup,
+    PeerGone,
+    Push,
+    Query,
+    Report,
+    Save,
+    ToAgent,
+)
+from jaxdual.frames import Frames, Message
+from jaxdual.kv.slots import IntegrityError
+from jaxdual.kv.store import BlockStore, Outcome, open_store
+from jaxdual.transport.slab import SharedSlab
+
+
+class KVAgent(asyncio.Protocol):
+    """Serves one engine, as the protocol of the connection to it.
+
+    Args:
+      slab: memory that both have mapped.
+
+    Attributes:
+      engine_gone: set when the connection is lost.
+    """
+
+    def __init__(self, slab: SharedSlab) -> None:
+        self.engine_gone = asyncio.Event()
+        self._shared, self._slab = slab, slab.view()
+        self._frames = Frames(ToAgent)
+        self._transport: asyncio.WriteTransport | None = None
+        self._tasks: set[asyncio.Task[None]] = set()  # a task that nobody refers to may vanish
+        self._saving: set[asyncio.Task[None]] = set()
+        self._attached = False
+        self._store: BlockStore | None = None
+        self._peers: Peers | None = None
+        self._groups: Sequence[GroupSlots] = ()
+
+    async def finish(self) -> None:
+        """Ends what goes to peers at once, waits for what goes to the store, and closes it."""
+        if self._peers is not None:
+            await self._peers.close()
+        if self._saving:
+            await asyncio.wait(self._saving)
+        if self._store is not None:
+            await asyncio.to_thread(self._store.close)
+
+    # Called by the loop.
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        if isinstance(transport, asyncio.WriteTransport):
+            self._transport = transport
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._transport = None
+        self.engine_gone.set()
+
+    def data_received(self, data: bytes) -> None:
+        for message in self._frames.feed(data):
+            task = asyncio.get_running_loop().create_task(self._handle(message))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+            if isinstance(message, Save):
+                self._saving.add(task)
+                task.add_done_callback(self._saving.discard)
+
+    # What the engine asks for.
+
+    async def _handle(self, message: Any) -> None:
+        if isinstance(message, Attach):
+            self._send(await self._attach(message))
+            return
+        if not self._attached:
+            raise RuntimeError(f"{type(message).__name__} came before Attach was answered")
+        match message:
+            case Push(number, address, descriptor, runs):
+                begin = time.monotonic()
+                arrived = self._peers is not None and await self._peers.push(address, descriptor, runs)
+                self._send(Done(number, [arrived], time.monotonic() - begin))
+            case AwaitGone(number, address):
+                begin = time.monotonic()
+                if self._peers is not None:
+                    await self._peers.gone(address)
+                self._send(Done(number, [True], time.monotonic() - begin))
+            case _:
+                await self._use_store(message)
+
+    async def _use_store(self, message: Any) -> None:
+        store = self._store
+        if store is None:
+            raise RuntimeError(f"{type(message).__name__} came to an agent without a store")
+        match message:
+            case Lookup(number, keys):
+                (hits,) = await asyncio.to_thread(store.hits, [[_name(key, 0) for key in keys]])
+                self._send(Found(number, hits))
+            case Load(number, group, keys, slots):
+                blocks = [self._block(group, slot) for slot in slots]
+                names = [_name(key, group) for key in keys]
+                await self._transfer(number, map(store.read, names, blocks))
+            case Save(number, group, keys, parents, slots):
+                blocks = [self._block(group, slot) for slot in slots]
+                names = [_name(key, group) for key in keys]
+                before = [None if parent is None else _name(parent, group) for parent in parents]
+                await self._transfer(number, map(store.write, names, before, blocks))
+            case Query(number, check_integrity):
+                error = await asyncio.to_thread(_check, store) if check_integrity else None
+                figures = {name: float(value) for name, value in dataclasses.asdict(store.stats()).items()}
+                self._send(Report(number, figures, error))
+
+    async def _attach(self, attach: Attach) -> Message:
+        self._groups = attach.groups
+        try:
+            if attach.store:
+                self._store = await asyncio.to_thread(open_store, attach.store, attach.capacity_bytes)
+            if attach.carrier:
+                transport = open_transport(attach.carrier, self._shared, host=attach.host, secret=attach.secret)
+                self._peers = Peers(transport, self._shared, lambda address: self._send(PeerGone(address)))
+        except (OSError, ValueError) as error:
+            return AttachFailed(str(error))
+        self._attached = True
+        if self._peers is None:
+            return Attached("", b"")
+        return Attached(self._peers.address, self._peers.descriptor)
+
+    async def _transfer(self, number: int, transfers: Iterable[Future[Outcome]]) -> None:
+        begin = time.monotonic()
+        outcomes = await asyncio.gather(*map(asyncio.wrap_future, transfers))
+        self._send(Done(number, [outcome is Outcome.OK for outcome in outcomes], time.monotonic() - begin))
+
+    def _block(self, group: int, slot: int) -> memoryview:
+        place = self._groups[group]
+        start = place.offset + slot * place.slot_bytes
+        return self._slab[start : start + place.block_bytes]
+
+    def _send(self, message: Message) -> None:
+        if self._transport is not None:
+            self._transport.write(self._frames.encode(message))
+
+
+def _name(key: bytes, group: int) -> bytes:
+    """Key in the store of a block of a layer group: groups share their keys."""
+    return key + bytes([group]) if group else key
+
+
+def _check(store: BlockStore) -> str | None:
+    try:
+        store.check_integrity()
+    except IntegrityError as error:
+        return str(error)
+    return None
+
+
+async def serve(engine: socket.socket, slab: SharedSlab) -> None:
+    """Serves the engine until it is gone."""
+    agent = KVAgent(slab)
+    await asyncio.get_running_loop().create_connection(lambda: agent, sock=engine)
+    await agent.engine_gone.wait()
+    await agent.finish()
+
+
+def main() -> int:
+    """Runs the process; returns its exit status."""
+    # Ctrl-C and a service manager's signal reach the whole group; the agent ends with its engine.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    asyncio.run(serve(socket.socket(fileno=int(sys.argv[1])), SharedSlab.attach(int(sys.argv[2]))))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,146 @@
+"""Messages between an engine and its KV agent. Slots are places in the slab that both have mapped."""
+
+from __future__ import annotations
+
+import msgspec
+
+from jaxdual.frames import Message
+
+
+class GroupSlots(msgspec.Struct, frozen=True):
+    """Where the staging slots of a layer group lie in the slab.
+
+    Attributes:
+      offset: of slot 0, in bytes.
+      slot_bytes: from one slot to the next.
+      block_bytes: of a Full Block, at the beginning of a slot.
+    """
+
+    offset: int
+    slot_bytes: int
+    block_bytes: int
+
+
+# From the engine.
+
+
+class Attach(Message, frozen=True, tag=True):
+    """The first message. Answered by `Attached` or `AttachFailed`.
+
+    Attributes:
+      store: which one to open; "" for none.
+      capacity_bytes: of the store.
+      carrier: of bytes to and from agents of other engines, "shm" or "tcp"; "" for none.
+      host, secret: of "tcp": where it listens, and what its peers must know.
+      groups: of each layer group, where its slots are.
+    """
+
+    store: str
+    capacity_bytes: int
+    groups: list[GroupSlots]
+    carrier: str = ""
+    host: str = ""
+    secret: bytes = b""
+
+
+class Lookup(Message, frozen=True, tag=True):
+    """How many of the leading `keys` are stored? Answered by `Found`."""
+
+    number: int
+    keys: list[bytes]
+
+
+class Load(Message, frozen=True, tag=True):
+    """Reads blocks into slots. Answered by `Done`; until then the slots are the agent's to write."""
+
+    number: int
+    group: int
+    keys: list[bytes]
+    slots: list[int]
+
+
+class Save(Message, frozen=True, tag=True):
+    """Stores blocks that lie in slots. Answered by `Done`; until then the slots must not change."""
+
+    number: int
+    group: int
+    keys: list[bytes]
+    parents: list[bytes | None]
+    slots: list[int]
+
+
+class Push(Message, frozen=True, tag=True):
+    """Copies runs of bytes of the slab to another agent's. Answered by `Done`, with one entry; until then the bytes
+    here must not change, and those there may.
+
+    Attributes:
+      address: of the other agent.
+      descriptor: of its slab.
+      runs: offset here, offset there, bytes.
+    """
+
+    number: int
+    address: str
+    descriptor: bytes
+    runs: list[tuple[int, int, int]]
+
+
+class AwaitGone(Message, frozen=True, tag=True):
+    """Answered by `Done`, with one entry, when an agent whose engine has died can write here no more."""
+
+    number: int
+    address: str
+
+
+class Query(Message, frozen=True, tag=True):
+    """Asks for the store's figures, after a check of it if `check_integrity`. Answered by `Report`."""
+
+    number: int
+    check_integrity: bool = False
+
+
+# From the agent.
+
+
+class Attached(Message, frozen=True, tag=True):
+    """The store is open; `address` and `descriptor` are what another agent needs to write to the slab."""
+
+    address: str
+    descriptor: bytes
+
+
+class AttachFailed(Message, frozen=True, tag=True):
+    """The store can't be opened."""
+
+    message: str
+
+
+class Found(Message, frozen=True, tag=True):
+    number: int
+    hits: int
+
+
+class Done(Message, frozen=True, tag=True):
+    """Whether each block of a `Load` or `Save` has arrived whole, or all of a `Push`; and the seconds that it took."""
+
+    number: int
+    whole: list[bool]
+    seconds: float
+
+
+class Report(Message, frozen=True, tag=True):
+    """Figures of the store by name; `error` says what the check found."""
+
+    number: int
+    figures: dict[str, float]
+    error: str | None
+
+
+class PeerGone(Message, frozen=True, tag=True):
+    """Another agent's connections to this one have ended; if it lives, it may connect again. Comes unasked."""
+
+    address: str
+
+
+ToAgent = Attach | Lookup | Load | Save | Push | AwaitGone | Query
+FromAgent = Attached | AttachFailed | Found | Done | PeerGone | Report

@@ -1,0 +1,85 @@
+"""What a cluster keeps of a request, and of each time that it was given to a pair of engines."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from jaxdual.engine.request import Request, Target
+
+
+@dataclass(slots=True)
+class OutputState:
+    """One output of a request: its tokens so far, and whether it has ended."""
+
+    tokens: list[int] = field(default_factory=list)
+    ended: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class Live:
+    """A request that has not ended.
+
+    Attributes:
+      number: for the scheduler.
+      outputs: what the client has.
+      attempts: times that it was given to engines.
+      current: the present one; None while it waits for engines.
+      cached: tokens of the prompt that its prefill engine found computed; None before.
+    """
+
+    request: Request
+    number: int
+    outputs: list[OutputState]
+    attempts: int = 0
+    current: Attempt | None = None
+    cached: int | None = None
+
+    @property
+    def resumed(self) -> tuple[tuple[int, ...] | None, ...]:
+        """See `Request.resumed`."""
+        return tuple(None if output.ended else tuple(output.tokens) for output in self.outputs)
+
+    @property
+    def lead(self) -> OutputState:
+        """The output whose first token the prefill engine gives."""
+        return self.outputs[0]
+
+    @property
+    def length(self) -> int:
+        """Tokens whose keys and values are there when the lead goes on from them."""
+        return len(self.request.prompt_token_ids) + len(self.lead.tokens)
+
+
+class Phase(Enum):
+    """What an attempt waits for."""
+
+    GRANT = "memory of the decode engine"
+    PREFILL = "the prompt to be computed and written"
+    DECODE = "the rest of the tokens"
+    VOID = "word that nothing of it is under way any more"
+
+
+@dataclass(slots=True, eq=False)
+class Attempt:
+    """A request on a pair of engines.
+
+    Attributes:
+      name: id of the request at the engines; each attempt has another.
+      live: whose attempt it is.
+      placement: number that the scheduler gave it; None for one that a decode engine does by itself.
+      prefill, decode: engines; the first is None likewise.
+      tokens: of the prompt, and of the lead when it began.
+      target: where the prompt is written, once it is granted.
+      handed: whether the prompt is complete there; None while that is not known.
+    """
+
+    name: str
+    live: Live
+    placement: int | None
+    prefill: int | None
+    decode: int
+    tokens: int
+    phase: Phase
+    target: Target | None = None
+    handed: bool | None = None

@@ -1,0 +1,424 @@
+"""The requests of a cluster and what becomes of them, as a state machine: messages in, messages out, no I/O.
+
+A request gets a prefill and a decode engine. The decode engine reserves memory for the prompt's keys and values, the
+prefill engine computes them, gives the first token and writes them there, and the decode engine goes on. Each such
+attempt has an id of its own at the engines. When an engine of it is lost, or anything of it fails, the request is
+placed anew with the tokens that it has, and goes on from these.
+
+Whatever was granted is settled: the prefill engine says of each prompt that it was given, once, that nothing of it is
+under way any more, and this is handed on to the decode engine unless it takes the prompt over. A prefill engine that
+dies can't say so; then the decode engines are told that it is dead, and find out when it can write no more.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from jaxdual.cluster.attempts import Attempt, Live, OutputState, Phase
+from jaxdual.engine.request import Request, TokenEvent
+from jaxdual.engine.wire import (
+    Abort,
+    Add,
+    Adopt,
+    ArrivalLost,
+    Events,
+    Expect,
+    Forget,
+    Granted,
+    HandedOff,
+    PeerDied,
+    Prefill,
+    Settled,
+)
+from jaxdual.frames import Message
+from jaxdual.kv.slots import IntegrityError
+from jaxdual.outputs import EngineStats
+from jaxdual.scheduling.loads import EngineReport, PathRequest, Role
+from jaxdual.scheduling.paths import PathScheduler, Placement
+
+MOST_ATTEMPTS = 6  # of one request, before it is taken for the cause of what happens to its engines
+_GROUPS = {Role.PREFILL: 0, Role.DECODE: 1}
+
+
+@dataclass(slots=True)
+class _Member:
+    """An engine that takes requests."""
+
+    role: Role
+    stats: EngineStats
+
+
+class Cluster:
+    """All requests and all engines that take some. One loop owns it.
+
+    Args:
+      scheduler: places requests on pairs of engines.
+      send: hands a message to an engine, by number.
+      deliver: takes what requests have given.
+      page_size: tokens a page.
+      clock: seconds, monotonic.
+    """
+
+    def __init__(
+        self,
+        scheduler: PathScheduler,
+        *,
+        send: Callable[[int, Message], None],
+        deliver: Callable[[list[TokenEvent]], None],
+        page_size: int,
+        clock: Callable[[], float],
+    ) -> None:
+        self._scheduler = scheduler
+        self._send, self._deliver, self._clock = send, deliver, clock
+        self._page_size = page_size
+        self._members: dict[int, _Member] = {}
+        self._numbers = itertools.count()
+        self._lives: dict[str, Live] = {}
+        self._by_number: dict[int, Live] = {}
+        self._attempts: dict[str, Attempt] = {}
+        self._alone: list[Live] = []  # those that wait for a decode engine only
+
+    def __len__(self) -> int:
+        """Requests that have not ended."""
+        return len(self._lives)
+
+    # From the front.
+
+    def add(self, request: Request) -> None:
+        """Takes a request."""
+        given = request.resumed or ((),) * request.params.n
+        outputs = [OutputState(list(tokens or ()), tokens is None) for tokens in given]
+        live = Live(request, next(self._numbers), outputs)
+        self._lives[request.request_id] = self._by_number[live.number] = live
+        self._place(live)
+        self._fetch()
+
+    def abort(self, request_id: str, index: int | None = None) -> None:
+        """Ends a request, or one of its outputs; unknown ids are ignored."""
+        live = self._lives.get(request_id)
+        if live is None:
+            return
+        for number, output in enumerate(live.outputs):
+            output.ended |= index in (None, number)
+        attempt = live.current
+        if all(output.ended for output in live.outputs):
+            self._forget(live)
+        elif attempt is not None and attempt.phase is Phase.DECODE:
+            self._send(attempt.decode, Abort(attempt.name, index))
+        elif live.lead.ended and live not in self._alone:
+            # What a prefill engine would give is of no use to the others.
+            if attempt is not None:
+                self._give_up(attempt)
+                self._leave_scheduler(attempt)
+                live.current = None
+            self._scheduler.cancelled(live.number)
+            self._place(live)
+        self._fetch()
+
+    # From the engines.
+
+    def joined(self, number: int, role: Role, stats: EngineStats) -> None:
+        """An engine takes requests from now on."""
+        self._members[number] = _Member(role, stats)
+        self._fetch()
+
+    def died(self, number: int) -> None:
+        """An engine is gone, with all that it had."""
+        member = self._members.pop(number, None)
+        if member is None:
+            return
+        self._scheduler.engine_lost(number)
+        if member.role is Role.PREFILL:
+            # Its KV agent may have had other addresses before.
+            targets = [attempt.target for attempt in self._attempts.values() if attempt.prefill == number]
+            addresses = {member.stats.agent_address, *(target.peer for target in targets if target is not None)}
+            for other, decode in self._members.items():
+                if decode.role is Role.DECODE:
+                    for address in sorted(addresses):
+                        self._send(other, PeerDied(address))
+        lost = []
+        for attempt in list(self._attempts.values()):
+            if attempt.prefill == number and attempt.phase is not Phase.DECODE:
+                del self._attempts[attempt.name]
+                lost.append(attempt)
+            elif attempt.decode == number:
+                if attempt.phase is Phase.PREFILL and attempt.prefill is not None:
+                    self._send(attempt.prefill, Abort(attempt.name))
+                    attempt.phase = Phase.VOID
+                elif attempt.phase is not Phase.VOID:
+                    del self._attempts[attempt.name]
+                lost.append(attempt)
+        for attempt in lost:
+            self._redo(attempt, "an engine of it was lost again and again")
+        self._fetch()
+
+    def message(self, number: int, message: object) -> None:
+        """An engine has something to say."""
+        match message:
+            case Events(events, stats):
+                if stats is not None and number in self._members:
+                    self._members[number].stats = stats
+                self._deliver_known(list(self._take(events)))
+            case Granted(name):
+                self._granted(self._attempts.get(name), message, number)
+            case HandedOff(name, complete):
+                attempt = self._attempts.get(name)
+                if attempt is not None:
+                    attempt.handed = complete
+                    self._hand_over(attempt)
+            case ArrivalLost(name):
+                attempt = self._attempts.get(name)
+                if attempt is not None and attempt.phase is Phase.PREFILL:
+                    self._give_up(attempt)
+                    self._redo(attempt, "its keys and values were lost again and again")
+        self._fetch()
+
+    def check_integrity(self) -> None:
+        """Raises `IntegrityError` unless each request is in one place, and each attempt is a request's."""
+        self._scheduler.check_integrity()
+        for live in self._lives.values():
+            attempt = live.current
+            if attempt is not None and self._attempts.get(attempt.name) is not attempt:
+                raise IntegrityError(f"request {live.request.request_id}: its attempt is not known")
+            if self._by_number.get(live.number) is not live:
+                raise IntegrityError(f"request {live.request.request_id}: its number is not known")
+        for name, attempt in self._attempts.items():
+            if (attempt.live.current is attempt) == (attempt.phase is Phase.VOID):
+                raise IntegrityError(f"attempt {name} is {attempt.phase.name} and is or is not the present one")
+        if len(self._by_number) != len(self._lives):
+            raise IntegrityError(f"{len(self._by_number)} numbers for {len(self._lives)} requests")
+
+    # Placing.
+
+    def _place(self, live: Live) -> None:
+        """Has a request wait for engines."""
+        # The other outputs begin where the lead's prompt ends. Once they have tokens of their own, a decode engine
+        # computes what it needs by itself, as it does where the lead has ended.
+        if live.lead.ended or any(output.tokens for output in live.outputs[1:]):
+            self._alone.append(live)
+            return
+        params = live.request.params
+        left = max(0, (params.max_tokens or 0) - len(live.lead.tokens))
+        self._scheduler.submit(PathRequest(live.number, live.length, 0, left, live.request.arrival))
+
+    def _fetch(self) -> None:
+        """Asks the scheduler for work, on behalf of the engines."""
+        decoding = [number for number, member in self._members.items() if member.role is Role.DECODE]
+        while self._alone and decoding:
+            live = self._alone.pop(0)
+            self._start_alone(live, min(decoding, key=self._load))
+        if not self._scheduler.num_waiting:
+            return
+        now = self._clock()
+        for role, fetch in (
+            (Role.PREFILL, self._scheduler.fetch_prefill),
+            (Role.DECODE, self._scheduler.fetch_decode),
+        ):
+            reports = [self._report(number) for number, member in self._members.items() if member.role is role]
+            if reports:
+                for placement in fetch(_GROUPS[role], reports, now):
+                    self._start(self._by_number[placement.request.request_id], placement)
+
+    def _report(self, number: int) -> EngineReport:
+        member = self._members[number]
+        stats = member.stats
+        return EngineReport(
+            engine=number,
+            node=number,
+            group=_GROUPS[member.role],
+            seq=stats.num_running + stats.num_waiting,
+            tok=0,
+            read_q=0,
+            free_tokens=stats.kv_blocks_available * self._page_size,
+        )
+
+    def _load(self, number: int) -> int:
+        return sum(attempt.decode == number for attempt in self._attempts.values())
+
+    def _start(self, live: Live, placement: Placement) -> None:
+        attempt = self._new_attempt(live, placement.decode_engine, Phase.GRANT, placement)
+        peer = self._members[placement.prefill_engine].stats.agent_address
+        self._send(attempt.decode, Expect(attempt.name, attempt.tokens, peer))
+
+    def _start_alone(self, live: Live, decode: int) -> None:
+        attempt = self._new_attempt(live, decode, Phase.DECODE, None)
+        self._send(decode, Add(self._request(attempt, resumed=live.resumed)))
+
+    def _new_attempt(self, live: Live, decode: int, phase: Phase, placement: Placement | None) -> Attempt:
+        live.attempts += 1
+        attempt = Attempt(
+            f"{live.request.request_id}#{live.attempts}",
+            live,
+            None if placement is None else placement.number,
+            None if placement is None else placement.prefill_engine,
+            decode,
+            live.length,
+            phase,
+        )
+        live.current = self._attempts[attempt.name] = attempt
+        return attempt
+
+    def _request(self, attempt: Attempt, *, resumed: tuple[tuple[int, ...] | None, ...]) -> Request:
+        return dataclasses.replace(attempt.live.request, request_id=attempt.name, resumed=resumed)
+
+    # An attempt's way.
+
+    def _granted(self, attempt: Attempt | None, granted: Granted, decode: int) -> None:
+        if attempt is None or attempt.phase is not Phase.GRANT:
+            # Forgotten meanwhile: nobody was told of the grant.
+            self._send(decode, Forget(granted.request_id))
+            self._send(decode, Settled(granted.request_id))
+            return
+        live = attempt.live
+        if granted.target is None or attempt.prefill is None:
+            self._end_attempt(attempt)
+            self._start_alone(live, decode)
+            return
+        attempt.target, attempt.phase = granted.target, Phase.PREFILL
+        params = live.request.params
+        before = len(live.lead.tokens)
+        request = dataclasses.replace(
+            self._request(attempt, resumed=(tuple(live.lead.tokens),) if before else ()),
+            params=dataclasses.replace(
+                params, n=1, max_tokens=before + 1, min_tokens=min(params.min_tokens, before + 1)
+            ),
+        )
+        self._send(attempt.prefill, Prefill(request, granted.target))
+
+    def _hand_over(self, attempt: Attempt) -> None:
+        """The decode engine takes the prompt over when it is complete and its next token is known."""
+        if attempt.handed is None or attempt.phase is Phase.DECODE:
+            return
+        live = attempt.live
+        if attempt.phase is Phase.VOID:
+            self._settle(attempt)
+        elif not attempt.handed:
+            self._settle(attempt)
+            self._redo(attempt, "its keys and values could not be handed over, again and again")
+        elif live.length > attempt.tokens:
+            attempt.phase = Phase.DECODE
+            if attempt.placement is not None:
+                self._scheduler.prefilled(attempt.placement)
+                self._scheduler.decoding(attempt.placement)
+            if live.lead.ended:
+                # The others have no use for a lead that goes on.
+                self._settle(attempt)
+                self._end_attempt(attempt)
+                self._start_alone(live, attempt.decode)
+                return
+            stored = (live.cached or 0) // self._page_size
+            self._send(attempt.decode, Adopt(self._request(attempt, resumed=live.resumed), stored))
+
+    def _settle(self, attempt: Attempt) -> None:
+        """Nothing of an attempt's prompt is under way any more, and the decode engine won't take it over."""
+        del self._attempts[attempt.name]
+        if attempt.decode in self._members:
+            self._send(attempt.decode, Settled(attempt.name))
+
+    def _take(self, events: Iterable[TokenEvent]) -> Iterable[TokenEvent]:
+        """What engines have given, as their requests' own."""
+        for event in events:
+            attempt = self._attempts.get(event.request_id)
+            if attempt is None or attempt.live.current is not attempt:
+                continue
+            live = attempt.live
+            output = live.outputs[event.index]
+            if event.finish_reason == "error":
+                if attempt.phase is Phase.DECODE:
+                    del self._attempts[attempt.name]
+                else:
+                    self._give_up(attempt)
+                self._redo(attempt, event.error or "an engine has failed")
+                continue
+            if output.ended or event.finish_reason == "abort":
+                continue
+            if event.token is not None:
+                output.tokens.append(event.token)
+            reason = event.finish_reason
+            if attempt.phase is Phase.PREFILL:
+                live.cached = event.cached_tokens if live.cached is None else live.cached
+                if reason == "length" and len(output.tokens) < (live.request.params.max_tokens or 0):
+                    reason = None  # of its part
+            output.ended = reason is not None
+            cached = event.cached_tokens if live.cached is None else live.cached
+            yield dataclasses.replace(
+                event, request_id=live.request.request_id, finish_reason=reason, cached_tokens=cached
+            )
+            if all(one.ended for one in live.outputs):
+                self._forget(live, told=attempt.phase is Phase.DECODE)
+            elif attempt.phase is Phase.PREFILL:
+                self._hand_over(attempt)
+
+    def _deliver_known(self, events: list[TokenEvent]) -> None:
+        if events:
+            self._deliver(events)
+
+    # Ends.
+
+    def _give_up(self, attempt: Attempt) -> None:
+        """An attempt is not wanted any more; what is under way of it comes to an end by itself."""
+        if attempt.phase is Phase.GRANT:
+            self._send(attempt.decode, Forget(attempt.name))
+            del self._attempts[attempt.name]
+        elif attempt.phase is Phase.PREFILL and attempt.prefill is not None:
+            attempt.phase = Phase.VOID
+            self._send(attempt.decode, Forget(attempt.name))
+            if attempt.handed is None:
+                self._send(attempt.prefill, Abort(attempt.name))
+            else:
+                self._settle(attempt)
+        elif attempt.phase is Phase.DECODE:
+            self._send(attempt.decode, Abort(attempt.name))
+            del self._attempts[attempt.name]
+
+    def _end_attempt(self, attempt: Attempt) -> None:
+        """An attempt is over, and its engines know."""
+        self._attempts.pop(attempt.name, None)
+        attempt.live.current = None
+        self._leave_scheduler(attempt)
+
+    def _leave_scheduler(self, attempt: Attempt) -> None:
+        if attempt.placement is not None:
+            self._scheduler.finished(attempt.placement)
+
+    def _redo(self, attempt: Attempt, why: str) -> None:
+        """Places the request of an attempt that is lost anew, or ends it."""
+        live = attempt.live
+        if live.current is not attempt:
+            return
+        live.current = None
+        self._leave_scheduler(attempt)
+        self._scheduler.cancelled(live.number)
+        if live.attempts < MOST_ATTEMPTS:
+            self._place(live)
+            return
+        events = [
+            TokenEvent(live.request.request_id, index, None, finish_reason="error", error=why)
+            for index, output in enumerate(live.outputs)
+            if not output.ended
+        ]
+        self._forget(live)
+        self._deliver_known(events)
+
+    def _forget(self, live: Live, *, told: bool = False) -> None:
+        """A request is over.
+
+        Args:
+          told: its decode engine knows.
+        """
+        attempt = live.current
+        live.current = None
+        if attempt is not None:
+            if told:
+                self._attempts.pop(attempt.name, None)
+            else:
+                self._give_up(attempt)
+            self._leave_scheduler(attempt)
+        self._scheduler.cancelled(live.number)
+        if live in self._alone:
+            self._alone.remove(live)
+        self._lives.pop(live.request.request_id, None)
+        self._by_number.pop(live.number, None)

@@ -1,0 +1,346 @@
+"""`python -m jaxdual.cluster.process FD`: engines that serve one model together, for the front at socket FD.
+
+To the front it is an engine: it speaks the same messages. Its engines are processes of its own, started again when they
+die, and end with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import secrets
+import signal
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from jaxdual.cluster.cluster import Cluster
+from jaxdual.config import ClusterConfig, EngineConfig
+from jaxdual.engine.client import EngineProcess
+from jaxdual.engine.request import TokenEvent
+from jaxdual.engine.wire import (
+    Abort,
+    Add,
+    Answer,
+    Ask,
+    Compiled,
+    Died,
+    Events,
+    Ready,
+    Start,
+    StartFailed,
+    Stop,
+    ToEngine,
+)
+from jaxdual.frames import Frames, Message
+from jaxdual.kv.slots import IntegrityError
+from jaxdual.outputs import EngineInfo, EngineStats
+from jaxdual.scheduling.loads import Role
+from jaxdual.scheduling.path_modes import PathMode
+from jaxdual.scheduling.paths import PathScheduler
+from jaxdual.scheduling.prefill_placement import PrefillPlacement
+from jaxdual.scheduling.read_side import ReadPolicy
+
+_MOST_FAILED_STARTS = 5  # of one engine, in a row; it has failed if it dies before all its shapes are compiled
+_RESTART_SECONDS = 1.0  # from the first failed start in a row to the next one; doubled with each further one
+_STATS_SECONDS = 0.1
+_ANSWER_SECONDS = 10.0  # for an engine to tell its figures
+
+_logger = logging.getLogger(__name__)
+
+
+class Member:
+    """An engine of the cluster, and the processes that have been it.
+
+    Args:
+      number: in the cluster.
+      role: what it does.
+      config: of its process.
+      host: the cluster's process.
+    """
+
+    def __init__(self, number: int, role: Role, config: EngineConfig, host: ClusterProcess) -> None:
+        self.number, self.role = number, role
+        self.info: EngineInfo | None = None
+        self.stats: EngineStats | None = None
+        self.warm = False
+        self.process: EngineProcess | None = None
+        self._config, self._host = config, host
+        self._failed_starts = 0
+        self._questions: dict[int, asyncio.Future[Answer]] = {}
+
+    @property
+    def name(self) -> str:
+        return f"{self.role.value} {self.number}"
+
+    async def launch(self) -> None:
+        """Starts a process."""
+        self.warm = False
+        try:
+            self.process = await EngineProcess.launch(self._config, self._on_message, self._on_death)
+        except OSError as error:
+            self._on_death(f"{self.name} can't be started: {error}")
+
+    def send(self, message: Message) -> None:
+        if self.process is not None:
+            self.process.send(message)
+
+    async def ask(self, number: int, *, check_integrity: bool) -> Answer | None:
+        """Its figures now; None if it does not tell them."""
+        if self.process is None or self.info is None:
+            return None
+        question = self._questions[number] = asyncio.get_running_loop().create_future()
+        self.send(Ask(number, check_integrity))
+        try:
+            return await asyncio.wait_for(question, _ANSWER_SECONDS)
+        except (TimeoutError, ConnectionError):
+            return None
+        finally:
+            self._questions.pop(number, None)
+
+    def _on_message(self, message: Any) -> None:
+        match message:
+            case Ready(info, stats):
+                self.info, self.stats = info, stats
+                self._host.member_ready(self)
+            case StartFailed(kind, text):
+                self._host.member_refused(self, kind, text)
+            case Compiled(name, seconds, last):
+                self.warm = last
+                self._failed_starts *= not last
+                self._host.member_compiled(self, f"{self.name}: {name}", seconds)
+            case Answer(number):
+                question = self._questions.get(number)
+                if question is not None and not question.done():
+                    question.set_result(message)
+            case _:
+                if isinstance(message, Events) and message.stats is not None:
+                    self.stats = message.stats
+                self._host.member_says(self, message)
+
+    def _on_death(self, reason: str) -> None:
+        self.process = None
+        for question in self._questions.values():
+            if not question.done():
+                question.set_exception(ConnectionError(reason))
+        started, self.info = self.info is not None, None
+        self._failed_starts += not self.warm
+        _logger.error("%s: %s", self.name, reason)
+        if not started and self.stats is None:
+            self._host.member_refused(self, "EngineDeadError", f"{self.name}: {reason}")
+        elif self._failed_starts >= _MOST_FAILED_STARTS:
+            self._host.give_up(f"{self.name}: {reason}; it has failed {self._failed_starts} times in a row")
+        else:
+            self._host.member_died(self)
+
+    async def start_again(self) -> None:
+        """Starts the next process, later after failed starts."""
+        if self._failed_starts:
+            await asyncio.sleep(_RESTART_SECONDS * 2 ** (self._failed_starts - 1))
+        await self.launch()
+
+
+class ClusterProcess(asyncio.Protocol):
+    """The protocol of the connection to the front.
+
+    Attributes:
+      over: set when there is nothing more to do.
+    """
+
+    def __init__(self) -> None:
+        self.over = asyncio.Event()
+        self._frames = Frames(ToEngine)
+        self._front: asyncio.WriteTransport | None = None
+        self._members: list[Member] = []
+        self._cluster: Cluster | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._stats_due = 0.0
+        self._stopping = False
+
+    async def finish(self) -> None:
+        """Ends all engines."""
+        self._stopping = True
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*(member.process.stop() for member in self._members if member.process is not None))
+        if self._front is not None:
+            self._front.close()
+
+    # Of the front.
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        if isinstance(transport, asyncio.WriteTransport):
+            self._front = transport
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._front = None
+        self.over.set()
+
+    def data_received(self, data: bytes) -> None:
+        for message in self._frames.feed(data):
+            self._handle(message)
+
+    def _handle(self, message: Any) -> None:
+        match message:
+            case Start(config, cluster):
+                self._start(config, cluster)
+            case Stop():
+                self.over.set()
+            case Ask(number, check_integrity):
+                self._later(self._answer(number, check_integrity=check_integrity))
+            case Add(request) if self._cluster is not None:
+                self._cluster.add(request)
+            case Abort(request_id, index) if self._cluster is not None:
+                self._cluster.abort(request_id, index)
+
+    def _send(self, message: Message) -> None:
+        if self._front is not None:
+            self._front.write(self._frames.encode(message))
+
+    def _later(self, work: Any) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _start(self, config: EngineConfig, cluster: ClusterConfig) -> None:
+        config = dataclasses.replace(
+            config,
+            kv_transport=config.kv_transport or "shm",
+            kv_secret=config.kv_secret or secrets.token_hex(),
+        )
+        roles = [Role.PREFILL] * cluster.prefill + [Role.DECODE] * cluster.decode
+        of_role = {
+            Role.PREFILL: dataclasses.replace(config, kv_role="prefill"),
+            Role.DECODE: dataclasses.replace(config, kv_role="both"),
+        }
+        self._members = [Member(number, role, of_role[role], self) for number, role in enumerate(roles)]
+        for member in self._members:
+            self._later(member.launch())
+
+    # Of the engines.
+
+    def member_ready(self, member: Member) -> None:
+        """A process takes requests."""
+        infos = [one.info for one in self._members if one.info is not None]
+        if self._cluster is not None:
+            self._join(self._cluster, member)
+        elif len(infos) == len(self._members):
+            self._serve(infos)
+
+    def member_refused(self, member: Member, kind: str, text: str) -> None:
+        """A process can't be made."""
+        if self._cluster is None:
+            self._send(StartFailed(kind, text))
+            self.over.set()
+        else:
+            _logger.error("%s can't be started again: %s: %s", member.name, kind, text)
+
+    def member_compiled(self, member: Member, name: str, seconds: float) -> None:
+        """A shape of an engine is compiled."""
+        self._send(Compiled(name, seconds, last=all(one.warm for one in self._members)))
+
+    def member_says(self, member: Member, message: object) -> None:
+        """Events, or a part of a hand-over."""
+        if self._cluster is not None:
+            self._cluster.message(member.number, message)
+            self._tell_stats()
+
+    def member_died(self, member: Member) -> None:
+        """A process is gone; another follows."""
+        if self._cluster is not None:
+            self._cluster.died(member.number)
+        if not self._stopping:
+            self._later(member.start_again())
+
+    def give_up(self, reason: str) -> None:
+        """There is no engine for some part any more."""
+        self._send(Died(reason))
+        self.over.set()
+
+    def _serve(self, infos: Sequence[EngineInfo]) -> None:
+        """All engines have started."""
+        decode = next(member for member in self._members if member.role is Role.DECODE)
+        if decode.info is None or decode.stats is None:
+            return
+        # Of what engines compute and nodes read nothing is known yet: an engine is overloaded with a few long prompts.
+        limit = 8 * decode.info.max_model_len
+        mode = PathMode(ReadPolicy.PREFILL_ONLY, layerwise=False, quota=False)
+        self._cluster = Cluster(
+            PathScheduler(mode, PrefillPlacement(limit, limit), block_tokens=decode.info.block_size),
+            send=lambda number, message: self._members[number].send(message),
+            deliver=self._deliver,
+            page_size=decode.info.block_size,
+            clock=time.monotonic,
+        )
+        for member in self._members:
+            self._join(self._cluster, member)
+        self._send(Ready(decode.info, self._stats()))
+
+    def _join(self, cluster: Cluster, member: Member) -> None:
+        if member.stats is not None:
+            cluster.joined(member.number, member.role, member.stats)
+
+    def _deliver(self, events: list[TokenEvent]) -> None:
+        self._send(Events(events, None))
+
+    def _tell_stats(self) -> None:
+        now = time.monotonic()
+        if now >= self._stats_due or not self._cluster:
+            self._stats_due = now + _STATS_SECONDS
+            self._send(Events([], self._stats()))
+
+    # Figures.
+
+    def _stats(self) -> EngineStats:
+        return sum_of([member.stats for member in self._members if member.stats is not None])
+
+    async def _answer(self, number: int, *, check_integrity: bool) -> None:
+        answers = await asyncio.gather(
+            *(member.ask(number, check_integrity=check_integrity) for member in self._members)
+        )
+        errors = []
+        for member, answer in zip(self._members, answers, strict=True):
+            if answer is None:
+                errors.append(f"{member.name} does not answer")
+            else:
+                member.stats = answer.stats
+                errors += [f"{member.name}: {answer.error}"] if answer.error else []
+        if check_integrity and self._cluster is not None:
+            try:
+                self._cluster.check_integrity()
+            except IntegrityError as error:
+                errors.append(str(error))
+        self._send(Answer(number, self._stats(), "; ".join(errors) if check_integrity and errors else None))
+
+
+def sum_of(stats: Sequence[EngineStats]) -> EngineStats:
+    """Figures of several engines as those of one."""
+    totals: dict[str, Any] = {}
+    for field in dataclasses.fields(EngineStats):
+        values = [getattr(one, field.name) for one in stats]
+        totals[field.name] = "" if field.type == "str" else sum(values)
+    return EngineStats(**totals)
+
+
+async def serve(front: socket.socket) -> None:
+    """Serves the front until it is gone or says so."""
+    process = ClusterProcess()
+    await asyncio.get_running_loop().create_connection(lambda: process, sock=front)
+    await process.over.wait()
+    await process.finish()
+
+
+def main() -> int:
+    """Runs the process; returns its exit status."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    asyncio.run(serve(socket.socket(fileno=int(sys.argv[1]))))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

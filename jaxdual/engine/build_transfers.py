@@ -1,0 +1,97 @@
+"""Makes what moves an engine's blocks: host memory that the KV agent shares, the agent, and the engine's side of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxdual.config import EngineConfig
+from jaxdual.engine.runner import COPY_PAGES, Runner
+from jaxdual.kv.layout import KVLayout
+from jaxdual.kv.manager import GroupPages, KVManager
+from jaxdual.transport.slab import SharedSlab
+
+if TYPE_CHECKING:
+    from jaxdual.engine.transfers import Transfers
+
+_ALIGNMENT = 4096  # of slots: files are read past the page cache into whole pages of memory
+
+
+def host_memory(
+    layout: KVLayout, memory: Sequence[GroupPages], *, shared: bool
+) -> tuple[tuple[np.ndarray, ...], SharedSlab | None]:
+    """Blocks in host memory of each layer group, `[host_pages + staging_pages, *block]`.
+
+    Args:
+      shared: in a slab that other processes can map, which comes with them; else in memory of this process.
+    """
+    dtype = jnp.dtype(layout.dtype)
+    shapes = [
+        (pages.host_pages + pages.staging_pages, *layout.block_shape(group)) for group, pages in enumerate(memory)
+    ]
+    if not shared:
+        return tuple(np.zeros(shape, dtype) for shape in shapes), None
+    slot_bytes = [_slot_bytes(layout, group) for group in range(len(memory))]
+    slab = SharedSlab(sum(shape[0] * size for shape, size in zip(shapes, slot_bytes, strict=True)))
+    arrays, offset = [], 0
+    for shape, size in zip(shapes, slot_bytes, strict=True):
+        inner = np.empty(shape[1:], dtype).strides
+        arrays.append(np.ndarray(shape, dtype, buffer=slab.array, offset=offset, strides=(size, *inner)))
+        offset += shape[0] * size
+    return tuple(arrays), slab
+
+
+def build_transfers(
+    config: EngineConfig,
+    kv: KVManager,
+    runner: Runner,
+    memory: Sequence[GroupPages],
+    host: Sequence[np.ndarray],
+    slab: SharedSlab,
+) -> Transfers:
+    """Starts the KV agent on the configured store.
+
+    Args:
+      host, slab: of `host_memory`.
+
+    Raises:
+      ConfigError: the store can't be opened.
+    """
+    # Messages to the agent need a package that an engine without a store does not.
+    from jaxdual.agent.client import AgentProcess
+    from jaxdual.agent.wire import Attach, GroupSlots
+    from jaxdual.engine.transfers import Transfers
+
+    groups, offset = [], 0
+    for group, blocks in enumerate(host):
+        size = _slot_bytes(runner.layout, group)
+        groups.append(GroupSlots(offset, size, runner.layout.full_block_bytes(group)))
+        offset += len(blocks) * size
+    attach = Attach(
+        config.kv_store or "",
+        config.kv_store_capacity_bytes or 0,
+        groups,
+        config.kv_transport or "",
+        config.kv_host,
+        (config.kv_secret or "").encode(),
+    )
+    return Transfers(
+        lambda: AgentProcess(attach, slab),
+        kv,
+        memory=memory,
+        host=host,
+        gather=runner.gather,
+        most_pages=COPY_PAGES,
+        places=groups,
+        reads=config.kv_store is not None,
+        load_timeout=config.kv_load_timeout,
+        clock=time.monotonic,
+    )
+
+
+def _slot_bytes(layout: KVLayout, group: int) -> int:
+    return -(-layout.full_block_bytes(group) // _ALIGNMENT) * _ALIGNMENT

@@ -1,0 +1,183 @@
+"""What an engine's KV memory has to do with the world outside, by way of the KV agent: block store and other engines.
+
+Each block that becomes full is brought to a staging page as soon as it is shared, and stored from there; stored blocks
+of a prompt are read before it is queued. Blocks of a prompt may go to another engine, or come from one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxdual.agent.wire import GroupSlots, Query, Report, Save
+from jaxdual.engine.agent_link import Agent, AgentLink
+from jaxdual.engine.departures import Departure, Departures
+from jaxdual.engine.handoff import Arrivals, Exports
+from jaxdual.engine.store_reader import StoreReader
+from jaxdual.kv.lease import Lease, LeaseState
+from jaxdual.kv.manager import GroupPages, KVManager, PublishedBlock
+from jaxdual.kv.slots import IntegrityError
+from jaxdual.kv.staging import StagedSequences, Staging
+from jaxdual.scheduling.batch import SequenceState
+
+
+class Transfers:
+    """The engine's side of all transfers. One thread owns it, the engine's.
+
+    Args:
+      start_agent: starts a KV agent on the staging pages.
+      kv: accounting of the engine.
+      memory: of each layer group.
+      host: memory of each group, `[host_pages + staging_pages, *block]`.
+      gather: starts a copy of some pages of a group off the device.
+      most_pages: for one call of `gather`.
+      places: where the staging pages of each group lie in the slab.
+      reads: whether there is a block store to look into.
+      load_timeout: seconds after which a sequence goes on without stored blocks that it waits for.
+      clock: seconds, monotonic.
+    """
+
+    def __init__(
+        self,
+        start_agent: Callable[[], Agent],
+        kv: KVManager,
+        *,
+        memory: Sequence[GroupPages],
+        host: Sequence[np.ndarray],
+        gather: Callable[[int, Sequence[int]], Any],
+        most_pages: int,
+        places: Sequence[GroupSlots],
+        reads: bool,
+        load_timeout: float,
+        clock: Callable[[], float],
+    ) -> None:
+        self._clock = clock
+        self._reads = reads
+        self._staging = Staging(memory)
+        self._link = AgentLink(start_agent, self._staging.leases)
+        self._staged = StagedSequences(kv, self._staging)
+        self._reader = StoreReader(
+            self._link, kv, self._staging, self._staged, memory=memory, timeout=load_timeout, clock=clock
+        )
+        self._departures = Departures(self._link, self._staging, host=host, gather=gather, most_pages=most_pages)
+        self.exports = Exports(self._link, self._departures, places)
+        self.arrivals = Arrivals(
+            self._link, self._staging, self._staged, memory=memory, places=places, page_size=kv.page_size
+        )
+        self._written = self._lost = 0
+
+    # Sequences.
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that are held back."""
+        return self._reader.num_waiting
+
+    def fetch(self, sequences: Sequence[SequenceState]) -> None:
+        """Takes the outputs of a new request; `poll` gives them back when they are to be queued."""
+        self._reader.fetch(sequences, look=self._reads)
+
+    def drop(self, sequence: SequenceState) -> bool:
+        """Forgets a sequence that has ended; False if it is not held back."""
+        return self._reader.drop(sequence)
+
+    def poll(self, timeout: float = 0.0) -> list[SequenceState]:
+        """Sequences that are to be queued now; waits up to `timeout` seconds for news of the agent."""
+        self._link.poll(timeout)
+        self._departures.send()
+        return self._reader.take_ready()
+
+    @property
+    def descriptors(self) -> tuple[int, ...]:
+        """What is readable when `poll` has something to do."""
+        return self._link.descriptors
+
+    # Steps.
+
+    @property
+    def has_unsent(self) -> bool:
+        """Whether blocks that have left the device wait for staging pages."""
+        return self._departures.has_unsent
+
+    @property
+    def num_gathered(self) -> int:
+        """Copies off the device that have begun, for `settle`."""
+        return self._departures.num_gathered
+
+    def save(self, published: Sequence[PublishedBlock]) -> None:
+        """Has blocks stored; to be called before the copies of the step that tells of them."""
+        for group in sorted({block.group for block in published}):
+            most = self._departures.most_pages[group]
+            blocks = [block for block in published if block.group == group]
+            for start in range(0, len(blocks), most):
+                self._save(group, blocks[start : start + most])
+
+    def unstaged(self, seq_ids: Sequence[int]) -> None:
+        """The copies to the device of what these sequences had in staging pages are under way, or they have ended."""
+        self._staged.release(seq_ids)
+
+    def settle(self, num_gathered: int) -> None:
+        """The device has finished so many copies."""
+        self._departures.settle(num_gathered)
+
+    def _save(self, group: int, blocks: Sequence[PublishedBlock]) -> None:
+        keys, parents = [block.key for block in blocks], [block.parent for block in blocks]
+
+        def done(stored: Sequence[bool] | None) -> None:
+            count = 0 if stored is None else sum(stored)
+            self._written += count
+            self._lost += len(blocks) - count
+
+        departure = Departure(group, len(blocks), lambda number, slots: Save(number, group, keys, parents, slots), done)
+        self._departures.add(departure, [block.page for block in blocks])
+
+    # Figures and the end.
+
+    def stats(self) -> dict[str, Any]:
+        """Counters since start, named as in `EngineStats`."""
+        return dataclasses.asdict(self._reader.stats) | {
+            "store_blocks_written": self._written,
+            "store_blocks_lost": self._lost,
+            "kv_agent_restarts": self._link.restarts,
+            "agent_address": self.agent_address,
+        }
+
+    def store_report(self, timeout: float, *, check_integrity: bool = False) -> Report | None:
+        """Figures of the store; None if there is none any more, or it does not answer in time."""
+        reports: list[Report] = []
+        self._link.ask(lambda number: Query(number, check_integrity), reports.append)
+        end = self._clock() + timeout
+        while not reports and self._link.alive and self._clock() < end:
+            self._link.poll(max(0.0, end - self._clock()))
+        return reports[0] if reports else None
+
+    @property
+    def agent_address(self) -> str:
+        """Where agents of other engines reach the present one; "" if they don't."""
+        attached = self._link.attached
+        return "" if attached is None else str(attached.address)
+
+    def close(self, timeout: float = 10.0) -> None:
+        """Waits until all that is full is stored, up to `timeout` seconds, and ends the agent."""
+        end = self._clock() + timeout
+        self._departures.settle(self._departures.num_gathered)
+        while self._link.alive and self._departures.has_any and self._clock() < end:
+            self._link.poll(0.1)
+            self._departures.send()
+        self._link.close(max(1.0, end - self._clock()))
+
+    def check_integrity(self) -> None:
+        """Raises `IntegrityError` unless each lease has its transfer, and each transfer its lease."""
+        self._staging.check_integrity()
+        owned = sorted(lease.number for lease in self._owned_leases())
+        held = sorted(
+            lease.number for lease in self._staging.leases.leases if lease.state is not LeaseState.QUARANTINED
+        )
+        if owned != held:
+            raise IntegrityError(f"leases {held} are held, and {owned} have a transfer")
+
+    def _owned_leases(self) -> list[Lease]:
+        return [*self._reader.leases, *self._staged.leases, *self._departures.leases, *self.arrivals.leases]
