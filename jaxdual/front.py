@@ -312,6 +312,8 @@ class Front:
             request.num_cached_tokens = event.cached_tokens
         if event.queue_seconds is not None and request.metrics.queue_seconds is None:
             request.metrics.queue_seconds = event.queue_seconds
+            request.metrics.allocation_seconds = event.allocation_seconds
+            request.metrics.read_seconds = event.read_seconds
         if event.prompt_logprobs is not None:
             request.prompt_logprobs = [None]
             request.prompt_logprobs += [

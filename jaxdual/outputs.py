@@ -55,13 +55,25 @@ class RequestMetrics:
 
     Attributes:
       arrival_time, first_token_time, finished_time: as the front saw them.
-      queue_seconds: how long its first output waited in the engine before it ran.
+      queue_seconds: how long its first output waited for its turn before it ran.
+      allocation_seconds: likewise for memory of a decode engine, in a cluster.
+      read_seconds: likewise for blocks of a store.
     """
 
     arrival_time: float
     first_token_time: float | None = None
     finished_time: float | None = None
     queue_seconds: float | None = None
+    allocation_seconds: float | None = None
+    read_seconds: float | None = None
+
+    @property
+    def prefill_seconds(self) -> float | None:
+        """From there to the first token."""
+        if self.first_token_time is None or self.queue_seconds is None:
+            return None
+        waited = self.queue_seconds + (self.allocation_seconds or 0.0) + (self.read_seconds or 0.0)
+        return self.first_token_time - self.arrival_time - waited
 
 
 @dataclass(slots=True)

@@ -26,14 +26,19 @@ class Live:
       attempts: times that it was given to engines.
       current: the present one; None while it waits for engines.
       cached: tokens of the prompt that its prefill engine found computed; None before.
+      added: when it came, in seconds.
+      queue_seconds, allocation_seconds: how long it has waited for engines, and for memory of its decode engine.
     """
 
     request: Request
     number: int
     outputs: list[OutputState]
+    added: float
     attempts: int = 0
     current: Attempt | None = None
     cached: int | None = None
+    queue_seconds: float = 0.0
+    allocation_seconds: float = 0.0
 
     @property
     def resumed(self) -> tuple[tuple[int, ...] | None, ...]:
@@ -70,6 +75,7 @@ class Attempt:
       placement: number that the scheduler gave it; None for one that a decode engine does by itself.
       prefill, decode: engines; the first is None likewise.
       tokens: of the prompt, and of the lead when it began.
+      began: when it was announced to the decode engine, in seconds.
       target: where the prompt is written, once it is granted.
       handed: whether the prompt is complete there; None while that is not known.
     """
@@ -80,6 +86,7 @@ class Attempt:
     prefill: int | None
     decode: int
     tokens: int
+    began: float
     phase: Phase
     target: Target | None = None
     handed: bool | None = None

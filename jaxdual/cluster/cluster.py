@@ -91,7 +91,7 @@ class Cluster:
         """Takes a request."""
         given = request.resumed or ((),) * request.params.n
         outputs = [OutputState(list(tokens or ()), tokens is None) for tokens in given]
-        live = Live(request, next(self._numbers), outputs)
+        live = Live(request, next(self._numbers), outputs, self._clock())
         self._lives[request.request_id] = self._by_number[live.number] = live
         self._place(live)
         self._fetch()
@@ -249,6 +249,7 @@ class Cluster:
 
     def _new_attempt(self, live: Live, decode: int, phase: Phase, placement: Placement | None) -> Attempt:
         live.attempts += 1
+        live.queue_seconds = self._clock() - live.added - live.allocation_seconds
         attempt = Attempt(
             f"{live.request.request_id}#{live.attempts}",
             live,
@@ -256,6 +257,7 @@ class Cluster:
             None if placement is None else placement.prefill_engine,
             decode,
             live.length,
+            self._clock(),
             phase,
         )
         live.current = self._attempts[attempt.name] = attempt
@@ -273,6 +275,7 @@ class Cluster:
             self._send(decode, Settled(granted.request_id))
             return
         live = attempt.live
+        live.allocation_seconds += self._clock() - attempt.began
         if granted.target is None or attempt.prefill is None:
             self._end_attempt(attempt)
             self._start_alone(live, decode)
@@ -343,10 +346,16 @@ class Cluster:
                 if reason == "length" and len(output.tokens) < (live.request.params.max_tokens or 0):
                     reason = None  # of its part
             output.ended = reason is not None
-            cached = event.cached_tokens if live.cached is None else live.cached
-            yield dataclasses.replace(
-                event, request_id=live.request.request_id, finish_reason=reason, cached_tokens=cached
+            own = dataclasses.replace(
+                event,
+                request_id=live.request.request_id,
+                finish_reason=reason,
+                cached_tokens=event.cached_tokens if live.cached is None else live.cached,
             )
+            if own.queue_seconds is not None:
+                own.queue_seconds += live.queue_seconds
+                own.allocation_seconds = live.allocation_seconds
+            yield own
             if all(one.ended for one in live.outputs):
                 self._forget(live, told=attempt.phase is Phase.DECODE)
             elif attempt.phase is Phase.PREFILL:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
+import os
 import secrets
 import signal
 import socket
@@ -18,6 +19,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from jaxdual.cluster.cluster import Cluster
+from jaxdual.cluster.devices import device_of
 from jaxdual.config import ClusterConfig, EngineConfig
 from jaxdual.engine.client import EngineProcess
 from jaxdual.engine.request import TokenEvent
@@ -80,7 +82,9 @@ class Member:
         """Starts a process."""
         self.warm = False
         try:
-            self.process = await EngineProcess.launch(self._config, self._on_message, self._on_death)
+            self.process = await EngineProcess.launch(
+                self._config, self._on_message, self._on_death, environment=device_of(self.number, os.environ)
+            )
         except OSError as error:
             self._on_death(f"{self.name} can't be started: {error}")
 

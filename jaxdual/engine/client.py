@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from jaxdual.config import ClusterConfig, EngineConfig
@@ -48,6 +49,7 @@ class EngineProcess(asyncio.Protocol):
         on_message: Callable[[Any], None],
         on_death: Callable[[str], None],
         cluster: ClusterConfig | None = None,
+        environment: Mapping[str, str] | None = None,
     ) -> EngineProcess:
         """Starts an engine; the first message is `Ready` or `StartFailed`.
 
@@ -55,6 +57,7 @@ class EngineProcess(asyncio.Protocol):
           config: of the engine.
           on_message, on_death: see the class.
           cluster: starts a cluster of such engines, which speaks as one engine does.
+          environment: what its environment has beside this process's.
 
         Raises:
           OSError: the process can't be started.
@@ -68,6 +71,7 @@ class EngineProcess(asyncio.Protocol):
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 process_group=0,
+                env={**os.environ, **(environment or {})},
             )
         engine = cls(process, on_message, on_death)
         try:

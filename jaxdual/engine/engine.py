@@ -25,7 +25,7 @@ _TRANSFER_WAIT_SECONDS = 0.05  # at most, while every request waits for stored b
 
 @dataclass(slots=True, eq=False)
 class _Output:
-    """One output of a request: its sequence, what sampling needs of it, and when it came and first ran."""
+    """One output of a request: its sequence, what sampling needs of it, and when it came, was read for, and ran."""
 
     request: Request
     index: int
@@ -34,6 +34,7 @@ class _Output:
     wants_prompt_logprobs: bool
     added: float
     ran: float | None = None
+    read_seconds: float = 0.0
     num_scored: int = 0
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
 
@@ -249,6 +250,8 @@ class Engine:
 
     def close(self) -> None:
         """Lets blocks that are full reach the store, and ends what runs beside the engine; no step follows."""
+        while self._dead is None and self.has_work and not self._requests:
+            self.step()
         self._dead = self._dead or "the engine is closed"
         if self.transfers is not None:
             self.transfers.close()
@@ -259,7 +262,8 @@ class Engine:
         """Queues the sequences that have waited for stored blocks; waits for some if there is nothing else to do."""
         idle = not (self._flight or self._events or self.scheduler.num_waiting or self.scheduler.num_running)
         wait = idle and (transfers.num_waiting or transfers.has_unsent)
-        for sequence in transfers.poll(_TRANSFER_WAIT_SECONDS if wait else 0.0):
+        for sequence, waited in transfers.poll(_TRANSFER_WAIT_SECONDS if wait else 0.0):
+            self._outputs[sequence.seq_id].read_seconds = waited
             self.scheduler.add(sequence)
 
     def _export(self, transfers: Transfers, plan: StepPlan) -> None:
@@ -349,7 +353,8 @@ class Engine:
                 if output.wants_prompt_logprobs:
                     event.prompt_logprobs = tuple(output.prompt_logprobs)
                 if output.ran is not None:
-                    event.queue_seconds = output.ran - output.added
+                    event.read_seconds = output.read_seconds
+                    event.queue_seconds = output.ran - output.added - output.read_seconds
             self._events.append(event)
             if sequence.phase is Phase.FINISHED:
                 self._forget(output)

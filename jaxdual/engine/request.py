@@ -72,7 +72,8 @@ class TokenEvent:
       stop_token: the stop token that ended it, which is the last token.
       cached_tokens: tokens of the prompt that came from the prefix cache.
       prompt_logprobs: on the first event of a request that wants them: of all prompt tokens but the first.
-      queue_seconds: on the first token of an output: how long it waited before it ran.
+      queue_seconds, allocation_seconds, read_seconds: on the first token of an output: how long it waited before it
+        ran for its turn, for memory of a decode engine, and for stored blocks.
       error: what went wrong, where `finish_reason` is "error".
     """
 
@@ -85,4 +86,6 @@ class TokenEvent:
     cached_tokens: int = 0
     prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
     queue_seconds: float | None = None
+    allocation_seconds: float | None = None
+    read_seconds: float | None = None
     error: str | None = None

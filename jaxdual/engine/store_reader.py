@@ -84,7 +84,7 @@ class StoreReader:
         self._room = [max(1, capacity * 3 // 4) for capacity in staging.capacity]
         self._fetches: dict[int, _Fetch] = {}  # by the identity of the first sequence that asked
         self._queue: deque[_Fetch] = deque()  # those that wait for staging pages
-        self._ready: list[SequenceState] = []
+        self._ready: list[tuple[SequenceState, float]] = []  # with the seconds that they have waited
         # Sequences that were given back with blocks that are not in the cache yet.
         self._bringing: list[tuple[SequenceState, list[BlockKey]]] = []
         link.on_death(self._agent_died)
@@ -109,7 +109,7 @@ class StoreReader:
         length = (len(first.tokens) - 1) // self._kv.page_size
         keys = first.keys.upto(first.tokens, length) if look and first.use_cache and self._link.alive else []
         if self._kv.num_cached_blocks(keys) == len(keys):
-            self._ready += sequences
+            self._ready += [(sequence, 0.0) for sequence in sequences]
             return
         now = self._clock()
         fetch = _Fetch(list(sequences), keys, since=now, deadline=now + self._timeout)
@@ -118,10 +118,11 @@ class StoreReader:
 
     def drop(self, sequence: SequenceState) -> bool:
         """Forgets a sequence that has ended; False if it is not held back here."""
-        if sequence in self._ready:
-            self._ready.remove(sequence)
-            self._kv.release(sequence.seq_id)
-            return True
+        for ready in self._ready:
+            if ready[0] is sequence:
+                self._ready.remove(ready)
+                self._kv.release(sequence.seq_id)
+                return True
         for fetch in self._fetches.values():
             if sequence in fetch.sequences:
                 fetch.sequences.remove(sequence)
@@ -130,8 +131,11 @@ class StoreReader:
                 return True
         return False
 
-    def take_ready(self) -> list[SequenceState]:
-        """Sequences that are to be queued now; begins reads for others, as staging pages allow."""
+    def take_ready(self) -> list[tuple[SequenceState, float]]:
+        """Sequences that are to be queued now, with the seconds that they have waited for blocks.
+
+        Begins reads for others, as staging pages allow.
+        """
         now = self._clock()
         for fetch in list(self._fetches.values()):
             if fetch.deadline is not None and now > fetch.deadline:
@@ -145,8 +149,9 @@ class StoreReader:
 
     def _go_on(self, fetch: _Fetch) -> None:
         """Its sequences wait no longer, whatever came of it."""
-        self.stats.store_wait_seconds += self._clock() - fetch.since
-        self._ready += fetch.sequences
+        waited = self._clock() - fetch.since
+        self.stats.store_wait_seconds += waited
+        self._ready += [(sequence, waited) for sequence in fetch.sequences]
         self._forget(fetch)
 
     def _forget(self, fetch: _Fetch) -> None:

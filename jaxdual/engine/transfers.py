@@ -84,8 +84,12 @@ class Transfers:
         """Forgets a sequence that has ended; False if it is not held back."""
         return self._reader.drop(sequence)
 
-    def poll(self, timeout: float = 0.0) -> list[SequenceState]:
-        """Sequences that are to be queued now; waits up to `timeout` seconds for news of the agent."""
+    def poll(self, timeout: float = 0.0) -> list[tuple[SequenceState, float]]:
+        """Sequences that are to be queued now, with the seconds that they have waited for stored blocks.
+
+        Args:
+          timeout: seconds to wait for news of the agent, at most.
+        """
         self._link.poll(timeout)
         self._departures.send()
         return self._reader.take_ready()

@@ -1,0 +1,27 @@
+"""Which GPU each engine of a cluster on this machine takes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+_VISIBLE = "CUDA_VISIBLE_DEVICES"
+
+
+def device_of(number: int, environment: Mapping[str, str], devices: Path = Path("/dev")) -> dict[str, str]:
+    """What an engine's environment has in addition: one GPU of its own, in order; none where there is none.
+
+    Engines share GPUs where there are fewer of these. Their memory must then be divided by `gpu_memory_utilization`.
+
+    Args:
+      number: of the engine in the cluster.
+      environment: of this process, which may name the GPUs that are to be used.
+      devices: where this machine lists what it has.
+    """
+    if _VISIBLE in environment:
+        gpus = [name.strip() for name in environment[_VISIBLE].split(",") if name.strip()]
+    else:
+        found = (re.fullmatch(r"nvidia(\d+)", path.name) for path in devices.glob("nvidia*"))
+        gpus = [str(index) for index in sorted(int(match[1]) for match in found if match)]
+    return {_VISIBLE: gpus[number % len(gpus)]} if gpus else {}
