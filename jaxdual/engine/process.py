@@ -66,6 +66,8 @@ class EngineLoop:
         self._warm_up_due = 0.0
         self._stats_due = 0.0
         self._stopping = False
+        transfers = built.engine.transfers
+        self._agent_address = "" if transfers is None else transfers.agent_address
 
     def run(self) -> None:
         """Returns after `Stop`.
@@ -133,6 +135,10 @@ class EngineLoop:
         transfers = self._engine.transfers
         if transfers is None:
             return
+        if transfers.agent_address != self._agent_address:
+            # Before what comes of it: else the next attempts would be made with the old one, too.
+            self._agent_address = transfers.agent_address
+            self._channel.send(Events([], self._built.stats()))
         for request_id, target in transfers.arrivals.take_granted():
             self._channel.send(Granted(request_id, target))
         for request_id in transfers.arrivals.take_lost():
