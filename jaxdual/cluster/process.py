@@ -46,7 +46,9 @@ from jaxdual.scheduling.paths import PathScheduler
 from jaxdual.scheduling.prefill_placement import PrefillPlacement
 from jaxdual.scheduling.read_side import ReadPolicy
 
-_MOST_FAILED_STARTS = 5  # of one engine, in a row; it has failed if it dies before all its shapes are compiled
+_MOST_FAILED_STARTS = (
+    5  # of one engine, in a row: those after which it died before it gave anything or was all compiled
+)
 _RESTART_SECONDS = 1.0  # from the first failed start in a row to the next one; doubled with each further one
 _STATS_SECONDS = 0.1
 _ANSWER_SECONDS = 10.0  # for an engine to tell its figures
@@ -72,6 +74,7 @@ class Member:
         self.process: EngineProcess | None = None
         self._config, self._host = config, host
         self._failed_starts = 0
+        self._proved = False  # that a process of it works
         self._questions: dict[int, asyncio.Future[Answer]] = {}
 
     @property
@@ -80,7 +83,7 @@ class Member:
 
     async def launch(self) -> None:
         """Starts a process."""
-        self.warm = False
+        self.warm = self._proved = False
         try:
             self.process = await EngineProcess.launch(
                 self._config, self._on_message, self._on_death, environment=device_of(self.number, os.environ)
@@ -115,14 +118,17 @@ class Member:
             case Compiled(name, seconds, last):
                 self.warm = last
                 self._failed_starts *= not last
+                self._proved |= last
                 self._host.member_compiled(self, f"{self.name}: {name}", seconds)
             case Answer(number):
                 question = self._questions.get(number)
                 if question is not None and not question.done():
                     question.set_result(message)
             case _:
-                if isinstance(message, Events) and message.stats is not None:
-                    self.stats = message.stats
+                if isinstance(message, Events):
+                    self.stats = message.stats or self.stats
+                    self._failed_starts *= not message.events
+                    self._proved |= bool(message.events)
                 self._host.member_says(self, message)
 
     def _on_death(self, reason: str) -> None:
@@ -131,7 +137,7 @@ class Member:
             if not question.done():
                 question.set_exception(ConnectionError(reason))
         started, self.info = self.info is not None, None
-        self._failed_starts += not self.warm
+        self._failed_starts += not self._proved
         _logger.error("%s: %s", self.name, reason)
         if not started and self.stats is None:
             self._host.member_refused(self, "EngineDeadError", f"{self.name}: {reason}")
