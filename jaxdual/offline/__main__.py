@@ -2,6 +2,9 @@
 
 Exit status: 0 when every line has its row in OUT (rows with an error included), 1 when the run broke off, 2 for a call
 that cannot work, 130 after Ctrl-C. After 1 and 130 the same command continues where it stopped.
+
+With `--trace TRACE` it replays agent sessions instead, and measures them. Exit status: 0 when every request was served,
+1 when not, 2 and 130 as above.
 """
 
 import argparse
@@ -16,10 +19,11 @@ from types import FrameType, TracebackType
 from typing import Self
 
 from jaxdual.api import LLM
-from jaxdual.config import EngineConfig, add_arguments, read_config
+from jaxdual.config import ClusterConfig, EngineConfig, add_arguments, read_config
 from jaxdual.offline.batch_file import BatchError, read_batch
 from jaxdual.offline.display import Progress, format_results
 from jaxdual.offline.output_file import OutputFile
+from jaxdual.offline.replay_command import add_trace_arguments, run_trace, trace_flags_given
 from jaxdual.offline.report import build_report, format_report, write_report
 from jaxdual.offline.rows import row_id
 from jaxdual.offline.runner import BatchRunner, Totals
@@ -31,8 +35,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
     parser = _parser()
     options = parser.parse_args(arguments)
+    _check_flags(parser, options)
     started = time.monotonic()
     try:
+        if options.trace is not None:
+            _check_report(options.report)
+            return run_trace(options)
         _check_paths(options)
         config = read_config(EngineConfig, options)
         with OutputFile(options.output_file, options.overwrite) as output:
@@ -58,10 +66,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m jaxdual.offline",
         description="Runs a file of OpenAI batch requests through a model. Started again with the same files, an "
-        "interrupted run continues.",
+        "interrupted run continues. With --trace, replays agent sessions instead.",
     )
-    parser.add_argument("-i", "--input-file", type=Path, required=True, help="requests, one JSON object a line")
-    parser.add_argument("-o", "--output-file", type=Path, required=True, help="where the rows go, one a request")
+    parser.add_argument("-i", "--input-file", type=Path, help="requests, one JSON object a line")
+    parser.add_argument("-o", "--output-file", type=Path, help="where the rows go, one a request")
     parser.add_argument("--report", type=Path, metavar="FILE.json", help="write counts, times and rates as JSON")
     parser.add_argument("--overwrite", action="store_true", help="start anew: drop the rows in the output file")
     parser.add_argument("--show", action="store_true", help="print prompts and completions at the end")
@@ -69,8 +77,26 @@ def _parser() -> argparse.ArgumentParser:
         "--warmup", action="store_true", help="compile everything before the first request, for undisturbed times"
     )
     parser.add_argument("--no-progress", action="store_true", help="no progress bar")
-    add_arguments(parser, EngineConfig)
+    add_trace_arguments(parser)
+    add_arguments(parser, ClusterConfig, EngineConfig)
     return parser
+
+
+def _check_flags(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Ends the program if there are flags of both a batch and a replay, or files of neither."""
+    files = {"-i/--input-file": options.input_file, "-o/--output-file": options.output_file}
+    of_trace = trace_flags_given(options)
+    if options.trace is None:
+        missing = [flag for flag, value in files.items() if value is None]
+        if missing and not of_trace:
+            parser.error(f"the following arguments are required: {', '.join(missing)} (or --trace)")
+        if of_trace:
+            parser.error(f"{of_trace[0]} is for a replay: it needs --trace")
+        return
+    of_batch = [flag for flag, value in files.items() if value is not None]
+    of_batch += [f"--{name}" for name in ("overwrite", "show") if getattr(options, name)]
+    if of_batch:
+        parser.error(f"{of_batch[0]} is for a batch, and does not go with --trace")
 
 
 def _check_paths(options: argparse.Namespace) -> None:
@@ -84,6 +110,10 @@ def _check_paths(options: argparse.Namespace) -> None:
     named = [path.resolve() for path in (source, output, report) if path is not None]
     if len(set(named)) < len(named):
         raise BatchError("input, output and report must be different files")
+    _check_report(report)
+
+
+def _check_report(report: Path | None) -> None:
     if report is not None and report.is_dir():
         raise BatchError(f"{report}: is a directory")
     if report is not None:
@@ -141,6 +171,7 @@ def _run(options: argparse.Namespace, llm: LLM, output: OutputFile, total: int, 
         print(f"the run broke off: {error}; the same command continues with the remaining requests", file=sys.stderr)
         return 1
     report = build_report(llm, totals, time.monotonic() - start, startup_seconds)
+    llm.close()
     if options.show:
         for text in format_results(read_batch(options.input_file), options.output_file):
             print(text)
