@@ -34,6 +34,9 @@ class FakeLLM:
         self.seeds = {}
 
     @classmethod
+    def close(self):
+        pass
+
     def from_config(cls, config):
         return cls(config)
 
