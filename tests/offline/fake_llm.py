@@ -34,9 +34,6 @@ class FakeLLM:
         self.seeds = {}
 
     @classmethod
-    def close(self):
-        pass
-
     def from_config(cls, config):
         return cls(config)
 
@@ -114,6 +111,9 @@ class FakeLLM:
             metrics=RequestMetrics(arrival_time=arrival, first_token_time=now, finished_time=now),
             num_cached_tokens=len(ids) // 2,
         )
+
+    def close(self):
+        pass
 
     def warmup(self):
         self.warm = True
