@@ -7,7 +7,6 @@ is gone, what it wanted stored is stored, and the process ends.
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import signal
 import socket
 import sys
@@ -29,13 +28,10 @@ from jaxdual.agent.wire import (
     Lookup,
     PeerGone,
     Push,
-    Query,
-    Report,
     Save,
     ToAgent,
 )
 from jaxdual.frames import Frames, Message
-from jaxdual.kv.slots import IntegrityError
 from jaxdual.kv.store import BlockStore, Outcome, open_store
 from jaxdual.transport.slab import SharedSlab
 
@@ -128,10 +124,6 @@ class KVAgent(asyncio.Protocol):
                 names = [_name(key, group) for key in keys]
                 before = [None if parent is None else _name(parent, group) for parent in parents]
                 await self._transfer(number, map(store.write, names, before, blocks))
-            case Query(number, check_integrity):
-                error = await asyncio.to_thread(_check, store) if check_integrity else None
-                figures = {name: float(value) for name, value in dataclasses.asdict(store.stats()).items()}
-                self._send(Report(number, figures, error))
 
     async def _attach(self, attach: Attach) -> Message:
         self._groups = attach.groups
@@ -166,14 +158,6 @@ class KVAgent(asyncio.Protocol):
 def _name(key: bytes, group: int) -> bytes:
     """Key in the store of a block of a layer group: groups share their keys."""
     return key + bytes([group]) if group else key
-
-
-def _check(store: BlockStore) -> str | None:
-    try:
-        store.check_integrity()
-    except IntegrityError as error:
-        return str(error)
-    return None
 
 
 async def serve(engine: socket.socket, slab: SharedSlab) -> None:

@@ -92,13 +92,6 @@ class AwaitGone(Message, frozen=True, tag=True):
     address: str
 
 
-class Query(Message, frozen=True, tag=True):
-    """Asks for the store's figures, after a check of it if `check_integrity`. Answered by `Report`."""
-
-    number: int
-    check_integrity: bool = False
-
-
 # From the agent.
 
 
@@ -128,19 +121,11 @@ class Done(Message, frozen=True, tag=True):
     seconds: float
 
 
-class Report(Message, frozen=True, tag=True):
-    """Figures of the store by name; `error` says what the check found."""
-
-    number: int
-    figures: dict[str, float]
-    error: str | None
-
-
 class PeerGone(Message, frozen=True, tag=True):
     """Another agent's connections to this one have ended; if it lives, it may connect again. Comes unasked."""
 
     address: str
 
 
-ToAgent = Attach | Lookup | Load | Save | Push | AwaitGone | Query
-FromAgent = Attached | AttachFailed | Found | Done | PeerGone | Report
+ToAgent = Attach | Lookup | Load | Save | Push | AwaitGone
+FromAgent = Attached | AttachFailed | Found | Done | PeerGone

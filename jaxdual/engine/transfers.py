@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxdual.agent.wire import GroupSlots, Query, Report, Save
+from jaxdual.agent.wire import GroupSlots, Save
 from jaxdual.engine.agent_link import Agent, AgentLink
 from jaxdual.engine.departures import Departure, Departures
 from jaxdual.engine.handoff import Arrivals, Exports
@@ -148,15 +148,6 @@ class Transfers:
             "kv_agent_restarts": self._link.restarts,
             "agent_address": self.agent_address,
         }
-
-    def store_report(self, timeout: float, *, check_integrity: bool = False) -> Report | None:
-        """Figures of the store; None if there is none any more, or it does not answer in time."""
-        reports: list[Report] = []
-        self._link.ask(lambda number: Query(number, check_integrity), reports.append)
-        end = self._clock() + timeout
-        while not reports and self._link.alive and self._clock() < end:
-            self._link.poll(max(0.0, end - self._clock()))
-        return reports[0] if reports else None
 
     @property
     def agent_address(self) -> str:
