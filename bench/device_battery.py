@@ -1,6 +1,7 @@
 """The kernels' tests on this machine's GPU: the same cases as `make test-kernels`, compiled and run.
 
-`python -m bench.device_battery --json FILE`. The exit status is that of pytest.
+`python -m bench.device_battery --json FILE`. The exit status is that of pytest. The file is written after each test, so
+that one is there if time runs out: its `status` is null.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -19,12 +20,21 @@ from bench.workers import ROOT
 
 
 class _Outcomes:
-    """What became of each test, as a plugin of pytest."""
+    """What became of each test, as a plugin of pytest.
 
-    def __init__(self) -> None:
+    Args:
+      changed: called after each test and what was before and behind it.
+    """
+
+    def __init__(self, changed: Callable[[_Outcomes], None] = lambda _: None) -> None:
         self.passed = 0
         self.failed: dict[str, str] = {}
         self.skipped: dict[str, str] = {}
+        self._changed = changed
+
+    def report(self) -> dict[str, Any]:
+        """For a JSON file."""
+        return {"passed": self.passed, "failed": self.failed, "skipped": self.skipped}
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Called by pytest after each phase of a test."""
@@ -34,6 +44,8 @@ class _Outcomes:
             self.skipped[report.nodeid] = report.longreprtext[-200:]
         elif report.when == "call":
             self.passed += 1
+        if report.when == "teardown":
+            self._changed(self)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,11 +59,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("no GPU here: the kernels' tests run without one by make test-kernels", file=sys.stderr)
         return 2
     os.environ["JAX_PLATFORMS"] = "cuda"  # the tests would choose the CPU
-    outcomes = _Outcomes()
+    head = header("bench.device_battery") | {"device": jax.devices()[0].device_kind}
+
+    def write(outcomes: _Outcomes, status: int | None = None) -> None:
+        write_json(options.json, head | {"status": status} | outcomes.report())
+
+    outcomes = _Outcomes(write)
     status = int(pytest.main(["-m", "kernels", str(ROOT / "tests" / "pallas_kernels")], plugins=[outcomes]))
-    report: dict[str, Any] = header("bench.device_battery")
-    report |= {"device": jax.devices()[0].device_kind, "status": status} | vars(outcomes)
-    write_json(options.json, report)
+    write(outcomes, status)
     return status
 
 

@@ -25,8 +25,9 @@ part() { # NAME SECONDS ARGUMENTS...
   echo "== $name"
   timeout "$seconds" "$python" -m "$@" --json "$out/$name.json" || { echo "== $name: exit status $?"; status=1; }
 }
-part battery 150 bench.device_battery
-part tuning 150 bench.tune --seconds 100
-part kernels 170 bench.kernels
-part engine 150 bench.device_engine
+# Less than 600 seconds together, and some to spare for the check above.
+part battery 140 bench.device_battery
+part tuning 130 bench.tune --seconds 90
+part kernels 160 bench.kernels --seconds 125
+part engine 140 bench.device_engine
 exit $status

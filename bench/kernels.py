@@ -1,12 +1,15 @@
 """Speed of the operations of `pallas_kernels`, beside each other's implementations and other libraries.
 
 `python -m bench.kernels --json FILE`. Each named workload is first computed by every implementation and compared with
-float32; what is wrong is not timed, and the exit status says so. Then each is timed with inputs that rotate
+float32; what is wrong or fails is not timed, and the exit status says so. Then each is timed with inputs that rotate
 (`bench.device_clock`). Figures are set against ceilings measured in the same run: bytes per second of a copy, and
 floating-point operations per second of a large matrix product. `roofline` is the least time that a workload's bytes and
-operations can take by those; `of_roofline` is that over the time measured, 1 at best.
+operations can take by those if all bytes come from memory; `of_roofline` is that over the time measured. It is 1 at
+best where inputs rotate out of the caches. Those of a small workload, such as the shipped models', may stay in them:
+`rotated_bytes` says how much is read and written until an input comes again, to be set beside the device's L2 cache.
 
-On a CPU only the workloads of the shipped models are run unless others are named.
+On a CPU only the workloads of the shipped models are run unless others are named. `--seconds` bounds the time:
+operations take turns, and workloads that were not reached are missing from the report.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import gc
 import math
 import os
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -28,19 +32,24 @@ import numpy as np
 
 from bench.contenders import CONTENDERS, Contender
 from bench.device_clock import Ceilings, ceilings, measure
-from bench.operations import Case, operations
+from bench.operations import Case, in_turns, operations
 from bench.report import header, table, write_json
 
 _SHIPPED = ("base_", "small_", "moe_")
-_LIMIT = 0.03  # of the error as `_error` has it: rounding to bfloat16, of weights and results, stays below 0.015
+_LIMIT = 0.03  # of the error as `error_of` has it: rounding to bfloat16, of weights and results, stays below 0.015
 _ROTATED_BYTES = 2**28  # several times the L2 cache of a GPU
 _MAX_SETS = 16
 _REFERENCE = "reference"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the measurements; returns the exit status: 1 if a result was wrong."""
+    """Runs the measurements; returns the exit status: 1 if a result was wrong or could not be had."""
     options = _parse(arguments)
+    chosen = in_turns(operations(), options.op, lambda name: _wanted(name, options.spec))
+    if not chosen:
+        _say("no workload of that name")
+        return 2
+    end = time.monotonic() + options.seconds
     report = header("bench.kernels")
     device = jax.devices()[0]
     report["device"] = {"kind": device.device_kind, "platform": device.platform}
@@ -50,35 +59,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"{device.device_kind}: copy {limits.copy_bytes_per_second / 1e9:.0f} GB/s, "
         f"{limits.matmul} product {limits.matmul_flops_per_second / 1e12:.2f} TFLOP/s"
     )
-    report["operations"] = {}
-    wrong = []
-    for op, cases in operations().items():
-        if options.op and op not in options.op:
+    found: dict[str, dict[str, Any]] = {op: {} for op, _, _ in chosen}
+    report["operations"] = found
+    bad = []
+    for op, name, case in chosen:
+        if time.monotonic() > end:
+            _say(f"no time for {op} {name}")
             continue
-        found = report["operations"][op] = {}
-        for name, case in cases.items():
-            if _wanted(name, options.spec):
-                found[name] = _measure_case(op, case, options.compare, limits)
-                print(f"\n{op} {name}\n{_table(found[name])}", flush=True)
-                write_json(options.json, report)
-                wrong += [f"{op} {name} {who}" for who, one in found[name]["by"].items() if "wrong" in one]
-    if not any(report["operations"].values()):
-        _say("no workload of that name")
-        return 2
-    for one in wrong:
-        _say(f"WRONG: {one}")
-    return 1 if wrong else 0
+        found[op][name] = _measure_case(op, case, options.compare, limits)
+        print(f"\n{op} {name}\n{_table(found[op][name])}", flush=True)
+        write_json(options.json, report)
+        bad += [
+            f"{kind.upper()}: {op} {name} {who}"
+            for who, one in found[op][name]["by"].items()
+            for kind in ("wrong", "failed")
+            if kind in one
+        ]
+    for line in bad:
+        _say(line)
+    return 1 if bad else 0
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.kernels", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--json", metavar="FILE", help="where results go")
     parser.add_argument("--op", action="append", choices=list(operations()), help="only this; may be repeated")
-    parser.add_argument("--spec", action="append", metavar="TEXT", help="only workloads with this in their name")
+    parser.add_argument(
+        "--spec", action="append", metavar="TEXT", help="only workloads with this in their name; may be repeated"
+    )
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no further workload after so many")
     parser.add_argument(
         "--compare", type=lambda text: text.split(","), metavar="NAMES", help="only these, for example mosaic,xla,cudnn"
     )
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    known = sorted({name for cases in operations().values() for case in cases.values() for name in _ours(case)})
+    known += sorted({name for contenders in CONTENDERS.values() for name in contenders})
+    unknown = [name for name in options.compare or () if name not in known]
+    if unknown:
+        parser.error(f"--compare: {unknown} are none of {known}")
+    return options
 
 
 def _wanted(name: str, parts: Sequence[str] | None) -> bool:
@@ -92,7 +111,7 @@ def _measure_case(op: str, case: Case, names: Sequence[str] | None, limits: Ceil
     inputs = inputs_of(case)
     expected = np.asarray(case.expected(inputs[0]), np.float32)
     roofline = limits.seconds(spec.bytes_moved, spec.flops)
-    contenders = {name: functools.partial(our_calls, case, name) for name in case.implementations if name != _REFERENCE}
+    contenders = {name: functools.partial(our_calls, case, name) for name in _ours(case)}
     for name, contender in CONTENDERS.get(op, {}).items():
         contenders[name] = functools.partial(_their_calls, contender, spec.options)
     by: dict[str, dict[str, Any]] = {}
@@ -107,7 +126,13 @@ def _measure_case(op: str, case: Case, names: Sequence[str] | None, limits: Ceil
                     "of_roofline": roofline / seconds,
                 }
         gc.collect()  # what a contender laid out for itself
-    report = {"bytes": spec.bytes_moved, "flops": spec.flops, "roofline_us": roofline * 1e6, "by": by}
+    report = {
+        "bytes": spec.bytes_moved,
+        "rotated_bytes": spec.bytes_moved * len(inputs),
+        "flops": spec.flops,
+        "roofline_us": roofline * 1e6,
+        "by": by,
+    }
     first = by.get(case.implementations[0], {}).get("us")
     if first is not None:
         others = {name: one["us"] for name, one in by.items() if "us" in one and name != case.implementations[0]}
@@ -115,8 +140,13 @@ def _measure_case(op: str, case: Case, names: Sequence[str] | None, limits: Ceil
     return report
 
 
+def _ours(case: Case) -> list[str]:
+    """Implementations that are timed; the reference is there to be compared with."""
+    return [name for name in case.implementations if name != _REFERENCE]
+
+
 def inputs_of(case: Case) -> list[dict[str, Any]]:
-    """Different inputs of a workload, so many that what one leaves in the caches is gone when its turn comes again."""
+    """Different inputs of a workload, up to 16: enough to be out of the caches when they come again, if it is large."""
     sets = min(_MAX_SETS, max(2, math.ceil(_ROTATED_BYTES / case.spec.bytes_moved))) if _on_gpu() else 2
     make = jax.jit(case.spec.make)
     return [make(jax.random.key(i)) for i in range(sets)]
@@ -155,17 +185,24 @@ def _measure_one(
 ) -> dict[str, Any]:
     try:
         calls = calls_on(inputs)
-        error = _error(calls[0](), expected)
-        if not error <= (0 if exact else _LIMIT):
+        error = error_of(calls[0](), expected)
+        if not fits(error, exact):
             return {"error": error, "wrong": f"error of {error:.3g}"}
         timing = measure(calls)
-    except (NotImplementedError, ExceptionGroup) as refusal:
+    except NotImplementedError as refusal:
         return {"refused": str(refusal)}
+    except Exception as failure:  # of a compiler, of a library, or for want of memory: the others are measured still
+        return {"failed": f"{type(failure).__name__}: {failure}"}
     clock = "wall" if timing.device is None else "device"
     return {"error": error, "us": timing.seconds * 1e6, "clock": clock, "wall_us": timing.wall * 1e6}
 
 
-def _error(found: Any, expected: np.ndarray[Any, Any]) -> float:
+def fits(error: float, exact: bool) -> bool:
+    """Whether a result with this error, as `error_of` has it, may stand; NaN may not."""
+    return error <= (0 if exact else _LIMIT)
+
+
+def error_of(found: Any, expected: np.ndarray[Any, Any]) -> float:
     """The largest difference, in parts of what is expected there plus its root mean square; NaN if there is one."""
     if not isinstance(found, jax.Array):  # of torch
         found = found.float().cpu().numpy()
@@ -183,7 +220,10 @@ def _table(report: Mapping[str, Any]) -> str:
         else:
             rows.append((name, *[None] * 6))
     reasons = [
-        f"  {name}: {one.get('wrong') or one['refused']}" for name, one in report["by"].items() if "us" not in one
+        f"  {name}: {kind}: {one[kind]}"
+        for name, one in report["by"].items()
+        for kind in ("wrong", "refused", "failed")
+        if kind in one
     ]
     return "\n".join([table(head, rows), *reasons])
 

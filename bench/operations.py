@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Container, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -10,9 +11,13 @@ import jax.numpy as jnp
 
 from pallas_kernels.decode_attention import arg_specs as decode_specs
 from pallas_kernels.decode_attention import decode_attention
+from pallas_kernels.decode_attention import mosaic as decode_mosaic
 from pallas_kernels.grouped_matmul import arg_specs as matmul_specs
+from pallas_kernels.grouped_matmul import mosaic as matmul_mosaic
 from pallas_kernels.kv_blocks import arg_specs as kv_specs
+from pallas_kernels.kv_blocks import mosaic as kv_mosaic
 from pallas_kernels.prefill_attention import arg_specs as prefill_specs
+from pallas_kernels.prefill_attention import mosaic as prefill_mosaic
 from pallas_kernels.prefill_attention import prefill_attention
 
 
@@ -33,9 +38,13 @@ class Case(NamedTuple):
 
     Attributes:
       function: takes what `spec.make` returns, `spec.options` and `implementation`.
-      implementations: names that `function` knows, in the order of "auto"; in float32 the last says what is right.
+      implementations: those that are looked at, in the order of "auto"; in float32 the last says what is right. That is
+        the "reference" of attention. The grouped product's is left out, since it takes as many times the memory and
+        work as there are experts: its "xla" stands in, which tests compare with loops in float64. The block moves' is
+        their "xla".
       exact: results are copies: nothing may differ.
       donated: the argument that is written in place.
+      candidates: forms of the Mosaic kernel that are tried beside its default.
     """
 
     function: Callable[..., Any]
@@ -43,6 +52,7 @@ class Case(NamedTuple):
     implementations: tuple[str, ...]
     exact: bool = False
     donated: str | None = None
+    candidates: tuple[Any, ...] = ()
 
     def call(self, implementation: str) -> Callable[..., Any]:
         """Jitted, of the arrays alone."""
@@ -73,10 +83,17 @@ def operations() -> Mapping[str, Mapping[str, Case]]:
     """Cases by operation and workload."""
     attention = ("mosaic", "cudnn", "xla", "reference")
     return {
-        "prefill_attention": {n: Case(prefill_attention, s, attention) for n, s in prefill_specs.SPECS.items()},
-        "decode_attention": {n: Case(decode_attention, s, attention) for n, s in decode_specs.SPECS.items()},
+        "prefill_attention": {
+            name: Case(prefill_attention, spec, attention, candidates=prefill_mosaic.CANDIDATES)
+            for name, spec in prefill_specs.SPECS.items()
+        },
+        "decode_attention": {
+            name: Case(decode_attention, spec, attention, candidates=decode_mosaic.CANDIDATES)
+            for name, spec in decode_specs.SPECS.items()
+        },
         "grouped_matmul": {
-            name: Case(spec.function, spec, ("mosaic", "xla")) for name, spec in matmul_specs.SPECS.items()
+            name: Case(spec.function, spec, ("mosaic", "xla"), candidates=matmul_mosaic.candidates(1 + spec.gated))
+            for name, spec in matmul_specs.SPECS.items()
         },
         "kv_blocks": {
             name: Case(
@@ -85,7 +102,26 @@ def operations() -> Mapping[str, Mapping[str, Case]]:
                 ("mosaic", "xla"),
                 exact=True,
                 donated="arena" if spec.direction == "scatter" else None,
+                candidates=kv_mosaic.CANDIDATES,
             )
             for name, spec in kv_specs.SPECS.items()
         },
     }
+
+
+def in_turns(
+    cases: Mapping[str, Mapping[str, Case]], ops: Container[str] | None, wanted: Callable[[str], bool]
+) -> list[tuple[str, str, Case]]:
+    """Operation, workload and case, one of each operation after the other: none is left out where time runs short.
+
+    Args:
+      cases: of `operations`.
+      ops: only these operations; None for all.
+      wanted: whether a workload of this name is.
+    """
+    chosen = [
+        [(op, name, case) for name, case in named.items() if wanted(name)]
+        for op, named in cases.items()
+        if ops is None or op in ops
+    ]
+    return [one for turn in itertools.zip_longest(*chosen) for one in turn if one is not None]

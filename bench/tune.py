@@ -1,17 +1,16 @@
 """Finds the fastest forms of the kernels on this machine's GPU, and keeps them beside the kernels.
 
-`python -m bench.tune --json FILE`. Each named workload is timed in each form that its kernel lists and in the default
-one. Where workloads that the kernel doesn't tell apart differ, the form with the least sum of slow-downs is taken.
-A form is kept only if it is faster than the default by more than 2 %. `--adopt FILE` keeps what such a file says.
-`--seconds` bounds the time: operations then take turns, and workloads that were not reached are left as they were.
+`python -m bench.tune --json FILE`. Each named workload is timed in the default form of its kernel and in each that the
+kernel lists, if its result is right. Where workloads that the kernel doesn't tell apart differ, the form with the least
+sum of slow-downs is taken. A form is kept only if it is faster than the default by more than 2 %. `--adopt FILE` keeps
+what such a file says. `--seconds` bounds the time: operations then take turns, and workloads that were not reached are
+left as they were.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib
-import itertools
 import json
 import math
 import sys
@@ -22,10 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from bench.device_clock import measure
-from bench.kernels import inputs_of, our_calls
-from bench.operations import Case, operations
+from bench.kernels import error_of, fits, inputs_of, our_calls
+from bench.operations import Case, in_turns, operations
 from bench.report import header, write_json
 from pallas_kernels import tuning
 
@@ -38,7 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.tune", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--json", metavar="FILE", help="where results go")
     parser.add_argument("--op", action="append", choices=list(operations()), help="only this; may be repeated")
-    parser.add_argument("--spec", metavar="TEXT", default="", help="only workloads with this in their name")
+    parser.add_argument(
+        "--spec", action="append", metavar="TEXT", help="only workloads with this in their name; may be repeated"
+    )
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin no further workload after so many")
     parser.add_argument("--adopt", metavar="FILE", type=Path, help="measure nothing, keep what was measured elsewhere")
     options = parser.parse_args(arguments)
@@ -46,47 +48,58 @@ def main(arguments: Sequence[str] | None = None) -> int:
         report = json.loads(options.adopt.read_text())
         keep(report["device"], report["forms"])
         return 0
+    chosen = in_turns(operations(), options.op, lambda name: any(part in name for part in options.spec or [""]))
+    if not chosen:
+        print("no workload of that name", file=sys.stderr)
+        return 2
     if jax.default_backend() != "gpu":
         print("no GPU here: nothing to tune for", file=sys.stderr)
         return 2
     report = header("bench.tune") | {"device": jax.devices()[0].device_kind, "times": {}, "forms": {}}
     end = time.monotonic() + options.seconds
-    chosen = [
-        [(op, name, case) for name, case in cases.items() if options.spec in name]
-        for op, cases in operations().items()
-        if not options.op or op in options.op
-    ]
     times: dict[str, dict[str, list[dict[str, float]]]] = defaultdict(lambda: defaultdict(list))
-    for turn in itertools.zip_longest(*chosen):
-        for op, name, case in filter(None, turn):
-            if time.monotonic() > end:
-                print(f"no time for {op} {name}", flush=True)
-                continue
-            for workload, by_form in try_forms(case).items():
-                times[op][workload].append(by_form)
-                print(op, name, min(by_form, key=by_form.__getitem__), flush=True)
-            report["times"] = times
-            report["forms"] = {
-                op: {workload: fastest(each) for workload, each in found.items()} for op, found in times.items()
-            }
-            write_json(options.json, report)
+    for op, name, case in chosen:
+        if time.monotonic() > end:
+            print(f"no time for {op} {name}", flush=True)
+            continue
+        print(op, name, flush=True)
+        for workload, by_form in try_forms(case).items():
+            times[op][workload].append(by_form)
+            print(f"  fastest: {min(by_form, key=by_form.__getitem__)}", flush=True)
+        report["times"] = times
+        report["forms"] = {
+            op: {workload: fastest(each) for workload, each in found.items()} for op, found in times.items()
+        }
+        write_json(options.json, report)
     keep(report["device"], report["forms"])
     return 0
 
 
 def try_forms(case: Case) -> dict[str, dict[str, float]]:
-    """Seconds by form, by the workload that the kernel takes the case for; a form that doesn't fit is left out."""
+    """Seconds by form, by the workload that the kernel takes the case for.
+
+    A form that can't be had or gives something wrong is said and left out; without the default there is nothing to
+    compare with, and the result is empty.
+    """
     inputs = inputs_of(case)
+    expected = np.asarray(case.expected(inputs[0]), np.float32)
     found: dict[str, dict[str, float]] = defaultdict(dict)
-    folder = case.function.__module__.rpartition(".")[0]
-    for config in (None, *importlib.import_module(f"{folder}.mosaic").CANDIDATES):
-        with tuning.trying(config) as chosen_for:
-            try:
-                seconds = measure(our_calls(case, "mosaic", inputs)).seconds
-            except (NotImplementedError, ValueError):
-                continue
+    for config in (None, *case.candidates):
+        form = _DEFAULT if config is None else json.dumps(dataclasses.asdict(config))
+        try:
+            with tuning.trying(config) as chosen_for:
+                calls = our_calls(case, "mosaic", inputs)
+                error = error_of(calls[0](), expected)
+                if not fits(error, case.exact):
+                    raise ValueError(f"error of {error:.3g}")
+                seconds = measure(calls).seconds
+        except Exception as failure:  # of the kernel, of the compiler or of the device: the others are tried still
+            print(f"  not {form}: {type(failure).__name__}: {failure}", flush=True)
+            if config is None:
+                return {}
+            continue
         for _, workload in chosen_for:
-            found[workload][_DEFAULT if config is None else json.dumps(dataclasses.asdict(config))] = seconds
+            found[workload][form] = seconds
     return found
 
 

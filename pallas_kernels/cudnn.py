@@ -41,6 +41,7 @@ def decode_attention(
     """
     if window is not None:
         raise NotImplementedError(f"{window=}: cuDNN would count positions from the query's, which is 0")
+    _check_scales(keys, values)
     out, lse = _attend(
         q[:, None],
         keys.rows,
@@ -73,6 +74,7 @@ def prefill_attention(
     Raises:
       NotImplementedError: as `decode_attention`.
     """
+    _check_scales(keys, values)
     mask_bytes = q.shape[0] * q.shape[1] * keys.keys * 2
     if mask_bytes > _MAX_MASK_BYTES:
         raise NotImplementedError(f"a mask of {mask_bytes} bytes; at most {_MAX_MASK_BYTES} are made")
@@ -95,6 +97,11 @@ def prefill_attention(
     return jnp.where(real[:, :, None, None], out, jnp.zeros((), q.dtype)), jnp.where(real[:, :, None], lse, -jnp.inf)
 
 
+def _check_scales(keys: Pages, values: Pages) -> None:
+    if keys.scales is not None or values.scales is not None:
+        raise NotImplementedError("pages with scales")
+
+
 def _attend(
     q: Float[Array, "batch queries q_heads head_dim"],
     k: Float[Array, "rows keys kv_heads head_dim"],
@@ -107,6 +114,8 @@ def _attend(
     scale: float,
 ) -> tuple[Float[Array, "batch queries q_heads head_dim"], Float32[Array, "batch q_heads queries"]]:
     """`_fused`, if cuDNN can do that."""
+    if not q.size:
+        raise NotImplementedError("no queries")
     if key_bias is not None:
         raise NotImplementedError(f"key_bias: cuDNN would round its values to {q.dtype}")
     if q.dtype not in (jnp.bfloat16, jnp.float16) or k.dtype != q.dtype or v.dtype != q.dtype:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float32, UInt32
+
+from pallas_kernels.checks import check_array
 
 WORD = 32  # keys of a word
 
@@ -22,14 +24,6 @@ class KeyBias(NamedTuple):
     bits: UInt32[Array, "batch words"]
     value: Float32[Array, " batch"]
 
-    def check(self, batch: int, keys: int) -> None:
-        """Raises `ValueError` unless there is a bit for each of `keys` keys of `batch` sequences."""
-        words = -(-keys // WORD)
-        if self.bits.shape != (batch, words) or self.bits.dtype != jnp.uint32:
-            raise ValueError(f"bits of the bias must be uint32[{batch}, {words}]: {_show(self.bits)}")
-        if self.value.shape != (batch,) or self.value.dtype != jnp.float32:
-            raise ValueError(f"values of the bias must be float32[{batch}]: {_show(self.value)}")
-
     def at(self, keys: Array) -> Float32[Array, "batch keys"]:
         """The bias of the keys at positions `keys`, `[keys]`; those past the last word get that of some other key."""
         words = jnp.take(self.bits, keys // WORD, axis=1, mode="clip")
@@ -37,12 +31,23 @@ class KeyBias(NamedTuple):
         return jnp.where(bit == 1, self.value[:, None], 0)
 
 
+def check_key_bias(key_bias: Any, batch: int, keys: int) -> None:
+    """Raises `ValueError` unless it is None, or has a bit for each of `keys` keys of `batch` sequences."""
+    if key_bias is None:
+        return
+    if not isinstance(key_bias, KeyBias):
+        raise ValueError(f"key_bias must be a KeyBias or None, not a {type(key_bias).__name__}")
+    check_array("key_bias.bits", key_bias.bits, jnp.uint32, (batch, -(-keys // WORD)))
+    check_array("key_bias.value", key_bias.value, jnp.float32, (batch,))
+
+
 def pack(selected: Bool[Array, "batch keys"]) -> UInt32[Array, "batch words"]:
-    """Bits of the selected keys."""
+    """Bits of the selected keys.
+
+    Raises:
+      ValueError: anything but booleans, one a key.
+    """
+    check_array("selected", selected, jnp.bool_, ("batch", "keys"))
     batch, keys = selected.shape
     padded = jnp.pad(selected, ((0, 0), (0, -keys % WORD))).reshape(batch, -1, WORD)
     return jnp.sum(padded.astype(jnp.uint32) << jnp.arange(WORD, dtype=jnp.uint32), axis=-1, dtype=jnp.uint32)
-
-
-def _show(array: Array) -> str:
-    return f"{array.dtype}{list(array.shape)}"

@@ -16,16 +16,6 @@ from pallas_kernels import key_bias
 LOG2E = math.log2(math.e)
 
 
-def swizzled(columns: int, rows: int = 8) -> tuple[Any, ...]:
-    """Layout in shared memory, for numbers of two bytes, that TMA writes and wgmma reads; one of all its operands.
-
-    Args:
-      columns: 16, 32 or 64, a divisor of the rows of each operand.
-      rows: 8 for wgmma; 1 where copies begin at any row.
-    """
-    return plgpu.TilingTransform((rows, columns)), plgpu.SwizzleTransform(columns * 2)
-
-
 class Tiling:
     """Tiles of `size` tokens over pages of `page_size`: a part of one page, or several pages.
 

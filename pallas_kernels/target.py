@@ -1,8 +1,9 @@
-"""The device that a kernel is compiled for, and how."""
+"""The device that a kernel is compiled for, how, and the layout in its shared memory that all of them use."""
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -40,3 +41,13 @@ def hopper() -> Target:
         name = getattr(device, "device_kind", device)
         raise NotImplementedError(f"needs an NVIDIA GPU of compute capability 9.0, not {name}")
     return Target(device.device_kind, device.core_count)
+
+
+def swizzled(columns: int, rows: int = 8) -> tuple[Any, ...]:
+    """Layout in shared memory, for numbers of two bytes, that TMA writes and wgmma reads; one of all its operands.
+
+    Args:
+      columns: 16, 32 or 64, a divisor of the rows of each operand.
+      rows: 8 for wgmma; 1 where copies begin at any row.
+    """
+    return plgpu.TilingTransform((rows, columns)), plgpu.SwizzleTransform(columns * 2)

@@ -63,8 +63,8 @@ class LayerPrograms:
         x: Float[Array, "tokens hidden"],
         arena: Arena,
         rope: Rope,
-        starts: Int32[Array, " seqs"],
-        counts: Int32[Array, " seqs"],
+        starts: Int32[Array, " seqs"] | Int32[np.ndarray, " seqs"],
+        counts: Int32[Array, " seqs"] | Int32[np.ndarray, " seqs"],
         table: GroupTable,
     ) -> tuple[Arena, Float[Array, "tokens hidden"]]:
         """Runs layer `index` on `seqs` chunks laid side by side, whose earlier keys and values lie in its slot.

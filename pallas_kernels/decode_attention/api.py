@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
-
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32, Shaped
 
 from pallas_kernels import cudnn, dispatch
+from pallas_kernels.checks import check_array
 from pallas_kernels.decode_attention import mosaic, reference, xla
-from pallas_kernels.key_bias import KeyBias
-from pallas_kernels.paged import Pages, check_pages, check_window
+from pallas_kernels.key_bias import KeyBias, check_key_bias
+from pallas_kernels.paged import Pages, check_pages, checked_scale, checked_window
 
 _IMPLEMENTATIONS = {
     "mosaic": mosaic.decode_attention,
@@ -44,41 +43,43 @@ def decode_attention(
     Args:
       q: queries; query head h reads key/value head `h // (q_heads // kv_heads)`.
       k_pages, v_pages: rows of `page_size` tokens; they may be one array, the arena.
-      page_table: row ids of the keys of each sequence, in token order; entries past its length are not looked at, but
-        must be valid row ids.
-      lengths: number of keys of each sequence, in tokens; 0 marks a padding row, whose result is zero.
+      page_table: row ids of the keys of each sequence, in token order. All must be valid, also those of pages past its
+        end: such pages may be loaded, though nothing in them reaches a result.
+      lengths: number of keys of each sequence, in tokens; 0 marks a padding row, whose result is zero. At most
+        `width * page_size`: of a longer one that many count.
       v_page_table: row ids of the values; the same as those of the keys if left out.
-      scale: factor of the scores; `1 / sqrt(head_dim)` if left out.
-      window: sliding window: a query at position p sees the keys at positions j with `p - window < j <= p`; all keys up
-        to its own if left out. Only differences of positions count, so a table may leave out whole pages before the
-        first key in sight if `lengths` are counted from the first page that it has.
+      scale: factor of the scores, static: a finite number of Python or NumPy; `1 / sqrt(head_dim)` if left out.
+      window: sliding window, static: a query at position p sees the keys at positions j with `p - window < j <= p`; all
+        keys up to its own if left out. Only differences of positions count, so a table may leave out whole pages before
+        the first key in sight if `lengths` are counted from the first page that it has.
       key_bias: added to the scaled scores of some keys of each sequence.
-      k_scales, v_scales: factors of each token's keys and values where pages hold numbers of 8 bits; like the pages,
-        they may be one array.
+      k_scales, v_scales: factors of each token's keys and values, which pages of 8 bits need; like the pages, they may
+        be one array.
       return_lse: also return the log of the sum of the exponentials of each query's scores, for merging parts.
       implementation: "auto": the first of the following that can; "mosaic": split-KV kernel for GPUs of compute
         capability 9.0 (bfloat16 or float16 queries, pages of their type or float8_e4m3fn, `head_dim` a multiple of 16
         up to 128 or of 32 up to 256, `page_size` 8, 16, 32 or a multiple of 64, up to 64 query heads a key/value
-        head); "cudnn": any NVIDIA GPU with cuDNN (one type of 16 bits throughout, no window, no bias); "xla": a page of
-        each sequence at a time; "reference": gathers the pages (memory `batch * width * page_size` keys and values).
+        head); "cudnn": any NVIDIA GPU with cuDNN (one type of 16 bits throughout, no window, bias or scales); "xla": a
+        page of each sequence at a time; "reference": gathers the pages (memory `batch * width * page_size` keys and
+        values), the only one that can be differentiated.
 
     Returns:
       Values `[batch, q_heads, head_dim]`, weighed by the softmax of the scores; with `return_lse` also
       `[batch, q_heads]`, -inf for padding rows.
 
     Raises:
-      ValueError: shapes or types that don't fit together.
-      NotImplementedError: the chosen implementation can't do these arguments.
+      ValueError: shapes or types that don't fit together, or an unknown implementation.
+      NotImplementedError: the chosen implementation can't do these arguments; of "auto" none can, and the message says
+        why each can't.
     """
+    check_array("q", q, jnp.floating, ("batch", "q_heads", "head_dim"))
     batch, q_heads, head_dim = q.shape
     keys = Pages(k_pages, page_table, k_scales)
     values = Pages(v_pages, page_table if v_page_table is None else v_page_table, v_scales)
     check_pages(keys, values, batch, q_heads, head_dim)
-    check_window(window)
-    if lengths.shape != (batch,) or lengths.dtype != jnp.int32:
-        raise ValueError(f"lengths must be int32[{batch}]: {lengths.dtype}{list(lengths.shape)}")
-    if key_bias is not None:
-        key_bias.check(batch, keys.keys)
+    window, scale = checked_window(window), checked_scale(scale, head_dim)
+    check_array("lengths", lengths, jnp.int32, (batch,))
+    check_key_bias(key_bias, batch, keys.keys)
     out, lse = dispatch.run(
         "decode_attention",
         _IMPLEMENTATIONS,
@@ -86,8 +87,8 @@ def decode_attention(
         q,
         keys,
         values,
-        lengths,
-        scale=1 / math.sqrt(head_dim) if scale is None else scale,
+        jnp.clip(lengths, 0, keys.keys),
+        scale=scale,
         window=window,
         key_bias=key_bias,
     )

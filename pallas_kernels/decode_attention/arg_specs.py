@@ -9,8 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.key_bias import WORD, KeyBias
 from pallas_kernels.model_shapes import BASE, LLAMA_8B, QWEN_MOE, SMALL
+from pallas_kernels.paged_specs import random_key_bias, random_pages
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,26 +58,27 @@ class Spec:
 
     def make(self, key: jax.Array) -> dict[str, Any]:
         """Keyword arguments of `decode_attention`: one arena, whose pages are dealt at random."""
-        q_key, arena_key, table_key, length_key = jax.random.split(key, 4)
+        q_key, pages_key, length_key, bias_key = jax.random.split(key, 4)
         width = -(-self.context // self.page_size)
-        rows = 2 * self.batch * width
-        arena = jax.random.normal(arena_key, (rows, self.page_size, self.kv_heads, self.head_dim), jnp.bfloat16)
-        k_table = 2 * jax.random.permutation(table_key, self.batch * width).reshape(self.batch, width)
         lengths = jax.random.uniform(length_key, (self.batch,), minval=self.shortest, maxval=1.0) * self.context
-        pages = arena.astype(jnp.float8_e4m3fn if self.fp8 else self.dtype)
         arguments: dict[str, Any] = {
             "q": jax.random.normal(q_key, (self.batch, self.q_heads, self.head_dim), self.dtype),
-            "k_pages": pages,
-            "v_pages": pages,
-            "page_table": k_table.astype(jnp.int32),
-            "v_page_table": (k_table + 1).astype(jnp.int32),
             "lengths": jnp.ceil(lengths).astype(jnp.int32),
+            **random_pages(
+                pages_key,
+                seqs=self.batch,
+                width=width,
+                page_size=self.page_size,
+                kv_heads=self.kv_heads,
+                head_dim=self.head_dim,
+                dtype="float8_e4m3fn" if self.fp8 else self.dtype,
+            ),
         }
         if self.fp8:
-            arguments["k_scales"] = arguments["v_scales"] = jnp.ones((rows, self.kv_heads, self.page_size), jnp.float32)
+            scales = jnp.ones((len(arguments["k_pages"]), self.kv_heads, self.page_size), jnp.float32)
+            arguments |= {"k_scales": scales, "v_scales": scales}
         if self.biased:
-            bits = jax.random.bits(key, (self.batch, width * self.page_size // WORD), jnp.uint32)
-            arguments["key_bias"] = KeyBias(bits, jnp.full((self.batch,), 0.7, jnp.float32))
+            arguments["key_bias"] = random_key_bias(bias_key, self.batch, width * self.page_size)
         return arguments
 
 

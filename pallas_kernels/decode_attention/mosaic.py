@@ -26,7 +26,8 @@ from pallas_kernels import target, tuning
 from pallas_kernels.decode_attention.plan import TILE, Plan, plan
 from pallas_kernels.key_bias import KeyBias
 from pallas_kernels.paged import Pages
-from pallas_kernels.paged_tiles import LOG2E, Tiling, bias_log2, spread, swizzled
+from pallas_kernels.paged_tiles import LOG2E, Tiling, bias_log2, spread
+from pallas_kernels.target import swizzled
 
 _ROWS = 64  # queries of one step, wgmma's M: those beyond the group compute what nobody reads
 _ROW_BLOCK = 8  # queries are padded to a multiple of this, the rows of a tile in shared memory
@@ -80,7 +81,13 @@ def decode_attention(
     if batch == 0:
         raise NotImplementedError("no queries")
     if config is None:
-        workload = {"head_dim": head_dim, "group": group, "page_size": page_size, "dtype": dtype.name}
+        workload: dict[str, object] = {
+            "head_dim": head_dim,
+            "group": group,
+            "page_size": page_size,
+            "dtype": dtype.name,
+        }
+        workload["biased"] = key_bias is not None
         config = tuning.choose("decode_attention", Config(), device, **workload)
     padded = pl.cdiv(group, _ROW_BLOCK) * _ROW_BLOCK
     grouped = jnp.pad(q.reshape(batch, kv_heads, group, head_dim), ((0, 0), (0, 0), (0, padded - group), (0, 0)))

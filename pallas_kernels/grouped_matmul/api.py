@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import dispatch
+from pallas_kernels.checks import check_array
 from pallas_kernels.grouped_matmul import mosaic, reference, xla
 
 _IMPLEMENTATIONS = {
@@ -14,10 +18,23 @@ _IMPLEMENTATIONS = {
     "xla": xla.grouped_matmul,
     "reference": reference.grouped_matmul,
 }
+
+
+def _gated(product: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """The gated product as two plain ones."""
+
+    def gated_grouped_matmul(
+        lhs: jax.Array, gate: jax.Array, up: jax.Array, group_sizes: jax.Array
+    ) -> Float[Array, "M N"]:
+        return jax.nn.silu(product(lhs, gate, group_sizes)) * product(lhs, up, group_sizes)
+
+    return gated_grouped_matmul
+
+
 _GATED_IMPLEMENTATIONS = {
     "mosaic": mosaic.gated_grouped_matmul,
-    "xla": xla.gated_grouped_matmul,
-    "reference": reference.gated_grouped_matmul,
+    "xla": _gated(xla.grouped_matmul),
+    "reference": _gated(reference.grouped_matmul),
 }
 
 
@@ -33,7 +50,7 @@ def grouped_matmul(
     Args:
       lhs: `[M, K]` rows, sorted by group: the first `group_sizes[0]` rows are of group 0, and so on.
       rhs: `[E, K, N]`, one matrix a group; those of groups without rows are not looked at.
-      group_sizes: `[E]` int32 rows per group, summing to at most `M`.
+      group_sizes: `[E]` int32 rows per group, none negative and together at most `M`; what others give is undefined.
       implementation: "auto": the first of the following that can; "mosaic": persistent kernel for GPUs of compute
         capability 9.0 (bfloat16 or float16, `K` and `N` multiples of 16; no gradient); "xla": a loop over blocks of one
         group, of which only the filled ones run (no reverse-mode gradient); "reference": multiplies every row by every
@@ -44,9 +61,10 @@ def grouped_matmul(
 
     Raises:
       ValueError: shapes or types that don't fit, or an unknown implementation.
-      NotImplementedError: the chosen implementation can't do these arguments.
+      NotImplementedError: the chosen implementation can't do these arguments, or there is none of that name; of "auto"
+        none can, and the message says why each can't.
     """
-    _check(lhs, rhs, group_sizes)
+    _check(lhs, "rhs", rhs, group_sizes)
     return dispatch.run("grouped_matmul", _IMPLEMENTATIONS, implementation, lhs, rhs, group_sizes)
 
 
@@ -71,20 +89,15 @@ def gated_grouped_matmul(
 
     Raises:
       ValueError: shapes or types that don't fit, or an unknown implementation.
-      NotImplementedError: the chosen implementation can't do these arguments.
+      NotImplementedError: the chosen implementation can't do these arguments, or there is none of that name; of "auto"
+        none can, and the message says why each can't.
     """
-    _check(lhs, gate, group_sizes)
-    if up.shape != gate.shape or up.dtype != gate.dtype:
-        raise ValueError(f"gate {gate.dtype}{list(gate.shape)} and up {up.dtype}{list(up.shape)} must be alike")
+    _check(lhs, "gate", gate, group_sizes)
+    check_array("up", up, gate.dtype, gate.shape)
     return dispatch.run("gated_grouped_matmul", _GATED_IMPLEMENTATIONS, implementation, lhs, gate, up, group_sizes)
 
 
-def _check(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array) -> None:
-    if lhs.ndim != 2 or rhs.ndim != 3 or lhs.shape[1] != rhs.shape[1]:
-        raise ValueError(f"lhs {lhs.shape} and rhs {rhs.shape} do not fit; [M, K] and [E, K, N] are expected")
-    if group_sizes.shape != rhs.shape[:1] or group_sizes.dtype != jnp.int32:
-        raise ValueError(
-            f"group_sizes is {group_sizes.dtype}{list(group_sizes.shape)}; int32[{rhs.shape[0]}] is expected"
-        )
-    if lhs.dtype != rhs.dtype:
-        raise ValueError(f"lhs is {lhs.dtype} and rhs is {rhs.dtype}; one type is expected")
+def _check(lhs: Any, name: str, matrices: Any, group_sizes: Any) -> None:
+    check_array("lhs", lhs, jnp.floating, ("M", "K"))
+    check_array(name, matrices, lhs.dtype, ("E", lhs.shape[1], "N"))
+    check_array("group_sizes", group_sizes, jnp.int32, matrices.shape[:1])

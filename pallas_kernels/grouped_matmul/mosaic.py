@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import target, tuning
 from pallas_kernels.grouped_matmul.plan import ALIGNMENT, plan
-from pallas_kernels.paged_tiles import swizzled
+from pallas_kernels.target import swizzled
 
 _ROWS = 64  # of a warpgroup, wgmma's M
 _COLUMNS = 64  # of the most that a swizzled row in shared memory holds
@@ -69,14 +69,10 @@ class Config:
         return 2 * (self.stages * step + result)
 
 
-CANDIDATES = (
-    Config(16, 64, 128, 6),
-    Config(16, 128, 64, 6),
-    Config(64, 64, 128, 4),
-    Config(64, 128, 64, 5),
-    Config(128, 128, 64, 4),
-    Config(128, 256, 64, 3),
-)
+def candidates(products: int) -> tuple[Config, ...]:
+    """Forms that are tried for so many matrices a group."""
+    tiles = ((16, 64, 128), (16, 128, 64), (64, 64, 128), (64, 128, 64), (128, 128, 64), (128, 256, 64))
+    return tuple(_deepest(*tile, products) for tile in tiles if tile[1] * products <= _WIDTH)
 
 
 def default_config(rows: int, groups: int, columns: int, products: int) -> Config:
@@ -95,6 +91,11 @@ def default_config(rows: int, groups: int, columns: int, products: int) -> Confi
     most = _WIDTH // products // _COLUMNS if block_m == 128 else 1
     block_n = _COLUMNS * max(n for n in range(1, most + 1) if slices % n == 0)
     block_k = 64 if block_m == 128 else 128
+    return _deepest(block_m, block_n, block_k, products)
+
+
+def _deepest(block_m: int, block_n: int, block_k: int, products: int) -> Config:
+    """As many stages, up to 8, as shared memory has room for."""
     stages = 8
     while (config := Config(block_m, block_n, block_k, stages)).shared_bytes(products) > _SHARED_BYTES:
         stages -= 1
@@ -105,6 +106,7 @@ def grouped_matmul(
     lhs: Float[Array, "M K"],
     rhs: Float[Array, "E K N"],
     group_sizes: Int32[Array, " E"],
+    *,
     config: Config | None = None,
 ) -> Float[Array, "M N"]:
     """See `api.grouped_matmul`."""
@@ -116,6 +118,7 @@ def gated_grouped_matmul(
     gate: Float[Array, "E K N"],
     up: Float[Array, "E K N"],
     group_sizes: Int32[Array, " E"],
+    *,
     config: Config | None = None,
 ) -> Float[Array, "M N"]:
     """See `api.gated_grouped_matmul`."""

@@ -15,10 +15,3 @@ def grouped_matmul(
     spread = jnp.where(member[:, :, None], lhs[None], 0)
     precision = jax.lax.Precision.HIGHEST if lhs.dtype == jnp.float32 else None
     return jnp.einsum("emk,ekn->mn", spread, rhs, precision=precision)
-
-
-def gated_grouped_matmul(
-    lhs: Float[Array, "M K"], gate: Float[Array, "E K N"], up: Float[Array, "E K N"], group_sizes: Int32[Array, " E"]
-) -> Float[Array, "M N"]:
-    """See `api.gated_grouped_matmul`."""
-    return jax.nn.silu(grouped_matmul(lhs, gate, group_sizes)) * grouped_matmul(lhs, up, group_sizes)

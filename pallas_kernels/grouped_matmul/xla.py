@@ -41,13 +41,6 @@ def grouped_matmul(
     return filled[:rows]
 
 
-def gated_grouped_matmul(
-    lhs: Float[Array, "M K"], gate: Float[Array, "E K N"], up: Float[Array, "E K N"], group_sizes: Int32[Array, " E"]
-) -> Float[Array, "M N"]:
-    """See `api.gated_grouped_matmul`."""
-    return jax.nn.silu(grouped_matmul(lhs, gate, group_sizes)) * grouped_matmul(lhs, up, group_sizes)
-
-
 def block_rows(rows: int, groups: int) -> int:
     """Rows of one block: about an even share of a group, a power of two, at most `MAX_BLOCK_ROWS`."""
     share = -(-rows // groups)

@@ -51,10 +51,11 @@ CANDIDATES = (Config(8192, 16, 8), Config(16384, 12, 6), Config(32768, 6, 3))
 def gather_blocks(
     arena: Shaped[Array, "rows page_size kv_heads head_dim"],
     ids: Int32[Array, " blocks"],
+    *,
     rows_per_block: int,
     config: Config | None = None,
 ) -> Shaped[Array, "blocks rows_per_block page_size kv_heads head_dim"]:
-    """See `api.gather_blocks`; blocks of ids past the last one are left unwritten."""
+    """See `api.gather_blocks`; blocks of padding are left unwritten."""
     device = target.hopper()
     config = config or _config("gather", device, arena, rows_per_block)
     shape = (ids.shape[0], rows_per_block, *arena.shape[1:])
@@ -85,6 +86,7 @@ def scatter_blocks(
     arena: Shaped[Array, "rows page_size kv_heads head_dim"],
     ids: Int32[Array, " blocks"],
     blocks: Shaped[Array, "blocks rows_per_block page_size kv_heads head_dim"],
+    *,
     config: Config | None = None,
 ) -> Shaped[Array, "rows page_size kv_heads head_dim"]:
     """See `api.scatter_blocks`."""

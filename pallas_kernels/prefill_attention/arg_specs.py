@@ -9,8 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.key_bias import WORD, KeyBias
 from pallas_kernels.model_shapes import BASE, LLAMA_8B, QWEN_MOE, SMALL
+from pallas_kernels.paged_specs import random_key_bias, random_pages
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,23 +52,24 @@ class Spec:
 
     def make(self, key: jax.Array) -> dict[str, Any]:
         """Keyword arguments of `prefill_attention`: one arena, whose pages are dealt at random."""
-        q_key, arena_key, table_key = jax.random.split(key, 3)
+        q_key, pages_key, bias_key = jax.random.split(key, 3)
         width = -(-(self.prefix + self.chunk) // self.page_size)
-        shape = (2 * self.seqs * width, self.page_size, self.kv_heads, self.head_dim)
-        pages = jax.random.normal(arena_key, shape, self.dtype)
-        k_table = 2 * jax.random.permutation(table_key, self.seqs * width).reshape(self.seqs, width)
         arguments: dict[str, Any] = {
             "q": jax.random.normal(q_key, (self.seqs, self.chunk, self.q_heads, self.head_dim), self.dtype),
-            "k_pages": pages,
-            "v_pages": pages,
-            "page_table": k_table.astype(jnp.int32),
-            "v_page_table": (k_table + 1).astype(jnp.int32),
             "starts": jnp.full((self.seqs,), self.prefix, jnp.int32),
             "counts": jnp.full((self.seqs,), self.chunk, jnp.int32),
+            **random_pages(
+                pages_key,
+                seqs=self.seqs,
+                width=width,
+                page_size=self.page_size,
+                kv_heads=self.kv_heads,
+                head_dim=self.head_dim,
+                dtype=self.dtype,
+            ),
         }
         if self.biased:
-            bits = jax.random.bits(key, (self.seqs, width * self.page_size // WORD), jnp.uint32)
-            arguments["key_bias"] = KeyBias(bits, jnp.full((self.seqs,), 0.7, jnp.float32))
+            arguments["key_bias"] = random_key_bias(bias_key, self.seqs, width * self.page_size)
         return arguments
 
 

@@ -21,7 +21,8 @@ from jaxtyping import Array, Float, Float32, Int32
 from pallas_kernels import target, tuning
 from pallas_kernels.key_bias import KeyBias
 from pallas_kernels.paged import Pages
-from pallas_kernels.paged_tiles import LOG2E, Tiling, bias_log2, spread, swizzled
+from pallas_kernels.paged_tiles import LOG2E, Tiling, bias_log2, spread
+from pallas_kernels.target import swizzled
 
 TILE = 128  # keys of one step
 _ROWS = 64  # queries of a warpgroup, wgmma's M
@@ -81,11 +82,12 @@ def prefill_attention(
         raise NotImplementedError(f"{head_dim=} must be a multiple of 16 up to 128")
     # The row ids of smaller pages would not fit into the registers of the warpgroup that loads.
     if not Tiling.fits(TILE, keys.page_size) or keys.page_size < 16:
-        raise NotImplementedError(f"{keys.page_size=} must be a power of two from 16 to {TILE}, or a multiple of it")
+        raise NotImplementedError(f"{keys.page_size=} must be 16, 32, 64 or a multiple of {TILE}")
     if seqs == 0 or chunk == 0:
         raise NotImplementedError("no queries")
     if config is None:
-        workload = {"head_dim": head_dim, "page_size": keys.page_size, "biased": key_bias is not None}
+        workload: dict[str, object] = {"head_dim": head_dim, "page_size": keys.page_size, "dtype": q.dtype.name}
+        workload["biased"] = key_bias is not None
         config = tuning.choose("prefill_attention", Config(), device, **workload)
     padded = jnp.pad(q, ((0, 0), (0, -chunk % _BLOCK), (0, 0), (0, 0)))
     out, lse = _attend(padded, keys, values, starts, counts, scale, window, key_bias, config)
@@ -114,7 +116,7 @@ def _attend(
     if key_bias is not None:
         arguments += [key_bias.bits, key_bias.value]
 
-    def prefill_attention(*refs: Any) -> None:
+    def prefill_attention_mosaic(*refs: Any) -> None:
         q_ref, k_ref, v_ref, k_table_ref, v_table_ref, starts_ref, counts_ref, *bias_refs, out_ref, lse_ref = refs
         head, seq, warpgroup = jax.lax.axis_index("head"), jax.lax.axis_index("seq"), jax.lax.axis_index("warpgroup")
         # The last blocks see the most keys: they begin first.
@@ -242,10 +244,9 @@ def _attend(
             real = offset + plgpu.broadcasted_iota(jnp.int32, acc.shape, 0, layout=plgpu.Layout.WGMMA) < count
             q_smem[...] = jnp.where(real, acc / spread(total, acc.shape, 0), 0).astype(q.dtype)
             real = offset + plgpu.broadcasted_iota(jnp.int32, (_ROWS,), 0, layout=column) < count
-            smem["lse"][warpgroup] = jnp.where(real, (top + jnp.log2(total)) / LOG2E, -jnp.inf)
+            lse_ref[seq, head, pl.ds(offset, _ROWS)] = jnp.where(real, (top + jnp.log2(total)) / LOG2E, -jnp.inf)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(q_smem, out_ref.at[seq, pl.ds(offset, _ROWS), head])
-            plgpu.copy_smem_to_gmem(smem["lse"].at[warpgroup], lse_ref.at[seq, head, pl.ds(offset, _ROWS)])
             plgpu.wait_smem_to_gmem(0)
 
         def masked(scores: Any, tile: Any, first: Any) -> Any:
@@ -273,7 +274,6 @@ def _attend(
             "q": plgpu.SMEM((_WARPGROUPS, _ROWS, head_dim), q.dtype, transforms=swizzled(columns)),
             "k": plgpu.SMEM((stages, TILE, head_dim), q.dtype, transforms=swizzled(columns)),
             "v": plgpu.SMEM((stages, TILE, head_dim), q.dtype, transforms=swizzled(columns)),
-            "lse": plgpu.SMEM((_WARPGROUPS, _ROWS), jnp.float32),
             "q_ready": plgpu.Barrier(num_barriers=_WARPGROUPS),
             "k_ready": plgpu.Barrier(num_arrivals=tiling.pieces, num_barriers=stages),
             # The last one: of values that are cleaned before they are ready.
@@ -293,7 +293,7 @@ def _attend(
         pl.run_scoped(run, *scratch.values(), collective_axes="warpgroup")
 
     kernel: Any = plgpu.kernel(
-        prefill_attention,
+        prefill_attention_mosaic,
         out_type=(
             jax.ShapeDtypeStruct(q.shape, q.dtype),
             jax.ShapeDtypeStruct((seqs, q_heads, chunk), jnp.float32),

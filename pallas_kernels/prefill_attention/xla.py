@@ -40,7 +40,7 @@ def prefill_attention(
     queries = starts[:, None] + offsets[None, :]
     slots = jnp.arange(page_size, dtype=jnp.int32)
     ends = jnp.where(counts > 0, starts + counts, 0)
-    pages = -(-jnp.max(ends) // page_size)
+    pages = -(-jnp.max(ends, initial=0) // page_size)
 
     def page(state: _State) -> _State:
         block, top, total, out = state

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +30,12 @@ def test_without_a_gpu_nothing_is_measured(tmp_path):
     assert device_battery.main([]) == 2
 
 
+def test_parts_take_less_than_ten_minutes_together():
+    parts = re.findall(r"^part \w+ (\d+)", (ROOT / "bench" / "gpu_check.sh").read_text(), re.MULTILINE)
+    assert len(parts) == 4
+    assert sum(map(int, parts)) < 600
+
+
 def test_outcomes_of_tests_are_told_apart(tmp_path):
     (tmp_path / "test_it.py").write_text(
         "import pytest\n"
@@ -40,12 +47,15 @@ def test_outcomes_of_tests_are_told_apart(tmp_path):
         "def broken(): raise ValueError('set-up')\n"
         "def test_d(broken): pass\n"
     )
-    outcomes = device_battery._Outcomes()
+    seen = []
+    outcomes = device_battery._Outcomes(lambda now: seen.append((now.passed, len(now.failed))))
     options = ["-q", "-c", os.devnull, "--rootdir", str(tmp_path), "-p", "no:cacheprovider", str(tmp_path)]
     assert pytest.main(options, plugins=[outcomes]) == 1
     assert outcomes.passed == 1
     assert sorted(name.partition("::")[2] for name in outcomes.failed) == ["test_b", "test_d"]
     assert ["no tool" in reason for reason in outcomes.skipped.values()] == [True]
+    # After each test, with what is known by then.
+    assert seen == [(1, 0), (1, 1), (1, 1), (1, 2)]
 
 
 def test_the_engine_is_set_beside_what_the_device_can_do(tmp_path, monkeypatch):

@@ -47,6 +47,38 @@ def test_a_wrong_result_is_not_timed_and_fails(tmp_path, monkeypatch, capsys):
     assert "WRONG: decode_attention small_off xla" in capsys.readouterr().err
 
 
+def test_one_that_fails_does_not_end_the_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(device_clock, "_SECONDS", 0.01)
+    monkeypatch.setattr(kernels, "ceilings", lambda: device_clock.Ceilings(1e9, 1e12, 0, ""))
+
+    def broken(arrays, options):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(kernels, "CONTENDERS", {"kv_blocks": {"broken": broken}})
+    file = tmp_path / "kernels.json"
+    options = ["--op", "kv_blocks", "--spec", "base_full_blocks_8_gather", "--json", str(file)]
+    assert kernels.main([*options, "--compare", "broken,xla"]) == 1
+    (workload,) = json.loads(file.read_text())["operations"]["kv_blocks"].values()
+    assert workload["by"]["broken"] == {"failed": "RuntimeError: out of memory"}
+    assert workload["by"]["xla"]["us"] > 0
+    assert workload["rotated_bytes"] == 2 * workload["bytes"]
+    assert "FAILED: kv_blocks base_full_blocks_8_gather broken" in capsys.readouterr().err
+
+
+def test_time_that_is_up_leaves_the_rest_unmeasured(monkeypatch, capsys):
+    monkeypatch.setattr(kernels, "ceilings", lambda: device_clock.Ceilings(1e9, 1e12, 0, ""))
+    assert kernels.main(["--seconds", "-1", "--spec", "base_batch"]) == 0
+    assert "no time for decode_attention base_batch_8_context_1k" in capsys.readouterr().err
+
+
+def test_names_that_do_not_exist_are_refused(capsys):
+    assert kernels.main(["--spec", "nowhere"]) == 2
+    with pytest.raises(SystemExit) as left:
+        kernels.main(["--compare", "xla,cublas"])
+    assert left.value.code == 2
+    assert "--compare: ['cublas'] are none of ['cudnn', 'mosaic', 'xla', " in capsys.readouterr().err
+
+
 def test_moved_blocks_must_be_equal_to_the_bit():
     expected = np.ones(4, np.float32)
     found = kernels._measure_one(lambda _: [lambda: jnp.asarray([1, 1, 1, 1 + 2**-20])], [{}], expected, exact=True)

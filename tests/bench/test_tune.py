@@ -2,10 +2,13 @@
 
 import dataclasses
 import json
+import types
 
+import jax
 import pytest
 
-from bench import tune
+from bench import device_clock, tune
+from bench.operations import Case, in_turns
 from pallas_kernels import tuning
 from pallas_kernels.target import Target
 
@@ -69,6 +72,45 @@ def test_adopted_files_change_what_is_known(tmp_path, folder):
 )
 def test_the_form_that_is_best_for_all_workloads_together_is_chosen(times, form):
     assert tune.fastest(times) == form
+
+
+def add(*, x, implementation):
+    """An operation with a kernel whose forms are exact, wrong, or can't be had."""
+    config = tuning.choose("op", Config(), H200, width=4)
+    if config.stages == 8:
+        raise RuntimeError("no room")
+    return x + (1 if config.stages < 6 or implementation == "xla" else 1.5)
+
+
+def case_of(*stages):
+    spec = types.SimpleNamespace(options={}, bytes_moved=1, make=lambda key: {"x": jax.random.normal(key, (4,))})
+    return Case(add, spec, ("mosaic", "xla"), candidates=tuple(map(Config, stages)))
+
+
+def test_forms_that_are_wrong_or_cannot_be_had_are_not_timed(monkeypatch, capsys):
+    monkeypatch.setattr(tune, "measure", lambda calls: device_clock.Timing(None, 0.5))
+    assert tune.try_forms(case_of(4, 7, 8)) == {"width=4": {"{}": 0.5, '{"stages": 4}': 0.5}}
+    said = capsys.readouterr().out
+    assert 'not {"stages": 7}: ValueError: error of' in said
+    assert 'not {"stages": 8}: RuntimeError: no room' in said
+
+
+def test_without_the_default_form_there_is_nothing_to_compare_with(monkeypatch):
+    monkeypatch.setattr(tune, "measure", lambda calls: device_clock.Timing(None, 0.5))
+    case = case_of(4)
+    broken = case._replace(function=lambda **arguments: add(**arguments) + (arguments["implementation"] == "mosaic"))
+    assert tune.try_forms(broken) == {}
+
+
+def test_operations_take_turns():
+    cases = {"a": {"x1": 1, "x2": 2, "y": 3}, "b": {"x3": 4}, "c": {"x4": 5}}
+    found = in_turns(cases, ["a", "b"], lambda name: name.startswith("x"))
+    assert found == [("a", "x1", 1), ("b", "x3", 4), ("a", "x2", 2)]
+
+
+def test_a_workload_that_does_not_exist_is_refused(capsys):
+    assert tune.main(["--spec", "nowhere", "--spec", "either"]) == 2
+    assert "no workload of that name" in capsys.readouterr().err
 
 
 def test_without_a_gpu_nothing_is_tuned(capsys):

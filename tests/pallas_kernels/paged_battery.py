@@ -163,8 +163,3 @@ def check_prefill(
     atol, lse_atol = {"bfloat16": (0.02, 0.004), "float16": (0.004, 0.004), "float32": (2e-6, 2e-6)}[q.dtype.name]
     np.testing.assert_allclose(np.asarray(out, np.float64), expected, rtol=1e-6, atol=atol)
     np.testing.assert_allclose(lse, expected_lse, rtol=1e-6, atol=lse_atol)
-
-
-def zeros(shapes: dict[str, tuple[int, ...]]) -> dict[str, jax.Array]:
-    """Arguments of these shapes by name: float32, or int32 for tables and numbers."""
-    return {name: jnp.zeros(shape, jnp.float32 if len(shape) > 2 else jnp.int32) for name, shape in shapes.items()}

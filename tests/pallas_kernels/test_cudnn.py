@@ -89,6 +89,21 @@ def test_a_bias_is_refused(attention: Attention, make: Make) -> None:
         attention(**make(), key_bias=bias, implementation="cudnn")
 
 
+@OPERATIONS
+@pytest.mark.parametrize("name", ["k_scales", "v_scales"])
+def test_scales_are_refused(attention: Attention, make: Make, name: str, fused: Any) -> None:
+    scales = {name: jnp.full((ROWS, KV_HEADS, PAGE), 2, jnp.float32)}
+    with pytest.raises(NotImplementedError, match="pages with scales"):
+        attention(**make(), **scales, implementation="cudnn")
+
+
+@OPERATIONS
+def test_an_empty_batch_is_left_to_another(attention: Attention, make: Make, fused: Any) -> None:
+    arguments = {name: a if name.endswith("pages") else a[:0] for name, a in make().items()}
+    with pytest.raises(NotImplementedError, match="no queries"):
+        attention(**arguments, implementation="cudnn")
+
+
 def test_a_window_of_one_token_is_refused() -> None:
     with pytest.raises(NotImplementedError, match="window=5"):
         decode_attention(**decode_arguments(), window=5, implementation="cudnn")

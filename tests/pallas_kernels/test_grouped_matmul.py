@@ -1,10 +1,7 @@
 """Grouped matrix product and expert permutation against loops in float64."""
 
-from collections.abc import Iterator
-
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -15,14 +12,6 @@ from pallas_kernels.grouped_matmul.xla import MAX_BLOCK_ROWS, block_rows
 
 IMPLEMENTATIONS = ("xla", "reference")
 ROWS, DEPTH, WIDTH = 40, 5, 3
-
-
-@pytest.fixture
-def unchecked_shapes() -> Iterator[None]:
-    """What a caller sees outside the tests, where the annotations are not checked."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def product(lhs: jax.Array, rhs: jax.Array, sizes: list[int]) -> np.ndarray:
@@ -158,34 +147,39 @@ def test_the_reference_has_the_gradients_of_the_formula() -> None:
     np.testing.assert_allclose(to_rhs, np.broadcast_to(wanted[:, :, None], rhs.shape), atol=1e-5)
 
 
+FITTING = {"lhs": jnp.zeros((4, 2)), "rhs": jnp.zeros((3, 2, 5)), "group_sizes": jnp.zeros(3, jnp.int32)}
+
+
 @pytest.mark.parametrize(
-    ("lhs", "rhs", "sizes", "implementation", "message"),
+    ("changed", "message"),
     [
-        (jnp.zeros((4, 2)), jnp.zeros((3, 5, 2)), jnp.zeros(3, jnp.int32), "auto", "do not fit"),
-        (jnp.zeros((4, 2)), jnp.zeros((2, 2)), jnp.zeros(2, jnp.int32), "auto", "do not fit"),
-        (jnp.zeros((4, 2)), jnp.zeros((3, 2, 5)), jnp.zeros(2, jnp.int32), "auto", r"int32\[3\] is expected"),
-        (jnp.zeros((4, 2)), jnp.zeros((3, 2, 5)), jnp.zeros(3), "auto", "group_sizes is float32"),
-        (jnp.zeros((4, 2)), jnp.zeros((3, 2, 5), jnp.bfloat16), jnp.zeros(3, jnp.int32), "auto", "one type"),
-        (
-            jnp.zeros((4, 2)),
-            jnp.zeros((3, 2, 5)),
-            jnp.zeros(3, jnp.int32),
-            "cuda",
-            r"'cuda' is none of \['auto', 'mosaic', 'xla', 'reference'\]",
-        ),
+        ({"lhs": jnp.zeros(4)}, r"lhs must be floating\[M, K\]: float32\[4\]"),
+        ({"lhs": jnp.zeros((4, 2), int)}, r"lhs must be floating\[M, K\]: int32\[4, 2\]"),
+        ({"lhs": jnp.zeros((4, 2), bool)}, "lhs must be floating.*bool"),
+        ({"rhs": jnp.zeros((3, 5, 2))}, r"rhs must be float32\[E, 2, N\]: float32\[3, 5, 2\]"),
+        ({"rhs": jnp.zeros((2, 2))}, r"rhs must be float32\[E, 2, N\]"),
+        ({"rhs": jnp.zeros((3, 2, 5), jnp.bfloat16)}, r"rhs must be float32\[E, 2, N\]: bfloat16"),
+        ({"group_sizes": jnp.zeros(2, jnp.int32)}, r"group_sizes must be int32\[3\]: int32\[2\]"),
+        ({"group_sizes": jnp.zeros(3)}, r"group_sizes must be int32\[3\]: float32\[3\]"),
+        ({"implementation": "cuda"}, r"'cuda' is none of \['auto', 'mosaic', 'cudnn', 'xla', 'reference'\]"),
     ],
 )
 @pytest.mark.usefixtures("unchecked_shapes")
-def test_wrong_arguments_are_refused(lhs, rhs, sizes, implementation, message) -> None:
+def test_wrong_arguments_are_refused(changed, message) -> None:
     with pytest.raises(ValueError, match=message):
-        grouped_matmul(lhs, rhs, sizes, implementation=implementation)
+        grouped_matmul(**FITTING | changed)
 
 
 @pytest.mark.parametrize("up", [jnp.zeros((2, 5, 4)), jnp.zeros((2, 5, 3), jnp.bfloat16)])
 @pytest.mark.usefixtures("unchecked_shapes")
 def test_gate_and_up_that_differ_are_refused(up) -> None:
-    with pytest.raises(ValueError, match="must be alike"):
+    with pytest.raises(ValueError, match=r"up must be float32\[2, 5, 3\]"):
         gated_grouped_matmul(jnp.zeros((4, 5)), jnp.zeros((2, 5, 3)), up, jnp.zeros(2, jnp.int32))
+
+
+def test_cudnn_has_no_grouped_product() -> None:
+    with pytest.raises(NotImplementedError, match="grouped_matmul has no form named 'cudnn', only"):
+        grouped_matmul(**FITTING, implementation="cudnn")
 
 
 def test_dispatch_sorts_by_expert_and_combine_undoes_it() -> None:
@@ -201,9 +195,33 @@ def test_dispatch_sorts_by_expert_and_combine_undoes_it() -> None:
     np.testing.assert_allclose(combine(scaled, order, weights), wanted)
 
 
+@pytest.mark.parametrize(
+    ("x", "experts", "num_experts", "message"),
+    [
+        (jnp.zeros(3), jnp.zeros((3, 2), int), 4, r"x must be floating\[T, D\]: float32\[3\]"),
+        (jnp.zeros((3, 2)), jnp.zeros((2, 2), int), 4, r"experts must be integer\[3, k\]: int32\[2, 2\]"),
+        (jnp.zeros((3, 2)), jnp.zeros((3, 2)), 4, r"experts must be integer\[3, k\]: float32"),
+        (jnp.zeros((3, 2)), jnp.zeros((3, 0), int), 4, r"must have an expert.*\[3, 0\]"),
+        (jnp.zeros((3, 2)), jnp.zeros((3, 2), int), 0, "num_experts=0"),
+    ],
+)
 @pytest.mark.usefixtures("unchecked_shapes")
-def test_misshapen_choices_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"\[3, choices\]"):
-        dispatch(jnp.zeros((3, 2)), jnp.zeros((2, 2), int), 4)
-    with pytest.raises(ValueError, match="6 entries"):
-        combine(jnp.zeros((6, 2)), jnp.arange(6), jnp.zeros((2, 2)))
+def test_misshapen_choices_are_refused(x, experts, num_experts, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        dispatch(x, experts, num_experts)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"rows": jnp.zeros(6)}, r"rows must be floating\[M, D\]"),
+        ({"order": jnp.arange(5)}, r"order must be int32\[6\]: int32\[5\]"),
+        ({"order": jnp.zeros(6)}, r"order must be int32\[6\]: float32\[6\]"),
+        ({"weights": jnp.zeros(6)}, r"weights must be floating\[T, k\]"),
+        ({"weights": jnp.zeros((2, 2))}, r"6 entries, one a row: float32\[2, 2\]"),
+    ],
+)
+@pytest.mark.usefixtures("unchecked_shapes")
+def test_results_that_do_not_fit_their_weights_are_refused(changed, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        combine(**{"rows": jnp.zeros((6, 2)), "order": jnp.arange(6), "weights": jnp.zeros((3, 2))} | changed)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,8 +38,8 @@ def test_layer_blocks_are_pages_times_layers() -> None:
 
 def test_scattered_blocks_change_their_pages_only_and_padding_is_dropped() -> None:
     arena = arena_of()
-    pages = np.array([3, PAGES, 1, PAGES, PAGES + 7], np.int32)
-    blocks = -np.arange(5 * ROWS * 3 * 2 * 5, dtype=np.float32).reshape(5, ROWS, *SHAPE[1:]) - 1
+    pages = np.array([3, PAGES, 1, PAGES, PAGES + 7, -1, -PAGES], np.int32)
+    blocks = -np.arange(7 * ROWS * 3 * 2 * 5, dtype=np.float32).reshape(7, ROWS, *SHAPE[1:]) - 1
     want = arena.copy()
     want[3 * ROWS : 4 * ROWS], want[1 * ROWS : 2 * ROWS] = blocks[0], blocks[2]
     out = scatter_blocks(jnp.asarray(arena), jnp.asarray(pages), jnp.asarray(blocks))
@@ -70,31 +73,74 @@ def test_blocks_take_the_type_of_the_arena() -> None:
     assert float(out[0, 0, 0, 0]) == 1.0
 
 
-@pytest.mark.parametrize("rows_per_block", [0, 5, -4])
-def test_an_arena_of_broken_blocks_is_refused(rows_per_block: int) -> None:
-    with pytest.raises(ValueError, match="whole number of blocks"):
-        gather_blocks(jnp.zeros(SHAPE), jnp.zeros((1,), jnp.int32), rows_per_block=rows_per_block)
+def test_padding_may_be_gathered() -> None:
+    arena = arena_of()
+    blocks = gather_blocks(jnp.asarray(arena), jnp.asarray([PAGES, 2, -1], jnp.int32), rows_per_block=ROWS)
+    np.testing.assert_array_equal(blocks[1], arena[2 * ROWS : 3 * ROWS])
 
 
-def test_blocks_that_do_not_divide_the_arena_are_refused() -> None:
-    with pytest.raises(ValueError, match="whole number of blocks"):
-        scatter_blocks(jnp.zeros(SHAPE), jnp.zeros((1,), jnp.int32), jnp.zeros((1, 5, *SHAPE[1:])))
+def test_no_blocks_are_moved() -> None:
+    arena, ids = jnp.asarray(arena_of()), jnp.zeros(0, jnp.int32)
+    blocks = gather_blocks(arena, ids, rows_per_block=ROWS)
+    assert blocks.shape == (0, ROWS, *SHAPE[1:])
+    np.testing.assert_array_equal(scatter_blocks(arena, ids, blocks), arena)
 
 
-def test_unknown_implementations_are_refused() -> None:
-    arena, ids, blocks = jnp.zeros(SHAPE), jnp.zeros((1,), jnp.int32), jnp.zeros((1, ROWS, *SHAPE[1:]))
-    with pytest.raises(ValueError, match=r"implementation='triton' is none of \['auto', 'mosaic', 'xla'\]"):
-        gather_blocks(arena, ids, rows_per_block=ROWS, implementation="triton")
+ARENA, ID, BLOCKS = jnp.zeros(SHAPE), jnp.zeros((1,), jnp.int32), jnp.zeros((1, ROWS, *SHAPE[1:]))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"rows_per_block": 0}, "rows_per_block=0 must be an int of at least 1"),
+        ({"rows_per_block": -4}, "rows_per_block=-4 must be"),
+        ({"rows_per_block": True}, "rows_per_block=True must be"),
+        ({"rows_per_block": 2.0}, r"rows_per_block=2\.0 must be"),
+        ({"rows_per_block": 5}, "rows=24 is not a whole number of blocks of rows_per_block=5"),
+        ({"arena": jnp.zeros(SHAPE[:3])}, r"arena must be any\[rows, page_size, kv_heads, head_dim\]"),
+        ({"ids": jnp.zeros((1, 1), jnp.int32)}, r"ids must be int32\[blocks\]: int32\[1, 1\]"),
+        ({"ids": jnp.zeros(1)}, r"ids must be int32\[blocks\]: float32\[1\]"),
+        ({"ids": [0]}, r"ids must be int32\[blocks\]: \[0\]"),
+    ],
+)
+@pytest.mark.usefixtures("unchecked_shapes")
+def test_wrong_arguments_of_gather_are_refused(changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        gather_blocks(**{"arena": ARENA, "ids": ID, "rows_per_block": ROWS} | changed)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"blocks": BLOCKS[0]}, r"blocks must be any\[blocks, rows_per_block, "),
+        ({"blocks": BLOCKS[:, :0]}, "rows_per_block=0 must be at least 1"),
+        ({"blocks": jnp.zeros((1, 5, *SHAPE[1:]))}, "not a whole number of blocks of rows_per_block=5"),
+        ({"blocks": BLOCKS[..., :4]}, r"blocks must be floating\[1, 4, 3, 2, 5\]: float32\[1, 4, 3, 2, 4\]"),
+        ({"ids": jnp.arange(2)}, r"blocks must be floating\[2, 4, 3, 2, 5\]: float32\[1, "),
+        ({"blocks": BLOCKS.astype(jnp.int8)}, r"blocks must be float32\[1, 4, 3, 2, 5\]: int8"),
+        ({"arena": ARENA.astype(jnp.int8)}, r"blocks must be int8\[1, 4, 3, 2, 5\]: float32"),
+    ],
+)
+@pytest.mark.usefixtures("unchecked_shapes")
+def test_wrong_arguments_of_scatter_are_refused(changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        scatter_blocks(**{"arena": ARENA, "ids": ID, "blocks": BLOCKS} | changed)
+
+
+MOVES = pytest.mark.parametrize(
+    "move", [partial(gather_blocks, ARENA, ID, rows_per_block=ROWS), partial(scatter_blocks, ARENA, ID, BLOCKS)]
+)
+
+
+@MOVES
+def test_implementations_are_chosen_by_name(move: Any) -> None:
+    np.testing.assert_array_equal(move(implementation="reference"), move(implementation="xla"))
     with pytest.raises(ValueError, match="implementation='triton' is none of"):
-        scatter_blocks(arena, ids, blocks, implementation="triton")
-
-
-def test_the_kernels_need_a_hopper() -> None:
-    arena, ids, blocks = jnp.zeros(SHAPE), jnp.zeros((1,), jnp.int32), jnp.zeros((1, ROWS, *SHAPE[1:]))
+        move(implementation="triton")
+    with pytest.raises(NotImplementedError, match="has no form named 'cudnn'"):
+        move(implementation="cudnn")
     with pytest.raises(NotImplementedError, match=r"compute capability 9\.0, not cpu"):
-        gather_blocks(arena, ids, rows_per_block=ROWS, implementation="mosaic")
-    with pytest.raises(NotImplementedError, match=r"compute capability 9\.0, not cpu"):
-        scatter_blocks(arena, ids, blocks, implementation="mosaic")
+        move(implementation="mosaic")
 
 
 @pytest.mark.parametrize("spec", SPECS)

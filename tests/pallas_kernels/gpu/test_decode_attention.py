@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.decode_attention import decode_attention
+from pallas_kernels import tuning
+from pallas_kernels.decode_attention import decode_attention, mosaic
 from pallas_kernels.decode_attention.plan import TILE, plan
 from tests.pallas_kernels.gpu.interpreter import interpreted
 from tests.pallas_kernels.paged_battery import check_decode
@@ -68,6 +69,18 @@ def test_all_options_together():
 @pytest.mark.parametrize("multiprocessors", [1, 3])
 def test_a_long_row_is_split_and_more_tiles_than_stages_are_loaded(multiprocessors):
     check(6, [4 * TILE + 5, 10], multiprocessors=multiprocessors)
+
+
+@pytest.mark.parametrize("config", mosaic.CANDIDATES)
+def test_every_form_that_tuning_tries(config):
+    # A function of its own: one that was traced before would not be traced again.
+    @functools.partial(jax.jit, static_argnames=("scale", "window", "return_lse"))
+    def attention(**arguments):
+        return decode_attention(**arguments, implementation="mosaic")
+
+    with interpreted(), tuning.trying(config) as chosen_for:
+        check_decode(attention, 7, [9 * TILE + 9], group=4)
+    assert [operation for operation, _ in chosen_for] == ["decode_attention"]
 
 
 @pytest.mark.parametrize("window", [None, 100])

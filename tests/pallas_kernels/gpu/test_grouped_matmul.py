@@ -151,6 +151,16 @@ def test_every_spec_has_a_config_that_fits(name):
     assert config.stages >= 3
 
 
+@pytest.mark.parametrize("products", [1, 2])
+def test_every_candidate_fits_and_tiles_of_few_rows_are_among_them(products):
+    candidates = mosaic.candidates(products)
+    assert len(set(candidates)) == len(candidates) > 4
+    assert sum(config.block_m == 16 for config in candidates) == 2
+    for config in candidates:
+        assert config.block_n * products <= 256
+        assert config.shared_bytes(products) <= 226 * 1024
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -172,7 +182,7 @@ def test_tiles_that_no_multiprocessor_holds_are_refused(block_n, stages):
     config = mosaic.Config(block_m=128, block_n=block_n, block_k=64, stages=stages)
     matrices = jnp.zeros((1, 64, 64), jnp.bfloat16)
     with pytest.raises(ValueError, match="are there"), on_hopper():
-        mosaic.gated_grouped_matmul(matrices[0], matrices, matrices, jnp.zeros(1, jnp.int32), config)
+        mosaic.gated_grouped_matmul(matrices[0], matrices, matrices, jnp.zeros(1, jnp.int32), config=config)
 
 
 @pytest.mark.parametrize(

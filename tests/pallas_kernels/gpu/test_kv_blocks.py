@@ -26,15 +26,15 @@ def assert_same_bits(actual, expected):
 
 
 def gathered(arena, ids, rows_per_block, config=SMALL, multiprocessors=2):
-    gather = jax.jit(mosaic.gather_blocks, static_argnums=(2, 3))
+    gather = jax.jit(mosaic.gather_blocks, static_argnames=("rows_per_block", "config"))
     with interpreted(multiprocessors):
-        return np.asarray(gather(arena, np.asarray(ids, np.int32), rows_per_block, config))
+        return np.asarray(gather(arena, np.asarray(ids, np.int32), rows_per_block=rows_per_block, config=config))
 
 
 def scattered(arena, ids, blocks, config=SMALL, multiprocessors=2):
-    scatter = jax.jit(mosaic.scatter_blocks, static_argnums=3)
+    scatter = jax.jit(mosaic.scatter_blocks, static_argnames="config")
     with interpreted(multiprocessors):
-        return np.asarray(scatter(arena, np.asarray(ids, np.int32), blocks, config))
+        return np.asarray(scatter(arena, np.asarray(ids, np.int32), blocks, config=config))
 
 
 def check(arena, ids, rows_per_block, config=SMALL, multiprocessors=2):
@@ -126,7 +126,7 @@ def test_impossible_rings_are_refused(chunk_bytes, stages, storing, message):
 @pytest.mark.parametrize("shape", [(6, 1, 1, 3), (6, 3, 1, 5)])
 def test_blocks_of_odd_bytes_are_left_to_another(shape):
     with pytest.raises(NotImplementedError, match="multiple of 16"), interpreted(1):
-        mosaic.gather_blocks(jnp.zeros(shape, jnp.bfloat16), jnp.zeros(1, jnp.int32), 2)
+        mosaic.gather_blocks(jnp.zeros(shape, jnp.bfloat16), jnp.zeros(1, jnp.int32), rows_per_block=2)
 
 
 def test_blocks_of_another_type_are_left_to_another():
@@ -137,4 +137,4 @@ def test_blocks_of_another_type_are_left_to_another():
 
 def test_no_blocks_are_left_to_another():
     with pytest.raises(NotImplementedError, match="at least one"), interpreted(1):
-        mosaic.gather_blocks(jnp.zeros((4, 8, 1, 32), jnp.bfloat16), jnp.zeros(0, jnp.int32), 2)
+        mosaic.gather_blocks(jnp.zeros((4, 8, 1, 32), jnp.bfloat16), jnp.zeros(0, jnp.int32), rows_per_block=2)
