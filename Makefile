@@ -7,13 +7,14 @@ JAX_VERSION ?= 0.11.2
 STAMP := $(VENV)/.installed
 AOT := $(CURDIR)/$(VENV:.venv%=.aot%)
 
-.PHONY: help setup demo test test-fast test-kernels test-faults aot test-newest lint proto clean
+.PHONY: help setup demo test test-fast test-kernels test-faults test-rdma aot test-newest lint proto clean
 help:
 	@echo "make demo         run a real batch file through the shipped model"
 	@echo "make test         lint, types and all tests"
 	@echo "make test-fast    tests that take under ten seconds each"
 	@echo "make test-kernels GPU kernels, on a machine without a GPU"
 	@echo "make test-faults  clusters whose processes are killed at work"
+	@echo "make test-rdma    RDMA verbs, in an emulated machine with soft-RoCE"
 	@echo "make aot          what the GPU compiler makes of the kernels, without a GPU"
 	@echo "make test-newest  all tests with the newest JAX, in .venv-newest/"
 	@echo "make lint         ruff and mypy"
@@ -45,10 +46,10 @@ demo: $(STAMP)
 	$(PY) -m jaxdual.offline -i examples/batch.jsonl -o build/demo.jsonl --report build/demo-report.json --overwrite --show
 
 test: lint
-	$(PY) -m pytest -m "not kernels and not faults"
+	$(PY) -m pytest -m "not kernels and not faults and not rdma"
 
 test-fast: $(STAMP)
-	$(PY) -m pytest -m "not slow and not kernels and not faults"
+	$(PY) -m pytest -m "not slow and not kernels and not faults and not rdma"
 
 # JAX's CUDA plugin alone, beside the environment: enough to compile with the tools of a CUDA installation.
 $(AOT)/.installed: $(STAMP)
@@ -60,6 +61,10 @@ $(AOT)/.installed: $(STAMP)
 # Processes of clusters killed at work: what every request becomes, and what is left behind.
 test-faults: $(STAMP)
 	$(PY) -m pytest -m faults
+
+# RDMA by soft-RoCE in an emulated machine, which is made in .rdma/ at first; two to four minutes.
+test-rdma: $(STAMP)
+	timeout --foreground -k 10 300 tests/rdma/run.sh $(PY)
 
 aot: $(AOT)/.installed
 	mkdir -p build

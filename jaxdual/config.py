@@ -46,10 +46,10 @@ class EngineConfig:
       kv_store_capacity_bytes: of the store; what was used least lately makes room. Required with `kv_store`.
       kv_staging_bytes: bytes of host memory that blocks come through on their way from and to the store; None for what
         two sequences of full length need, at least 64 MiB.
-      kv_transport: carrier of KV blocks between the engines of a cluster: "shm" on one machine, "tcp" anywhere; None
-        for "shm" in a cluster, and for none in an engine by itself.
-      kv_host: address at which engines take blocks over "tcp".
-      kv_secret: what engines must know to write blocks into each other's memory over "tcp", 16 characters or more; None
+      kv_transport: carrier of KV blocks between the engines of a cluster: "shm" on one machine, "tcp" anywhere, "verbs"
+        by RDMA; None for "shm" in a cluster, and for none in an engine by itself.
+      kv_host: address at which engines take blocks over "tcp" and "verbs".
+      kv_secret: what engines must know to write blocks into each other's memory over these, 16 characters or more; None
         for one that the cluster draws.
       kv_role: which blocks an engine stores: "both" all that become full in it, "prefill" none, since those that go on
         from its prompts do. A cluster sets it.
@@ -79,7 +79,7 @@ class EngineConfig:
     kv_store: str | None = None
     kv_store_capacity_bytes: int | None = None
     kv_staging_bytes: int | None = None
-    kv_transport: Literal["shm", "tcp"] | None = None
+    kv_transport: Literal["shm", "tcp", "verbs"] | None = None
     kv_host: str = "127.0.0.1"
     kv_secret: str | None = None
     kv_role: Literal["both", "prefill"] = "both"

@@ -55,7 +55,7 @@ class AgentProcess:
             raise
         if isinstance(answer, AttachFailed):
             self.kill()
-            raise ConfigError(f"kv_store={attach.store!r}: {answer.message}")
+            raise ConfigError(f"kv_store={attach.store!r}, kv_transport={attach.carrier!r}: {answer.message}")
         if not isinstance(answer, Attached):
             raise TypeError(f"the first answer of a KV agent is {type(answer).__name__}")
         self.attached = answer

@@ -27,20 +27,25 @@ def open_transport(carrier: str, slab: SharedSlab, *, host: str, secret: bytes) 
     """The transport of an agent.
 
     Args:
-      carrier: "shm" or "tcp".
+      carrier: "shm", "tcp" or "verbs".
       slab: which peers may write.
-      host: address that "tcp" listens on.
-      secret: what its peers must know.
+      host: address that the others than "shm" listen on.
+      secret: what their peers must know.
 
     Raises:
       ValueError: another carrier, or a secret that is too short.
+      NotImplementedError: "verbs" without pyverbs or a device.
       OSError: the address can't be listened on.
     """
     if carrier == "shm":
         return ShmTransport(slab)
     if carrier == "tcp":
         return TcpTransport(secret, host)
-    raise ValueError(f"{carrier=} must be shm or tcp")
+    if carrier == "verbs":
+        from jaxdual.transport.verbs import VerbsTransport
+
+        return VerbsTransport(secret, host)
+    raise ValueError(f"{carrier=} must be shm, tcp or verbs")
 
 
 class Peers:

@@ -133,7 +133,7 @@ class KVAgent(asyncio.Protocol):
             if attach.carrier:
                 transport = open_transport(attach.carrier, self._shared, host=attach.host, secret=attach.secret)
                 self._peers = Peers(transport, self._shared, lambda address: self._send(PeerGone(address)))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, NotImplementedError) as error:
             return AttachFailed(str(error))
         self._attached = True
         if self._peers is None:

@@ -30,8 +30,8 @@ class Attach(Message, frozen=True, tag=True):
     Attributes:
       store: which one to open; "" for none.
       capacity_bytes: of the store.
-      carrier: of bytes to and from agents of other engines, "shm" or "tcp"; "" for none.
-      host, secret: of "tcp": where it listens, and what its peers must know.
+      carrier: of bytes to and from agents of other engines, "shm", "tcp" or "verbs"; "" for none.
+      host, secret: of the latter two: where they listen, and what their peers must know.
       groups: of each layer group, where its slots are.
     """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import select
@@ -33,6 +34,8 @@ from jaxdual.transport import (
     Ticket,
     TrafficClass,
 )
+from jaxdual.transport.rdma_device import device_names
+from jaxdual.transport.verbs import VerbsSettings, VerbsTransport
 
 ROOT = Path(__file__).resolve().parents[2]
 SECRET = b"0123456789abcdef"
@@ -43,11 +46,28 @@ DEADLINE = 20.0  # seconds that anything may take
 KINDS = ("shm", "tcp", "shaped_shm", "shaped_tcp")
 
 
+def rdma_devices() -> tuple[list[str], str]:
+    """Devices for the verbs carrier, or why there are none.
+
+    Of soft-RoCE's in the guest, those on the two ends of a link, so that packets go over it.
+    """
+    try:
+        found = device_names()
+    except NotImplementedError as error:
+        return [], str(error)
+    linked = [name for name in found if name in ("rxea", "rxeb")]
+    return linked or found, "no RDMA device"
+
+
+RDMA_DEVICES, WHY_NO_RDMA = rdma_devices()
+_NEXT_DEVICE = itertools.cycle(RDMA_DEVICES)
+
+
 class Node:
     """A transport with a slab, of which all is one region.
 
     Args:
-      kind: one of `KINDS`.
+      kind: one of `KINDS`, or "verbs".
       directory: of the cards.
       nbytes: of the slab.
       silence: seconds, of TCP.
@@ -61,6 +81,13 @@ class Node:
         inner: Any
         if kind.endswith("shm"):
             inner = ShmTransport(self.slab)
+        elif kind == "verbs":
+            # An emulated processor is slow: packets are not lost that are not there within a second. Small messages and
+            # queues, so that transfers have many.
+            settings = VerbsSettings(
+                silence_seconds=max(4.0, silence), ack_timeout=18, message_bytes=64 << 10, send_depth=32
+            )
+            inner = VerbsTransport(SECRET, device=next(_NEXT_DEVICE), settings=settings)
         else:
             inner = TcpTransport(SECRET, settings=TcpSettings(silence_seconds=silence))
         if kind.startswith("shaped"):
