@@ -369,7 +369,12 @@ def test_deadline_and_interrupt_end_the_command(trace, engines, monkeypatch, cap
         await asyncio.sleep(3600)
 
     monkeypatch.setattr(replay_command.AsyncLLM, "submit", interrupted)
-    assert command.main(["--trace", str(trace), "--no-progress"]) == 130
+    # Tests that run in the background of a shell would ignore it.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert command.main(["--trace", str(trace), "--no-progress"]) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert "stopped" in capsys.readouterr().err
 
 
