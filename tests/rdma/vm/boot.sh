@@ -19,7 +19,7 @@ boot() {
   [ $left -gt 0 ] || return 0
   nice timeout -k 5 $left qemu-system-x86_64 -accel tcg,tb-size=256 -cpu max -smp 1 -m 2048 -M q35 \
     -nodefaults -no-user-config -display none -no-reboot -serial stdio -kernel "$cache/vmlinux" \
-    -initrd "$cache/initramfs.img" -device virtio-rng-pci -drive "$(disk "$cache/root.ext4")" \
+    -initrd "$cache/initramfs.img" -device virtio-rng-pci -drive "$(disk "$cache/rootfs.ext4")" \
     -append "console=ttyS0 quiet panic=-1 mitigations=off nokaslr clocksource=hpet random.trust_cpu=on" \
     -virtfs "$(share "$repo" repo ,readonly=on)" -virtfs "$(share "$out" out)" </dev/null 2>&1 || true
 }

@@ -50,6 +50,6 @@ download() {
 
 # The guest's interpreter, run here once its root file system is there.
 guest_python() {
-  local lib=$cache/root/usr/lib/x86_64-linux-gnu
-  PYTHONHOME=$cache/root/usr "$lib/ld-linux-x86-64.so.2" --library-path "$lib" "$cache/root/usr/bin/$python" "$@"
+  local lib=$cache/rootfs/usr/lib/x86_64-linux-gnu
+  PYTHONHOME=$cache/rootfs/usr "$lib/ld-linux-x86-64.so.2" --library-path "$lib" "$cache/rootfs/usr/bin/$python" "$@"
 }

@@ -2,7 +2,7 @@
 # Makes root.ext4: Python, numpy, pytest, pyverbs and rdma-core. apt finds the packages, which are unpacked and nothing more.
 . "$(dirname "$0")/common.sh"
 prepare_apt
-root=$cache/root
+root=$cache/rootfs
 rm -rf "$root" "$cache/debs"
 mkdir -p "$root"/{proc,sys,dev,tmp,run,mnt,root,host,repo,etc} "$root"/usr/{bin,sbin,lib,lib64}
 for folder in bin sbin lib lib64; do ln -s "usr/$folder" "$root/$folder"; done
@@ -29,7 +29,7 @@ for folder in "usr/lib/$python" usr/lib/python3; do
   guest_python -m compileall -q -s "$root" -p / "$root/$folder" >/dev/null 2>&1 || true # only faster
 done
 size=$(du -sm "$root" | cut -f1)
-mke2fs -q -t ext4 -O ^has_journal -m 0 -N 30000 -d "$root" "$cache/root.new" $((size + 60))M >/dev/null
-mv "$cache/root.new" "$cache/root.ext4"
+mke2fs -q -t ext4 -O ^has_journal -m 0 -N 30000 -d "$root" "$cache/rootfs.new" $((size + 60))M >/dev/null
+mv "$cache/rootfs.new" "$cache/rootfs.ext4"
 say "root file system: $(wc -w <<<"$packages") packages, $size MB"
 rm -rf "$root" "$cache/debs"
