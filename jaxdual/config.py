@@ -41,8 +41,8 @@ class EngineConfig:
         `max_num_seqs` sequences of full length need, up to 1 GiB.
       gpu_memory_utilization: part of a GPU's memory that weights and KV memory may take together.
       host_cache_bytes: bytes of host memory that hold evicted and swapped blocks.
-      kv_store: where full blocks of KV memory are kept beyond the engine's life, and read from again: a folder,
-        "memory:", or "s3://bucket/prefix"; None for nowhere.
+      kv_store: where full blocks of KV memory are kept and read from again: a folder or "s3://bucket/prefix", which
+        outlive the engine, or "memory:", which does not; None for nowhere.
       kv_store_capacity_bytes: of the store; what was used least lately makes room. Required with `kv_store`.
       kv_staging_bytes: bytes of host memory that blocks come through on their way from and to the store; None for what
         two sequences of full length need, at least 64 MiB.
@@ -51,8 +51,8 @@ class EngineConfig:
       kv_host: address at which engines take blocks over "tcp" and "verbs".
       kv_secret: what engines must know to write blocks into each other's memory over these, 16 characters or more; None
         for one that the cluster draws.
-      kv_role: which blocks an engine stores: "both" all that become full in it, "prefill" none, since those that go on
-        from its prompts do. A cluster sets it.
+      kv_store_read_only: reads blocks of the store and adds none, as prefill engines of a cluster do, since the engines
+        that go on from their prompts store these.
       kv_load_timeout: seconds that a request waits for stored blocks before it goes on without them.
       enable_prefix_caching: shares blocks of equal prefixes between requests.
       preemption_mode: "recompute" or "swap", for sequences that must give way.
@@ -82,7 +82,7 @@ class EngineConfig:
     kv_transport: Literal["shm", "tcp", "verbs"] | None = None
     kv_host: str = "127.0.0.1"
     kv_secret: str | None = None
-    kv_role: Literal["both", "prefill"] = "both"
+    kv_store_read_only: bool = False
     kv_load_timeout: float = 10.0
     enable_prefix_caching: bool = True
     preemption_mode: Literal["recompute", "swap"] = "recompute"

@@ -170,7 +170,6 @@ class EngineStats:
       store_wait_seconds: of all requests that waited for the store, from their arrival on.
       store_timeouts: requests that went on without what they had waited for.
       kv_agent_restarts: times that the process that reads and writes the store had died.
-      agent_address: where agents of other engines reach this engine's; "" if they don't.
       load_seconds, compile_seconds: loading the model; compiling programs, or reading them from the compilation cache.
       compilations: programs compiled or read from the compilation cache.
     """
@@ -201,4 +200,3 @@ class EngineStats:
     store_wait_seconds: float = 0.0
     store_timeouts: int = 0
     kv_agent_restarts: int = 0
-    agent_address: str = ""

@@ -23,6 +23,7 @@ from jaxdual.engine.wire import (
     Abort,
     Add,
     Adopt,
+    AgentAt,
     ArrivalLost,
     Events,
     Expect,
@@ -45,9 +46,10 @@ _GROUPS = {Role.PREFILL: 0, Role.DECODE: 1}
 
 @dataclass(slots=True)
 class _Member:
-    """An engine that takes requests."""
+    """An engine that takes requests, and the address of its KV agent."""
 
     role: Role
+    agent: str
     stats: EngineStats
 
 
@@ -120,9 +122,9 @@ class Cluster:
 
     # From the engines.
 
-    def joined(self, number: int, role: Role, stats: EngineStats) -> None:
-        """An engine takes requests from now on."""
-        self._members[number] = _Member(role, stats)
+    def joined(self, number: int, role: Role, agent: str, stats: EngineStats) -> None:
+        """An engine takes requests from now on; `agent` is the address of its KV agent."""
+        self._members[number] = _Member(role, agent, stats)
         self._fetch()
 
     def died(self, number: int) -> None:
@@ -134,7 +136,7 @@ class Cluster:
         if member.role is Role.PREFILL:
             # Its KV agent may have had other addresses before.
             targets = [attempt.target for attempt in self._attempts.values() if attempt.prefill == number]
-            addresses = {member.stats.agent_address, *(target.peer for target in targets if target is not None)}
+            addresses = {member.agent, *(target.peer for target in targets if target is not None)}
             for other, decode in self._members.items():
                 if decode.role is Role.DECODE:
                     for address in sorted(addresses):
@@ -162,6 +164,9 @@ class Cluster:
                 if stats is not None and number in self._members:
                     self._members[number].stats = stats
                 self._deliver_known(list(self._take(events)))
+            case AgentAt(address):
+                if number in self._members:
+                    self._members[number].agent = address
             case Granted(name):
                 self._granted(self._attempts.get(name), message, number)
             case HandedOff(name, complete):
@@ -240,7 +245,7 @@ class Cluster:
 
     def _start(self, live: Live, placement: Placement) -> None:
         attempt = self._new_attempt(live, placement.decode_engine, Phase.GRANT, placement)
-        peer = self._members[placement.prefill_engine].stats.agent_address
+        peer = self._members[placement.prefill_engine].agent
         self._send(attempt.decode, Expect(attempt.name, attempt.tokens, peer))
 
     def _start_alone(self, live: Live, decode: int) -> None:

@@ -26,6 +26,7 @@ from jaxdual.engine.request import TokenEvent
 from jaxdual.engine.wire import (
     Abort,
     Add,
+    AgentAt,
     Answer,
     Ask,
     Compiled,
@@ -70,6 +71,7 @@ class Member:
         self.number, self.role = number, role
         self.info: EngineInfo | None = None
         self.stats: EngineStats | None = None
+        self.agent: str | None = None  # address of its KV agent
         self.warm = False
         self.process: EngineProcess | None = None
         self._config, self._host = config, host
@@ -112,7 +114,12 @@ class Member:
         match message:
             case Ready(info, stats):
                 self.info, self.stats = info, stats
-                self._host.member_ready(self)
+            case AgentAt(address):
+                first, self.agent = self.agent is None, address
+                if first:
+                    self._host.member_ready(self)
+                else:
+                    self._host.member_says(self, message)
             case StartFailed(kind, text):
                 self._host.member_refused(self, kind, text)
             case Compiled(name, seconds, last):
@@ -136,7 +143,7 @@ class Member:
         for question in self._questions.values():
             if not question.done():
                 question.set_exception(ConnectionError(reason))
-        started, self.info = self.info is not None, None
+        started, self.info, self.agent = self.info is not None, None, None
         self._failed_starts += not self._proved
         _logger.error("%s: %s", self.name, reason)
         if not started and self.stats is None:
@@ -223,8 +230,8 @@ class ClusterProcess(asyncio.Protocol):
         )
         roles = [Role.PREFILL] * cluster.prefill + [Role.DECODE] * cluster.decode
         of_role = {
-            Role.PREFILL: dataclasses.replace(config, kv_role="prefill"),
-            Role.DECODE: dataclasses.replace(config, kv_role="both"),
+            Role.PREFILL: dataclasses.replace(config, kv_store_read_only=True),
+            Role.DECODE: config,
         }
         self._members = [Member(number, role, of_role[role], self) for number, role in enumerate(roles)]
         for member in self._members:
@@ -234,11 +241,10 @@ class ClusterProcess(asyncio.Protocol):
 
     def member_ready(self, member: Member) -> None:
         """A process takes requests."""
-        infos = [one.info for one in self._members if one.info is not None]
         if self._cluster is not None:
             self._join(self._cluster, member)
-        elif len(infos) == len(self._members):
-            self._serve(infos)
+        elif all(one.agent is not None for one in self._members):
+            self._serve()
 
     def member_refused(self, member: Member, kind: str, text: str) -> None:
         """A process can't be made."""
@@ -270,7 +276,7 @@ class ClusterProcess(asyncio.Protocol):
         self._send(Died(reason))
         self.over.set()
 
-    def _serve(self, infos: Sequence[EngineInfo]) -> None:
+    def _serve(self) -> None:
         """All engines have started."""
         decode = next(member for member in self._members if member.role is Role.DECODE)
         if decode.info is None or decode.stats is None:
@@ -290,8 +296,8 @@ class ClusterProcess(asyncio.Protocol):
         self._send(Ready(decode.info, self._stats()))
 
     def _join(self, cluster: Cluster, member: Member) -> None:
-        if member.stats is not None:
-            cluster.joined(member.number, member.role, member.stats)
+        if member.stats is not None and member.agent is not None:
+            cluster.joined(member.number, member.role, member.agent, member.stats)
 
     def _deliver(self, events: list[TokenEvent]) -> None:
         self._send(Events(events, None))
@@ -328,11 +334,8 @@ class ClusterProcess(asyncio.Protocol):
 
 def sum_of(stats: Sequence[EngineStats]) -> EngineStats:
     """Figures of several engines as those of one."""
-    totals: dict[str, Any] = {}
-    for field in dataclasses.fields(EngineStats):
-        values = [getattr(one, field.name) for one in stats]
-        totals[field.name] = "" if field.type == "str" else sum(values)
-    return EngineStats(**totals)
+    names = [field.name for field in dataclasses.fields(EngineStats)]
+    return EngineStats(**{name: sum(getattr(one, name) for one in stats) for name in names})
 
 
 async def serve(front: socket.socket) -> None:

@@ -117,7 +117,7 @@ def build_engine(config: EngineConfig) -> BuiltEngine:
         config.block_size,
         prefix_caching=config.enable_prefix_caching,
         max_chunk=max_chunk,
-        report_published=config.kv_store is not None and config.kv_role == "both",
+        report_published=config.kv_store is not None and not config.kv_store_read_only,
     )
     host, slab = host_memory(layout, memory, shared=config.needs_kv_agent)
     limits = BatchLimits(

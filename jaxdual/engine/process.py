@@ -21,6 +21,7 @@ from jaxdual.engine.wire import (
     Abort,
     Add,
     Adopt,
+    AgentAt,
     Answer,
     ArrivalLost,
     Ask,
@@ -66,8 +67,7 @@ class EngineLoop:
         self._warm_up_due = 0.0
         self._stats_due = 0.0
         self._stopping = False
-        transfers = built.engine.transfers
-        self._agent_address = "" if transfers is None else transfers.agent_address
+        self._agent_address: str | None = None  # as the front knows it
 
     def run(self) -> None:
         """Returns after `Stop`.
@@ -76,6 +76,7 @@ class EngineLoop:
           ConnectionError: the front is gone.
           EngineDeadError: the engine has failed.
         """
+        self._send_handoffs()
         while not self._stopping:
             idle = not self._engine.has_work and self._next_warm_up is None
             for message in self._channel.receive(wait=idle, beside=self._engine.descriptors):
@@ -138,7 +139,7 @@ class EngineLoop:
         if transfers.agent_address != self._agent_address:
             # Before what comes of it: else the next attempts would be made with the old one, too.
             self._agent_address = transfers.agent_address
-            self._channel.send(Events([], self._built.stats()))
+            self._channel.send(AgentAt(self._agent_address))
         for request_id, target in transfers.arrivals.take_granted():
             self._channel.send(Granted(request_id, target))
         for request_id in transfers.arrivals.take_lost():

@@ -146,7 +146,6 @@ class Transfers:
             "store_blocks_written": self._written,
             "store_blocks_lost": self._lost,
             "kv_agent_restarts": self._link.restarts,
-            "agent_address": self.agent_address,
         }
 
     @property

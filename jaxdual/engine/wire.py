@@ -117,6 +117,12 @@ class Events(Message, frozen=True, tag=True):
     stats: EngineStats | None
 
 
+class AgentAt(Message, frozen=True, tag=True):
+    """Where KV agents of other engines reach this engine's, "" for nowhere: after `Ready`, and when it has changed."""
+
+    address: str
+
+
 class Granted(Message, frozen=True, tag=True):
     """Where a prompt that was announced is to be written; None if it can't be taken."""
 
@@ -152,4 +158,4 @@ class Died(Message, frozen=True, tag=True):
 
 
 ToEngine = Start | Add | Prefill | Expect | Adopt | Forget | Settled | PeerDied | Abort | Ask | Stop
-ToFront = Ready | StartFailed | Compiled | Events | Granted | ArrivalLost | HandedOff | Answer | Died
+ToFront = Ready | StartFailed | Compiled | Events | AgentAt | Granted | ArrivalLost | HandedOff | Answer | Died

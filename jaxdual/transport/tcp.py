@@ -37,10 +37,10 @@ from jaxdual.transport.frames import (
     greet_as_initiator,
     greet_as_target,
 )
+from jaxdual.transport.internet import check_secret, listen, socket_to
 from jaxdual.transport.lanes import DSCP
 from jaxdual.transport.sockets import ProtocolError, SocketChannel, SocketTransport
 
-_LEAST_SECRET = 16
 _SCRAP_BYTES = 1 << 20
 _LITTLE_BYTES = 1 << 20
 _FEW_OPS = 256
@@ -96,25 +96,17 @@ class TcpTransport(SocketTransport):
     def __init__(
         self, secret: bytes, host: str = "127.0.0.1", port: int = 0, settings: TcpSettings | None = None
     ) -> None:
-        if len(secret) < _LEAST_SECRET:
-            raise ValueError(f"a secret of {len(secret)} bytes, at least {_LEAST_SECRET} are needed")
+        check_secret(secret)
         self._secret = secret
         self.settings = settings or TcpSettings()
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        listener = socket.create_server((host, port), family=family, backlog=128)
+        listener, address = listen(host, port)
         self._set_buffers(listener)  # connections take them over, and with them the window that they can offer
-        bound = listener.getsockname()[1]
-        address = f"[{host}]:{bound}" if ":" in host else f"{host}:{bound}"
         super().__init__(listener, address, most_peers=self.settings.most_peers)
         self._acceptor.start()
 
     def _open_channel(self, peer_address: str, traffic: TrafficClass) -> SocketChannel:
-        host, _, port = peer_address.rpartition(":")
-        if not host or not port.isdecimal() or int(port) > 65535:
-            raise ValueError(f"{peer_address!r} is not HOST:PORT")
         deadline = time.monotonic() + self.settings.connect_seconds
-        family, kind, protocol, _, target = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)[0]
-        sock = socket.socket(family, kind, protocol)
+        sock, target = socket_to(peer_address)
         try:
             self._set_buffers(sock)
             self._set_options(sock, traffic)

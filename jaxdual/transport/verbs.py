@@ -34,6 +34,7 @@ from typing import ClassVar, NamedTuple
 from jaxdual.transport.base import Peer, Region, Status, TrafficClass
 from jaxdual.transport.events import Transfer
 from jaxdual.transport.frames import greet_as_initiator, greet_as_target
+from jaxdual.transport.internet import check_secret, listen, socket_to
 from jaxdual.transport.lanes import DSCP, SERVICE_LEVEL
 from jaxdual.transport.queue_pair import Completion, Outcome, Path, QueuePair, SendRequest
 from jaxdual.transport.rdma_device import Device, Memory
@@ -48,8 +49,6 @@ from jaxdual.transport.verbs_control import (
     receive_endpoint,
     watch_host,
 )
-
-_LEAST_SECRET = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,21 +138,17 @@ class VerbsTransport(SocketTransport):
         device: str | None = None,
         settings: VerbsSettings | None = None,
     ) -> None:
-        if len(secret) < _LEAST_SECRET:
-            raise ValueError(f"a secret of {len(secret)} bytes, at least {_LEAST_SECRET} are needed")
+        check_secret(secret)
         self._secret = secret
         self.settings = settings or VerbsSettings()
         self._memory: dict[int, Memory] = {}
         self._close_lock = threading.Lock()
         self._device = Device(device, self.settings.port, self.settings.gid_index)
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
-            listener = socket.create_server((host, port), family=family, backlog=128)
+            listener, address = listen(host, port)
         except BaseException:
             self._device.close()
             raise
-        bound = listener.getsockname()[1]
-        address = f"[{host}]:{bound}" if ":" in host else f"{host}:{bound}"
         super().__init__(listener, address, most_peers=self.settings.most_peers)
         self._acceptor.start()
 
@@ -181,12 +176,8 @@ class VerbsTransport(SocketTransport):
                 self._device.close()
 
     def _open_channel(self, peer_address: str, traffic: TrafficClass) -> SocketChannel:
-        host, _, port = peer_address.rpartition(":")
-        if not host or not port.isdecimal() or int(port) > 65535:
-            raise ValueError(f"{peer_address!r} is not HOST:PORT")
         deadline = time.monotonic() + self.settings.connect_seconds
-        family, kind, protocol, _, target = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)[0]
-        sock = socket.socket(family, kind, protocol)
+        sock, target = socket_to(peer_address)
         try:
             watch_host(sock, self.settings.silence_seconds)
             sock.settimeout(self.settings.connect_seconds)

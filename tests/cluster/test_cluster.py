@@ -37,8 +37,7 @@ from jaxdual.scheduling.read_side import ReadPolicy
 PAGE = 4
 
 
-def figures(address: str) -> EngineStats:
-    return EngineStats(*[0] * 14, 10**6, 0.0, 0.0, 0, agent_address=address)
+FIGURES = EngineStats(*[0] * 14, 10**6, 0.0, 0.0, 0)
 
 
 def token_after(prompt: tuple[int, ...], index: int, before: int) -> int:
@@ -112,7 +111,7 @@ class ClusterMachine(RuleBasedStateMachine):
         role = Role.PREFILL if number < 2 else Role.DECODE
         self.addresses += 1
         self.engines[number] = EngineModel(number, role, f"agent {self.addresses}")
-        self.cluster.joined(number, role, figures(self.engines[number].address))
+        self.cluster.joined(number, role, self.engines[number].address, FIGURES)
 
     @rule(length=st.integers(1, 9), outputs=st.integers(1, 2), tokens=st.integers(1, 4))
     def submit(self, length: int, outputs: int, tokens: int) -> None:
@@ -233,7 +232,7 @@ class ClusterMachine(RuleBasedStateMachine):
             running.tokens[index] = None if done else tokens
         if all(tokens is None for tokens in running.tokens):
             del engine.running[name]
-        self.cluster.message(engine.number, Events(events, figures(engine.address)))
+        self.cluster.message(engine.number, Events(events, FIGURES))
 
     @precondition(lambda self: any(engine.writing for engine in self.engines.values()))
     @rule(data=st.data(), arrives=st.sampled_from([True] * 5 + [False]))
