@@ -316,7 +316,8 @@ def test_requests_go_on_from_their_last_token_when_the_engine_is_killed(run: Loo
         assert {output.outputs[0].finish_reason for output in outputs} == {"length"}
         assert [output.token_ids for output in (await last(of_seeds)).outputs] == drawn
         await settled(llm)
-        assert states[:2] == [EngineState.RESTARTING, EngineState.WARMING]
+        killed = states.index(EngineState.RESTARTING)  # the first engine may have got warm before
+        assert states[killed : killed + 2] == [EngineState.RESTARTING, EngineState.WARMING]
         assert llm.restarts == 1
         assert llm.engine_pid != pid
 
