@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxdual.engine.layer_steps import LayerPrograms
+from jaxdual.engine.layerwise.programs import LayerPrograms
 from jaxdual.engine.paged import GroupTable
 from jaxdual.engine.steps import Programs
 from jaxdual.kv.layout import KVLayout

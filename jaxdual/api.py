@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from jaxdual.config import EngineConfig
-from jaxdual.engine.build import BuiltEngine, build_engine
+from jaxdual.engine.build import Built, build_engine
+from jaxdual.engine.engine import Engine
 from jaxdual.front import Front, Prompt, TokenizedPrompt
 from jaxdual.outputs import EngineInfo, EngineStats, RequestOutput
 from jaxdual.sampling_params import SamplingParams
@@ -40,7 +41,7 @@ class LLM(ServedModel):
 
     def _init(self, config: EngineConfig) -> None:
         self.config = config
-        self._built: BuiltEngine = build_engine(config)
+        self._built: Built[Engine] = build_engine(config)
         self._engine = self._built.engine
         self._text = front_of(self._engine, self.info)
 

@@ -305,6 +305,15 @@ class AsyncLLM(ServedModel):
         if answer.error is not None:
             raise RuntimeError(answer.error)
 
+    async def use_path_mode(self, mode: str) -> None:
+        """Has a cluster whose engines share a store go on in another path mode, see `ClusterConfig.path_mode`.
+
+        Raises:
+          ValueError: no such mode, requests are under way, or there is no such cluster.
+          EngineDeadError: there is no engine now.
+        """
+        await self._engine.use_mode(mode)
+
     # What the engine says.
 
     def _on_ready(self, info: EngineInfo) -> None:

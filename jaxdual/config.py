@@ -128,6 +128,11 @@ class EngineConfig:
             raise ConfigError('preemption_mode="swap" needs host_cache_bytes above 0')
 
     @property
+    def shares_kv_store(self) -> bool:
+        """Whether other engines find the blocks that this one stores."""
+        return self.kv_store is not None and not self.kv_store.startswith("memory:")
+
+    @property
     def needs_kv_agent(self) -> bool:
         """Whether KV blocks go to or come from anywhere else."""
         return self.kv_store is not None or self.kv_transport is not None
@@ -150,16 +155,47 @@ class ClusterConfig:
     Attributes:
       prefill: engines that compute prompts; 0 for one engine that does everything.
       decode: engines that go on from them; 0 together with `prefill`.
+      path_mode: how a cluster with a store that its engines share moves stored blocks, as DualPath's paper compares it:
+        "full" reads on the side with the shorter queue, "split" on both sides at once, "roundrobin" on either in turn,
+        "layerwise" and "basic" on the prefill engine's, the latter without overlapping anything; "oracle" moves
+        nothing, and gives tokens of no meaning, to measure how fast the rest is.
+      prefill_layer_slots: layers whose keys and values a prefill engine holds at a time, in such a cluster: at least 3
+        to load one, compute another and send a third away.
+      prefill_kv_blocks: KV memory of a prefill engine in such a cluster, in Full Blocks; it holds more than that, but
+        not all layers of each. None for as much as any engine has.
+      compute_quota: seconds of attention that a prefill engine puts in one pass, in the modes "full", "split" and
+        "oracle".
+      storage_nic_rate, compute_nic_rate: bytes per second in each direction of the network cards that every engine
+        reads stored blocks through, and reaches its device and other engines through. For measurements: it plays
+        cards of this rate. None for as fast as it goes.
+      least_layer_seconds: that a prefill engine's device takes for a layer. For measurements: it plays a slower one.
     """
 
     prefill: int = 0
     decode: int = 0
+    path_mode: Literal["basic", "layerwise", "roundrobin", "full", "split", "oracle"] = "full"
+    prefill_layer_slots: int = 3
+    prefill_kv_blocks: int | None = None
+    compute_quota: float = 0.3
+    storage_nic_rate: float | None = None
+    compute_nic_rate: float | None = None
+    least_layer_seconds: float = 0.0
 
     def __post_init__(self) -> None:
         _read_types(self)
         for name in ("prefill", "decode"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 0")
+        for name in ("prefill_layer_slots", "prefill_kv_blocks"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name}={value} must be at least 1")
+        for name in ("compute_quota", "storage_nic_rate", "compute_nic_rate"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise ConfigError(f"{name}={value} must be above 0")
+        if not 0 <= self.least_layer_seconds < float("inf"):
+            raise ConfigError(f"least_layer_seconds={self.least_layer_seconds} must be at least 0")
         if bool(self.prefill) != bool(self.decode):
             raise ConfigError(f"prefill={self.prefill} and decode={self.decode} must both be at least 1, or both 0")
 

@@ -88,11 +88,12 @@ class MessageSocket:
         """
         self._sock.sendall(self._frames.encode(message))
 
-    def receive(self, *, wait: bool, beside: Sequence[int] = ()) -> list[Any]:
+    def receive(self, timeout: float | None, beside: Sequence[int] = ()) -> list[Any]:
         """Messages that have come.
 
         Args:
-          wait: for the first of them, or until something else is to be done.
+          timeout: seconds to wait for the first of them, or until something else is to be done; None for as long as it
+            takes.
           beside: descriptors that are readable when there is.
 
         Raises:
@@ -100,9 +101,9 @@ class MessageSocket:
         """
         messages: list[Any] = []
         own = self._sock.fileno()
-        if wait and beside and own not in select.select([own, *beside], [], [])[0]:
+        if own not in select.select([own, *beside], [], [], timeout)[0]:
             return messages
-        while (wait and not messages) or select.select([self._sock], [], [], 0)[0]:
+        while not messages or select.select([own], [], [], 0)[0]:
             data = self._sock.recv(_READ_BYTES)
             if not data:
                 raise ConnectionError(f"{self._peer} has closed the connection")

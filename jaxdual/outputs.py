@@ -129,6 +129,9 @@ class EngineInfo:
       block_size: tokens of a KV page.
       fingerprint: identifies weights and number type, in hexadecimal digits.
       default_sampling: fields of `SamplingParams` for which the model recommends a value.
+      kv_layout: identifies the form of its KV blocks, in hexadecimal digits.
+      kv_block_bytes: of the KV memory of `block_size` tokens, in all layers.
+      full_attention: whether every layer sees all tokens.
     """
 
     model_folder: str
@@ -143,6 +146,9 @@ class EngineInfo:
     block_size: int
     fingerprint: str
     default_sampling: Mapping[str, float]
+    kv_layout: str = ""
+    kv_block_bytes: int = 0
+    full_attention: bool = True
 
     @property
     def system_fingerprint(self) -> str:
@@ -169,29 +175,31 @@ class EngineStats:
       store_blocks_written, store_blocks_lost: pages stored; not stored although they were full.
       store_wait_seconds: of all requests that waited for the store, from their arrival on.
       store_timeouts: requests that went on without what they had waited for.
+      card_bytes: of a cluster: bytes that have passed each network card, by engine, card and direction as its host's
+        memory sees it, such as "prefill 0 storage write".
       kv_agent_restarts: times that the process that reads and writes the store had died.
       load_seconds, compile_seconds: loading the model; compiling programs, or reading them from the compilation cache.
       compilations: programs compiled or read from the compilation cache.
     """
 
-    num_running: int
-    num_waiting: int
-    prompt_tokens: int
-    generation_tokens: int
-    computed_prompt_tokens: int
-    prefix_cache_queries: int
-    prefix_cache_hits: int
-    host_cache_hits: int
-    blocks_copied_out: int
-    blocks_copied_in: int
-    preemptions: int
-    steps: int
-    kv_blocks: int
-    kv_blocks_cached: int
-    kv_blocks_available: int
-    load_seconds: float
-    compile_seconds: float
-    compilations: int
+    num_running: int = 0
+    num_waiting: int = 0
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    computed_prompt_tokens: int = 0
+    prefix_cache_queries: int = 0
+    prefix_cache_hits: int = 0
+    host_cache_hits: int = 0
+    blocks_copied_out: int = 0
+    blocks_copied_in: int = 0
+    preemptions: int = 0
+    steps: int = 0
+    kv_blocks: int = 0
+    kv_blocks_cached: int = 0
+    kv_blocks_available: int = 0
+    load_seconds: float = 0.0
+    compile_seconds: float = 0.0
+    compilations: int = 0
     store_cache_hits: int = 0
     store_blocks_read: int = 0
     store_blocks_failed: int = 0
@@ -200,3 +208,4 @@ class EngineStats:
     store_wait_seconds: float = 0.0
     store_timeouts: int = 0
     kv_agent_restarts: int = 0
+    card_bytes: Mapping[str, int] = field(default_factory=dict)

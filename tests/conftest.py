@@ -14,7 +14,7 @@ ARRAY_MODULES = [
     "models.layers",
     "models.moe",
     "models.rope",
-    "jaxdual.engine.layer_steps",
+    "jaxdual.engine.layerwise.programs",
     "jaxdual.engine.paged",
     "jaxdual.engine.sampler",
     "jaxdual.engine.steps",

@@ -75,10 +75,24 @@ class Peers:
         return self._region.descriptor
 
     async def push(self, address: str, descriptor: bytes, runs: Sequence[tuple[int, int, int]]) -> bool:
-        """Writes runs of bytes into a peer's slab; whether they are there. When it returns, nothing is under way."""
+        """Writes runs of bytes into a peer's slab; whether they are there. When it returns, nothing is under way.
+
+        Args:
+          runs: offset here, offset there, bytes.
+        """
+        return await self._move(address, descriptor, runs, write=True)
+
+    async def pull(self, address: str, descriptor: bytes, runs: Sequence[tuple[int, int, int]]) -> bool:
+        """Reads runs of bytes of a peer's slab, or of the own one; see `push`."""
+        return await self._move(address, descriptor, runs, write=False)
+
+    async def _move(
+        self, address: str, descriptor: bytes, runs: Sequence[tuple[int, int, int]], *, write: bool
+    ) -> bool:
         try:
             channel = await self._channel(address)
-            ticket = channel.write(self._region, self._transport.remote(descriptor), [Op(*run) for run in runs])
+            post = channel.write if write else channel.read
+            ticket = post(self._region, self._transport.remote(descriptor), [Op(*run) for run in runs])
         except (OSError, ValueError):
             return False
         status: asyncio.Future[Status] = asyncio.get_running_loop().create_future()

@@ -11,10 +11,11 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterable, Sequence
-from concurrent.futures import Future
+from collections.abc import Awaitable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
+from jaxdual.agent.cards import Cards
 from jaxdual.agent.peers import Peers, open_transport
 from jaxdual.agent.wire import (
     Attach,
@@ -27,12 +28,15 @@ from jaxdual.agent.wire import (
     Load,
     Lookup,
     PeerGone,
+    Pull,
     Push,
     Save,
     ToAgent,
+    ToDevice,
 )
 from jaxdual.frames import Frames, Message
 from jaxdual.kv.store import BlockStore, Outcome, open_store
+from jaxdual.transport import ShapedTransport
 from jaxdual.transport.slab import SharedSlab
 
 
@@ -56,12 +60,15 @@ class KVAgent(asyncio.Protocol):
         self._attached = False
         self._store: BlockStore | None = None
         self._peers: Peers | None = None
+        self._cards: Cards | None = None
         self._groups: Sequence[GroupSlots] = ()
 
     async def finish(self) -> None:
         """Ends what goes to peers at once, waits for what goes to the store, and closes it."""
         if self._peers is not None:
             await self._peers.close()
+        if self._cards is not None:
+            await asyncio.to_thread(self._cards.close)
         if self._saving:
             await asyncio.wait(self._saving)
         if self._store is not None:
@@ -99,6 +106,15 @@ class KVAgent(asyncio.Protocol):
                 begin = time.monotonic()
                 arrived = self._peers is not None and await self._peers.push(address, descriptor, runs)
                 self._send(Done(number, [arrived], time.monotonic() - begin))
+            case Pull(number, address, descriptor, runs):
+                begin = time.monotonic()
+                arrived = self._peers is not None and await self._peers.pull(address, descriptor, runs)
+                self._send(Done(number, [arrived], time.monotonic() - begin))
+            case ToDevice(number, nbytes):
+                begin = time.monotonic()
+                if self._cards is not None:
+                    await self._cards.to_device(nbytes)
+                self._send(Done(number, [True], time.monotonic() - begin))
             case AwaitGone(number, address):
                 begin = time.monotonic()
                 if self._peers is not None:
@@ -118,20 +134,25 @@ class KVAgent(asyncio.Protocol):
             case Load(number, group, keys, slots):
                 blocks = [self._block(group, slot) for slot in slots]
                 names = [_name(key, group) for key in keys]
-                await self._transfer(number, map(store.read, names, blocks))
+                await self._transfer(number, map(partial(self._load, store), names, blocks))
             case Save(number, group, keys, parents, slots):
                 blocks = [self._block(group, slot) for slot in slots]
                 names = [_name(key, group) for key in keys]
                 before = [None if parent is None else _name(parent, group) for parent in parents]
-                await self._transfer(number, map(store.write, names, before, blocks))
+                await self._transfer(number, map(partial(self._save, store), names, before, blocks))
 
     async def _attach(self, attach: Attach) -> Message:
         self._groups = attach.groups
         try:
             if attach.store:
                 self._store = await asyncio.to_thread(open_store, attach.store, attach.capacity_bytes)
+            if attach.cards is not None:
+                self._cards = Cards(attach.cards)
             if attach.carrier:
                 transport = open_transport(attach.carrier, self._shared, host=attach.host, secret=attach.secret)
+                if self._cards is not None:
+                    transport = ShapedTransport(transport, self._cards.compute, self._cards.of)
+                    self._cards.publish(transport.address)
                 self._peers = Peers(transport, self._shared, lambda address: self._send(PeerGone(address)))
         except (OSError, ValueError, NotImplementedError) as error:
             return AttachFailed(str(error))
@@ -140,9 +161,19 @@ class KVAgent(asyncio.Protocol):
             return Attached("", b"")
         return Attached(self._peers.address, self._peers.descriptor)
 
-    async def _transfer(self, number: int, transfers: Iterable[Future[Outcome]]) -> None:
+    async def _load(self, store: BlockStore, key: bytes, into: memoryview) -> Outcome:
+        if self._cards is not None:
+            await self._cards.load(into.nbytes)
+        return await asyncio.wrap_future(store.read(key, into))
+
+    async def _save(self, store: BlockStore, key: bytes, parent: bytes | None, payload: memoryview) -> Outcome:
+        if self._cards is not None:
+            await self._cards.save(payload.nbytes)
+        return await asyncio.wrap_future(store.write(key, parent, payload))
+
+    async def _transfer(self, number: int, transfers: Iterable[Awaitable[Outcome]]) -> None:
         begin = time.monotonic()
-        outcomes = await asyncio.gather(*map(asyncio.wrap_future, transfers))
+        outcomes = await asyncio.gather(*transfers)
         self._send(Done(number, [outcome is Outcome.OK for outcome in outcomes], time.monotonic() - begin))
 
     def _block(self, group: int, slot: int) -> memoryview:

@@ -21,6 +21,20 @@ class GroupSlots(msgspec.Struct, frozen=True):
     block_bytes: int
 
 
+class CardPlaces(msgspec.Struct, frozen=True):
+    """The network cards of a node, of which bytes are counted and, with a rate, held back.
+
+    Attributes:
+      directory: of their files, see `transport.shaping`.
+      storage: name of the card that stored blocks go through.
+      compute: name of the card that the device and other nodes are reached through.
+    """
+
+    directory: str
+    storage: str
+    compute: str
+
+
 # From the engine.
 
 
@@ -33,6 +47,7 @@ class Attach(Message, frozen=True, tag=True):
       carrier: of bytes to and from agents of other engines, "shm", "tcp" or "verbs"; "" for none.
       host, secret: of the latter two: where they listen, and what their peers must know.
       groups: of each layer group, where its slots are.
+      cards: of the node; None if nothing is counted.
     """
 
     store: str
@@ -41,6 +56,7 @@ class Attach(Message, frozen=True, tag=True):
     carrier: str = ""
     host: str = ""
     secret: bytes = b""
+    cards: CardPlaces | None = None
 
 
 class Lookup(Message, frozen=True, tag=True):
@@ -85,6 +101,31 @@ class Push(Message, frozen=True, tag=True):
     runs: list[tuple[int, int, int]]
 
 
+class Pull(Message, frozen=True, tag=True):
+    """Copies runs of bytes of another agent's slab, or of the own one, to here. Answered by `Done`, with one entry;
+    until then the bytes here are the agent's to write, and those there must not change.
+
+    Attributes:
+      address: of the agent whose slab it is.
+      descriptor: of that slab.
+      runs: offset here, offset there, bytes.
+    """
+
+    number: int
+    address: str
+    descriptor: bytes
+    runs: list[tuple[int, int, int]]
+
+
+class ToDevice(Message, frozen=True, tag=True):
+    """So many bytes are to leave the slab for the device. Answered by `Done`, with one entry, when the node's card has
+    let them pass.
+    """
+
+    number: int
+    nbytes: int
+
+
 class AwaitGone(Message, frozen=True, tag=True):
     """Answered by `Done`, with one entry, when an agent whose engine has died can write here no more."""
 
@@ -114,7 +155,9 @@ class Found(Message, frozen=True, tag=True):
 
 
 class Done(Message, frozen=True, tag=True):
-    """Whether each block of a `Load` or `Save` has arrived whole, or all of a `Push`; and the seconds that it took."""
+    """Whether each block of a `Load` or `Save` has arrived whole, or all of a `Push` or `Pull`; and the seconds that it
+    took.
+    """
 
     number: int
     whole: list[bool]
@@ -127,5 +170,5 @@ class PeerGone(Message, frozen=True, tag=True):
     address: str
 
 
-ToAgent = Attach | Lookup | Load | Save | Push | AwaitGone
+ToAgent = Attach | Lookup | Load | Save | Push | Pull | ToDevice | AwaitGone
 FromAgent = Attached | AttachFailed | Found | Done | PeerGone

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
-from jaxdual.engine.request import Request, Target
+from jaxdual.engine.request import Hits, Request, Target
+from jaxdual.kv.keys import BlockKey
 
 
 @dataclass(slots=True)
@@ -25,6 +27,8 @@ class Live:
       outputs: what the client has.
       attempts: times that it was given to engines.
       current: the present one; None while it waits for engines.
+      keys: of its blocks that may be stored; None while nothing is known of the store.
+      reads: whether stored blocks of it are read: not once they have kept it waiting in vain.
       cached: tokens of the prompt that its prefill engine found computed; None before.
       added: when it came, in seconds.
       queue_seconds, allocation_seconds: how long it has waited for engines, and for memory of its decode engine.
@@ -36,6 +40,8 @@ class Live:
     added: float
     attempts: int = 0
     current: Attempt | None = None
+    keys: Sequence[BlockKey] | None = None
+    reads: bool = True
     cached: int | None = None
     queue_seconds: float = 0.0
     allocation_seconds: float = 0.0
@@ -76,6 +82,7 @@ class Attempt:
       prefill, decode: engines; the first is None likewise.
       tokens: of the prompt, and of the lead when it began.
       began: when it was announced to the decode engine, in seconds.
+      hits: which blocks are read from the store, by whom.
       target: where the prompt is written, once it is granted.
       handed: whether the prompt is complete there; None while that is not known.
     """
@@ -88,5 +95,6 @@ class Attempt:
     tokens: int
     began: float
     phase: Phase
+    hits: Hits = field(default_factory=Hits)
     target: Target | None = None
     handed: bool | None = None

@@ -5,6 +5,10 @@ prefill engine computes them, gives the first token and writes them there, and t
 attempt has an id of its own at the engines. When an engine of it is lost, or anything of it fails, the request is
 placed anew with the tokens that it has, and goes on from these.
 
+Where the engines share a store, it is asked first how much of a prompt it has. Of these blocks the prefill engine reads
+some, the decode engine others, to where they belong, as the scheduler says; the prefill engine is told when they are
+there.
+
 Whatever was granted is settled: the prefill engine says of each prompt that it was given, once, that nothing of it is
 under way any more, and this is handed on to the decode engine unless it takes the prompt over. A prefill engine that
 dies can't say so; then the decode engines are told that it is dead, and find out when it can write no more.
@@ -14,11 +18,11 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from jaxdual.cluster.attempts import Attempt, Live, OutputState, Phase
-from jaxdual.engine.request import Request, TokenEvent
+from jaxdual.engine.request import Hits, Request, TokenEvent
 from jaxdual.engine.wire import (
     Abort,
     Add,
@@ -30,15 +34,20 @@ from jaxdual.engine.wire import (
     Forget,
     Granted,
     HandedOff,
+    HitsRead,
     PeerDied,
     Prefill,
     Settled,
 )
 from jaxdual.frames import Message
+from jaxdual.kv.keys import BlockKey, KeyChain
 from jaxdual.kv.slots import IntegrityError
 from jaxdual.outputs import EngineStats
 from jaxdual.scheduling.loads import EngineReport, PathRequest, Role
+from jaxdual.scheduling.path_modes import PathMode
 from jaxdual.scheduling.paths import PathScheduler, Placement
+from jaxdual.scheduling.prefill_placement import PrefillPlacement
+from jaxdual.scheduling.read_side import ReadSide
 
 MOST_ATTEMPTS = 6  # of one request, before it is taken for the cause of what happens to its engines
 _GROUPS = {Role.PREFILL: 0, Role.DECODE: 1}
@@ -62,6 +71,9 @@ class Cluster:
       deliver: takes what requests have given.
       page_size: tokens a page.
       clock: seconds, monotonic.
+      key_chain: of a request's blocks in a store that all engines share, given the request's salt; None if there is
+        none, or if engines read it by themselves.
+      look: asks how many of the leading blocks of the request of some number are stored, for `found` to say.
     """
 
     def __init__(
@@ -72,10 +84,14 @@ class Cluster:
         deliver: Callable[[list[TokenEvent]], None],
         page_size: int,
         clock: Callable[[], float],
+        key_chain: Callable[[bytes], KeyChain] | None = None,
+        look: Callable[[int, Sequence[BlockKey]], None] = lambda number, keys: None,
     ) -> None:
         self._scheduler = scheduler
         self._send, self._deliver, self._clock = send, deliver, clock
         self._page_size = page_size
+        self._key_chain, self._look = key_chain, look
+        self._looking: set[int] = set()  # numbers of the requests for which the store is asked
         self._members: dict[int, _Member] = {}
         self._numbers = itertools.count()
         self._lives: dict[str, Live] = {}
@@ -117,6 +133,7 @@ class Cluster:
                 self._leave_scheduler(attempt)
                 live.current = None
             self._scheduler.cancelled(live.number)
+            self._looking.discard(live.number)
             self._place(live)
         self._fetch()
 
@@ -169,6 +186,8 @@ class Cluster:
                     self._members[number].agent = address
             case Granted(name):
                 self._granted(self._attempts.get(name), message, number)
+            case HitsRead(name):
+                self._hits_read(self._attempts.get(name), message, number)
             case HandedOff(name, complete):
                 attempt = self._attempts.get(name)
                 if attempt is not None:
@@ -177,9 +196,27 @@ class Cluster:
             case ArrivalLost(name):
                 attempt = self._attempts.get(name)
                 if attempt is not None and attempt.phase is Phase.PREFILL:
+                    attempt.live.reads &= not attempt.hits.there
                     self._give_up(attempt)
                     self._redo(attempt, "its keys and values were lost again and again")
         self._fetch()
+
+    def found(self, number: int, blocks: int) -> None:
+        """So many leading blocks of a request's prompt are stored."""
+        if number in self._looking:
+            self._looking.remove(number)
+            self._submit(self._by_number[number], blocks * self._page_size)
+            self._fetch()
+
+    def use_mode(self, mode: PathMode, prefill: PrefillPlacement) -> None:
+        """Places requests in another way.
+
+        Raises:
+          ValueError: there are requests.
+        """
+        if self._lives or self._attempts:
+            raise ValueError(f"{len(self._lives)} requests are under way")
+        self._scheduler = PathScheduler(mode, prefill, block_tokens=self._page_size)
 
     def check_integrity(self) -> None:
         """Raises `IntegrityError` unless each request is in one place, and each attempt is a request's."""
@@ -205,9 +242,24 @@ class Cluster:
         if live.lead.ended or any(output.tokens for output in live.outputs[1:]):
             self._alone.append(live)
             return
-        params = live.request.params
-        left = max(0, (params.max_tokens or 0) - len(live.lead.tokens))
-        self._scheduler.submit(PathRequest(live.number, live.length, 0, left, live.request.arrival))
+        # Log-probabilities of a prompt come of computing all of it.
+        blocks = (live.length - 1) // self._page_size
+        scores = live.request.params.prompt_logprobs is not None and not live.lead.tokens
+        if self._key_chain is None or not blocks or scores or not live.reads:
+            self._submit(live, 0)
+            return
+        tokens = [*live.request.prompt_token_ids, *live.lead.tokens]
+        live.keys = self._key_chain(self._salt(live)).upto(tokens, blocks)
+        self._looking.add(live.number)
+        self._look(live.number, live.keys)
+
+    def _submit(self, live: Live, hit_tokens: int) -> None:
+        left = max(0, (live.request.params.max_tokens or 0) - len(live.lead.tokens))
+        self._scheduler.submit(PathRequest(live.number, live.length, hit_tokens, left, live.request.arrival))
+
+    def _salt(self, live: Live) -> bytes:
+        """What tokens have no meaning of must not be taken for what they would have."""
+        return live.request.salt if self._scheduler.mode.transfers else live.request.salt + b"\0nothing moved"
 
     def _fetch(self) -> None:
         """Asks the scheduler for work, on behalf of the engines."""
@@ -245,8 +297,16 @@ class Cluster:
 
     def _start(self, live: Live, placement: Placement) -> None:
         attempt = self._new_attempt(live, placement.decode_engine, Phase.GRANT, placement)
+        hit_blocks = placement.request.hit_tokens // self._page_size
+        if self._scheduler.mode.transfers:
+            here = placement.read.prefill_tokens // self._page_size
+            attempt.hits = Hits(here, hit_blocks - here)
+        else:
+            attempt.hits = Hits(hit_blocks)
+        here = attempt.hits.here
+        keys = tuple((live.keys or ())[here : here + attempt.hits.there])
         peer = self._members[placement.prefill_engine].agent
-        self._send(attempt.decode, Expect(attempt.name, attempt.tokens, peer))
+        self._send(attempt.decode, Expect(attempt.name, attempt.tokens, peer, keys, here))
 
     def _start_alone(self, live: Live, decode: int) -> None:
         attempt = self._new_attempt(live, decode, Phase.DECODE, None)
@@ -269,7 +329,9 @@ class Cluster:
         return attempt
 
     def _request(self, attempt: Attempt, *, resumed: tuple[tuple[int, ...] | None, ...]) -> Request:
-        return dataclasses.replace(attempt.live.request, request_id=attempt.name, resumed=resumed)
+        return dataclasses.replace(
+            attempt.live.request, request_id=attempt.name, resumed=resumed, salt=self._salt(attempt.live)
+        )
 
     # An attempt's way.
 
@@ -294,7 +356,19 @@ class Cluster:
                 params, n=1, max_tokens=before + 1, min_tokens=min(params.min_tokens, before + 1)
             ),
         )
-        self._send(attempt.prefill, Prefill(request, granted.target))
+        moves = self._scheduler.mode.transfers
+        self._send(attempt.prefill, Prefill(request, granted.target, attempt.hits, moves))
+
+    def _hits_read(self, attempt: Attempt | None, message: HitsRead, engine: int) -> None:
+        """An engine has read what it was to read of a prompt."""
+        if attempt is None or attempt.placement is None:
+            return
+        if engine == attempt.decode:
+            self._scheduler.read_progress(attempt.placement, ReadSide.DECODE, attempt.hits.there * self._page_size)
+            if attempt.phase is Phase.PREFILL and attempt.prefill is not None:
+                self._send(attempt.prefill, message)
+        else:
+            self._scheduler.read_progress(attempt.placement, ReadSide.PREFILL, attempt.hits.here * self._page_size)
 
     def _hand_over(self, attempt: Attempt) -> None:
         """The decode engine takes the prompt over when it is complete and its next token is known."""
@@ -318,7 +392,8 @@ class Cluster:
                 self._start_alone(live, attempt.decode)
                 return
             stored = (live.cached or 0) // self._page_size
-            self._send(attempt.decode, Adopt(self._request(attempt, resumed=live.resumed), stored))
+            request = self._request(attempt, resumed=live.resumed)
+            self._send(attempt.decode, Adopt(request, stored, self._scheduler.mode.transfers))
 
     def _settle(self, attempt: Attempt) -> None:
         """Nothing of an attempt's prompt is under way any more, and the decode engine won't take it over."""
@@ -434,5 +509,6 @@ class Cluster:
         self._scheduler.cancelled(live.number)
         if live in self._alone:
             self._alone.remove(live)
+        self._looking.discard(live.number)
         self._lives.pop(live.request.request_id, None)
         self._by_number.pop(live.number, None)

@@ -18,10 +18,15 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
+
+from jaxdual.cluster.cards import ClusterCards
 from jaxdual.cluster.cluster import Cluster
 from jaxdual.cluster.devices import device_of
+from jaxdual.cluster.lookups import StoreLookups
 from jaxdual.config import ClusterConfig, EngineConfig
 from jaxdual.engine.client import EngineProcess
+from jaxdual.engine.cluster_part import ClusterPart
 from jaxdual.engine.request import TokenEvent
 from jaxdual.engine.wire import (
     Abort,
@@ -37,14 +42,17 @@ from jaxdual.engine.wire import (
     StartFailed,
     Stop,
     ToEngine,
+    UseMode,
 )
 from jaxdual.frames import Frames, Message
+from jaxdual.kv.keys import BlockKey, KeyChain, root_key
 from jaxdual.kv.slots import IntegrityError
+from jaxdual.kv.store import open_store
 from jaxdual.outputs import EngineInfo, EngineStats
 from jaxdual.scheduling.loads import Role
-from jaxdual.scheduling.path_modes import PathMode
+from jaxdual.scheduling.path_modes import MODES, PathMode
 from jaxdual.scheduling.paths import PathScheduler
-from jaxdual.scheduling.prefill_placement import PrefillPlacement
+from jaxdual.scheduling.prefill_placement import COMPUTE_SECONDS, PrefillPlacement
 from jaxdual.scheduling.read_side import ReadPolicy
 
 _MOST_FAILED_STARTS = (
@@ -53,6 +61,7 @@ _MOST_FAILED_STARTS = (
 _RESTART_SECONDS = 1.0  # from the first failed start in a row to the next one; doubled with each further one
 _STATS_SECONDS = 0.1
 _ANSWER_SECONDS = 10.0  # for an engine to tell its figures
+_MODE_SECONDS = 300.0  # for an engine to compile what another mode needs
 
 _logger = logging.getLogger(__name__)
 
@@ -62,33 +71,37 @@ class Member:
 
     Args:
       number: in the cluster.
-      role: what it does.
       config: of its process.
+      part: what it is to the cluster.
       host: the cluster's process.
     """
 
-    def __init__(self, number: int, role: Role, config: EngineConfig, host: ClusterProcess) -> None:
-        self.number, self.role = number, role
+    def __init__(self, number: int, config: EngineConfig, part: ClusterPart, host: ClusterProcess) -> None:
+        self.number, self.role = number, part.role
         self.info: EngineInfo | None = None
         self.stats: EngineStats | None = None
         self.agent: str | None = None  # address of its KV agent
         self.warm = False
         self.process: EngineProcess | None = None
-        self._config, self._host = config, host
+        self._config, self._part, self._host = config, part, host
         self._failed_starts = 0
         self._proved = False  # that a process of it works
         self._questions: dict[int, asyncio.Future[Answer]] = {}
 
     @property
     def name(self) -> str:
-        return f"{self.role.value} {self.number}"
+        return _name(self.role, self.number)
 
     async def launch(self) -> None:
         """Starts a process."""
         self.warm = self._proved = False
         try:
             self.process = await EngineProcess.launch(
-                self._config, self._on_message, self._on_death, environment=device_of(self.number, os.environ)
+                self._config,
+                self._on_message,
+                self._on_death,
+                part=self._part,
+                environment=device_of(self.number, os.environ),
             )
         except OSError as error:
             self._on_death(f"{self.name} can't be started: {error}")
@@ -99,12 +112,22 @@ class Member:
 
     async def ask(self, number: int, *, check_integrity: bool) -> Answer | None:
         """Its figures now; None if it does not tell them."""
+        return await self._question(Ask(number, check_integrity))
+
+    async def use_mode(self, number: int, mode: str) -> str | None:
+        """Has it go on in another path mode; why it can't."""
+        self._part = msgspec.structs.replace(self._part, mode=mode)
+        answer = await self._question(UseMode(number, mode), _MODE_SECONDS)
+        return f"{self.name} does not answer" if answer is None else answer.error
+
+    async def _question(self, message: Ask | UseMode, timeout: float = _ANSWER_SECONDS) -> Answer | None:
+        number = message.number
         if self.process is None or self.info is None:
             return None
         question = self._questions[number] = asyncio.get_running_loop().create_future()
-        self.send(Ask(number, check_integrity))
+        self.send(message)
         try:
-            return await asyncio.wait_for(question, _ANSWER_SECONDS)
+            return await asyncio.wait_for(question, timeout)
         except (TimeoutError, ConnectionError):
             return None
         finally:
@@ -174,6 +197,10 @@ class ClusterProcess(asyncio.Protocol):
         self._members: list[Member] = []
         self._cluster: Cluster | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self._cards: ClusterCards | None = None
+        self._lookups: StoreLookups | None = None
+        self._config, self._settings = EngineConfig(), ClusterConfig()
+        self._serving = False
         self._stats_due = 0.0
         self._stopping = False
 
@@ -183,6 +210,10 @@ class ClusterProcess(asyncio.Protocol):
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*(member.process.stop() for member in self._members if member.process is not None))
+        if self._lookups is not None:
+            await self._lookups.close()
+        if self._cards is not None:
+            self._cards.close()
         if self._front is not None:
             self._front.close()
 
@@ -208,6 +239,8 @@ class ClusterProcess(asyncio.Protocol):
                 self.over.set()
             case Ask(number, check_integrity):
                 self._later(self._answer(number, check_integrity=check_integrity))
+            case UseMode(number, mode):
+                self._later(self._use_mode(number, mode))
             case Add(request) if self._cluster is not None:
                 self._cluster.add(request)
             case Abort(request_id, index) if self._cluster is not None:
@@ -228,12 +261,22 @@ class ClusterProcess(asyncio.Protocol):
             kv_transport=config.kv_transport or "shm",
             kv_secret=config.kv_secret or secrets.token_hex(),
         )
+        self._config, self._settings = config, cluster
         roles = [Role.PREFILL] * cluster.prefill + [Role.DECODE] * cluster.decode
         of_role = {
             Role.PREFILL: dataclasses.replace(config, kv_store_read_only=True),
             Role.DECODE: config,
         }
-        self._members = [Member(number, role, of_role[role], self) for number, role in enumerate(roles)]
+        cards = self._cards = ClusterCards([_name(role, number) for number, role in enumerate(roles)], cluster)
+        self._members = [
+            Member(
+                number,
+                of_role[role],
+                ClusterPart(role, cluster, cluster.path_mode, cards.of(_name(role, number))),
+                self,
+            )
+            for number, role in enumerate(roles)
+        ]
         for member in self._members:
             self._later(member.launch())
 
@@ -243,8 +286,9 @@ class ClusterProcess(asyncio.Protocol):
         """A process takes requests."""
         if self._cluster is not None:
             self._join(self._cluster, member)
-        elif all(one.agent is not None for one in self._members):
-            self._serve()
+        elif all(one.agent is not None for one in self._members) and not self._serving:
+            self._serving = True
+            self._later(self._serve())
 
     def member_refused(self, member: Member, kind: str, text: str) -> None:
         """A process can't be made."""
@@ -276,24 +320,70 @@ class ClusterProcess(asyncio.Protocol):
         self._send(Died(reason))
         self.over.set()
 
-    def _serve(self) -> None:
+    async def _serve(self) -> None:
         """All engines have started."""
-        decode = next(member for member in self._members if member.role is Role.DECODE)
-        if decode.info is None or decode.stats is None:
-            return
-        # Of what engines compute and nodes read nothing is known yet: an engine is overloaded with a few long prompts.
-        limit = 8 * decode.info.max_model_len
-        mode = PathMode(ReadPolicy.PREFILL_ONLY, layerwise=False, quota=False)
+        info = next(info for member in self._members if member.role is Role.DECODE and (info := member.info))
+        self._info = info
+        shares = self._config.shares_kv_store and info.full_attention
+        if shares:
+            store = await asyncio.to_thread(
+                open_store, self._config.kv_store or "", self._config.kv_store_capacity_bytes or 0
+            )
+            self._lookups = StoreLookups(store, self._found, self._config.kv_load_timeout)
+        # Without a store of all engines, each looks into its own memory for prompts that it knows.
+        mode = MODES[self._settings.path_mode] if shares else PathMode(ReadPolicy.PREFILL_ONLY)
         self._cluster = Cluster(
-            PathScheduler(mode, PrefillPlacement(limit, limit), block_tokens=decode.info.block_size),
+            PathScheduler(mode, self._limits(info), block_tokens=info.block_size),
             send=lambda number, message: self._members[number].send(message),
             deliver=self._deliver,
-            page_size=decode.info.block_size,
+            page_size=info.block_size,
             clock=time.monotonic,
+            key_chain=self._key_chain if shares else None,
+            look=self._look,
         )
         for member in self._members:
             self._join(self._cluster, member)
-        self._send(Ready(decode.info, self._stats()))
+        self._send(Ready(info, self._stats()))
+
+    def _limits(self, info: EngineInfo) -> PrefillPlacement:
+        """When a prefill engine or its node has enough to do. What it computes in a second is not known: an engine is
+        overloaded with a few long prompts; so is a node, unless the rate of its card is.
+        """
+        few = 8 * info.max_model_len
+        if self._settings.storage_nic_rate is None:
+            return PrefillPlacement(few, few)
+        read_rate = self._settings.storage_nic_rate * info.block_size / info.kv_block_bytes
+        return PrefillPlacement.from_rates(read_rate, few / COMPUTE_SECONDS)
+
+    def _key_chain(self, salt: bytes) -> KeyChain:
+        root = root_key(bytes.fromhex(self._info.fingerprint), bytes.fromhex(self._info.kv_layout), salt)
+        return KeyChain(root, self._info.block_size)
+
+    def _look(self, number: int, keys: Sequence[BlockKey]) -> None:
+        if self._lookups is not None:
+            self._lookups.look(number, keys)
+
+    def _found(self, number: int, blocks: int) -> None:
+        if self._cluster is not None:
+            self._cluster.found(number, blocks)
+            self._tell_stats()
+
+    async def _use_mode(self, number: int, mode: str) -> None:
+        error: str | None = None
+        if mode not in MODES:
+            error = f"{mode=} must be one of {', '.join(MODES)}"
+        elif self._cluster is None or self._lookups is None:
+            error = "only clusters whose engines share a store have path modes"
+        else:
+            try:
+                self._cluster.use_mode(MODES[mode], self._limits(self._info))
+            except ValueError as refused:
+                error = str(refused)
+        if error is None:
+            prefill = [member for member in self._members if member.role is Role.PREFILL]
+            answers = await asyncio.gather(*(member.use_mode(number, mode) for member in prefill))
+            error = next((answer for answer in answers if answer is not None), None)
+        self._send(Answer(number, self._stats(), error))
 
     def _join(self, cluster: Cluster, member: Member) -> None:
         if member.stats is not None and member.agent is not None:
@@ -311,7 +401,8 @@ class ClusterProcess(asyncio.Protocol):
     # Figures.
 
     def _stats(self) -> EngineStats:
-        return sum_of([member.stats for member in self._members if member.stats is not None])
+        stats = sum_of([member.stats for member in self._members if member.stats is not None])
+        return dataclasses.replace(stats, card_bytes={} if self._cards is None else self._cards.nbytes())
 
     async def _answer(self, number: int, *, check_integrity: bool) -> None:
         answers = await asyncio.gather(
@@ -334,8 +425,12 @@ class ClusterProcess(asyncio.Protocol):
 
 def sum_of(stats: Sequence[EngineStats]) -> EngineStats:
     """Figures of several engines as those of one."""
-    names = [field.name for field in dataclasses.fields(EngineStats)]
+    names = [field.name for field in dataclasses.fields(EngineStats) if field.name != "card_bytes"]
     return EngineStats(**{name: sum(getattr(one, name) for one in stats) for name in names})
+
+
+def _name(role: Role, number: int) -> str:
+    return f"{role.value} {number}"
 
 
 async def serve(front: socket.socket) -> None:

@@ -47,12 +47,21 @@ class AgentLink:
         self._numbers = itertools.count(1)
         self._waiting: dict[int, Callable[[Any], None]] = {}
         self._on_news: list[Callable[[Any], None]] = []
+        self._told_address: str | None = None
         self._on_death: list[Callable[[], None]] = []
 
     @property
     def attached(self) -> Any:
         """What the present agent said of itself, or None."""
         return None if self._agent is None else self._agent.attached
+
+    def new_address(self) -> str | None:
+        """Where agents of other engines reach the present one, "" if they don't; None if the last call said so, too."""
+        address = "" if self.attached is None else str(self.attached.address)
+        if address == self._told_address:
+            return None
+        self._told_address = address
+        return address
 
     @property
     def alive(self) -> bool:

@@ -16,6 +16,8 @@ from jaxdual.kv.manager import GroupPages, KVManager
 from jaxdual.transport.slab import SharedSlab
 
 if TYPE_CHECKING:
+    from jaxdual.agent.wire import Attach, GroupSlots
+    from jaxdual.engine.cluster_part import ClusterPart
     from jaxdual.engine.transfers import Transfers
 
 _ALIGNMENT = 4096  # of slots: files are read past the page cache into whole pages of memory
@@ -35,10 +37,10 @@ def host_memory(
     ]
     if not shared:
         return tuple(np.zeros(shape, dtype) for shape in shapes), None
-    slot_bytes = [_slot_bytes(layout, group) for group in range(len(memory))]
-    slab = SharedSlab(sum(shape[0] * size for shape, size in zip(shapes, slot_bytes, strict=True)))
+    sizes = [slot_bytes(layout, group) for group in range(len(memory))]
+    slab = SharedSlab(sum(shape[0] * size for shape, size in zip(shapes, sizes, strict=True)))
     arrays, offset = [], 0
-    for shape, size in zip(shapes, slot_bytes, strict=True):
+    for shape, size in zip(shapes, sizes, strict=True):
         inner = np.empty(shape[1:], dtype).strides
         arrays.append(np.ndarray(shape, dtype, buffer=slab.array, offset=offset, strides=(size, *inner)))
         offset += shape[0] * size
@@ -47,6 +49,7 @@ def host_memory(
 
 def build_transfers(
     config: EngineConfig,
+    part: ClusterPart | None,
     kv: KVManager,
     runner: Runner,
     memory: Sequence[GroupPages],
@@ -56,6 +59,7 @@ def build_transfers(
     """Starts the KV agent on the configured store.
 
     Args:
+      part: what the engine is to a cluster.
       host, slab: of `host_memory`.
 
     Raises:
@@ -63,22 +67,15 @@ def build_transfers(
     """
     # Messages to the agent need a package that an engine without a store does not.
     from jaxdual.agent.client import AgentProcess
-    from jaxdual.agent.wire import Attach, GroupSlots
+    from jaxdual.agent.wire import GroupSlots
     from jaxdual.engine.transfers import Transfers
 
-    groups, offset = [], 0
+    groups, offset = list[GroupSlots](), 0
     for group, blocks in enumerate(host):
-        size = _slot_bytes(runner.layout, group)
+        size = slot_bytes(runner.layout, group)
         groups.append(GroupSlots(offset, size, runner.layout.full_block_bytes(group)))
         offset += len(blocks) * size
-    attach = Attach(
-        config.kv_store or "",
-        config.kv_store_capacity_bytes or 0,
-        groups,
-        config.kv_transport or "",
-        config.kv_host,
-        (config.kv_secret or "").encode(),
-    )
+    attach = attach_message(config, part, groups)
     return Transfers(
         lambda: AgentProcess(attach, slab),
         kv,
@@ -93,5 +90,21 @@ def build_transfers(
     )
 
 
-def _slot_bytes(layout: KVLayout, group: int) -> int:
+def attach_message(config: EngineConfig, part: ClusterPart | None, groups: list[GroupSlots]) -> Attach:
+    """What the KV agent of an engine is told first."""
+    from jaxdual.agent.wire import Attach
+
+    return Attach(
+        config.kv_store or "",
+        config.kv_store_capacity_bytes or 0,
+        groups,
+        config.kv_transport or "",
+        config.kv_host,
+        (config.kv_secret or "").encode(),
+        None if part is None else part.cards,
+    )
+
+
+def slot_bytes(layout: KVLayout, group: int) -> int:
+    """From one staging slot of a layer group to the next."""
     return -(-layout.full_block_bytes(group) // _ALIGNMENT) * _ALIGNMENT

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from jaxdual.config import ClusterConfig, EngineConfig
+from jaxdual.engine.cluster_part import ClusterPart
 from jaxdual.engine.wire import Died, Start, Stop, ToFront
 from jaxdual.frames import Frames, Message
 
@@ -49,6 +50,7 @@ class EngineProcess(asyncio.Protocol):
         on_message: Callable[[Any], None],
         on_death: Callable[[str], None],
         cluster: ClusterConfig | None = None,
+        part: ClusterPart | None = None,
         environment: Mapping[str, str] | None = None,
     ) -> EngineProcess:
         """Starts an engine; the first message is `Ready` or `StartFailed`.
@@ -57,6 +59,7 @@ class EngineProcess(asyncio.Protocol):
           config: of the engine.
           on_message, on_death: see the class.
           cluster: starts a cluster of such engines, which speaks as one engine does.
+          part: what the engine is to a cluster.
           environment: what its environment has beside this process's.
 
         Raises:
@@ -81,7 +84,7 @@ class EngineProcess(asyncio.Protocol):
             process.kill()
             process.wait()
             raise
-        engine.send(Start(config, cluster or ClusterConfig()))
+        engine.send(Start(config, cluster or ClusterConfig(), part))
         return engine
 
     @property

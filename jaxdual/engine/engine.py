@@ -5,20 +5,23 @@ from __future__ import annotations
 import itertools
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from jaxdual.engine.request import Request, Target, TokenEvent, TokenLogprobs
-from jaxdual.engine.runner import Launch, Runner, ScoreTargets, SlotBinding, StepResult
-from jaxdual.engine.sampler import MAX_SUPPRESSED, SlotSampling
+from jaxdual.engine.request import Hits, Request, Target, TokenEvent, TokenLogprobs
+from jaxdual.engine.runner import Launch, Runner, ScoreTargets, StepResult
+from jaxdual.engine.sampler import SlotSampling, slot_sampling, stop_tokens
+from jaxdual.engine.slot_sampler import SlotBinding
 from jaxdual.errors import EngineDeadError
 from jaxdual.kv.keys import KeyChain, root_key
 from jaxdual.kv.manager import KVManager
 from jaxdual.scheduling.batch import BatchScheduler, FinishReason, Phase, SequenceState, StepPlan
 
-if TYPE_CHECKING:  # it speaks with a process, in messages that an engine without a store needs no package for
+if TYPE_CHECKING:  # it speaks with processes, in messages that an engine by itself needs no package for
     from jaxdual.engine.transfers import Transfers
+    from jaxdual.engine.wire import Expect, Forget, PeerDied, Settled
+    from jaxdual.frames import Message
 
 _TRANSFER_WAIT_SECONDS = 0.05  # at most, while every request waits for stored blocks
 
@@ -106,6 +109,17 @@ class Engine:
         unsent = self.transfers is not None and self.transfers.has_unsent
         return bool(self._requests or self._events or self._flight or self.kv.has_news or unsent)
 
+    def warm_ups(self) -> Iterator[tuple[str, Callable[[], float]]]:
+        """See `Runner.warm_ups`."""
+        return self.runner.warm_ups()
+
+    @property
+    def patience(self) -> float | None:
+        """Seconds after which `step` or `poll` is to be called though nothing has come; None for never."""
+        if self.has_work:
+            return 0.0
+        return None if self.transfers is None else self.transfers.patience
+
     @property
     def num_unfinished(self) -> int:
         return len(self._requests)
@@ -129,13 +143,31 @@ class Engine:
         for output in outputs:
             self.scheduler.add(output.sequence)
 
-    def adopt(self, request: Request, stored: int) -> None:
+    def prefill(self, request: Request, target: Target, hits: Hits, *, moves: bool) -> None:
+        """Queues a request for another engine; see `wire.Prefill`. This one holds all layers, and so looks for hits as
+        for any request.
+
+        Raises:
+          ValueError, EngineDeadError: as `add`.
+        """
+        self.add(request, target)
+
+    def use_mode(self, mode: str) -> None:
+        """See `wire.UseMode`.
+
+        Raises:
+          ValueError: always.
+        """
+        raise ValueError(f"{mode=}: this engine holds all layers, and has no path modes")
+
+    def adopt(self, request: Request, stored: int, *, moved: bool = True) -> None:
         """Queues a request whose prompt has been computed and written to memory that `arrivals` granted under its id.
 
         Its first output has its first token. If the prompt is lost, it is computed here.
 
         Args:
           stored: leading blocks of the prompt that are in the store already.
+          moved: whether they pass the node's card on their way to the device.
 
         Raises:
           ValueError, EngineDeadError: as `add`.
@@ -143,12 +175,8 @@ class Engine:
         if self.transfers is None:
             raise ValueError(f"request_id={request.request_id!r}: this engine expects nothing from others")
         sequences = [output.sequence for output in self._make_outputs(request)]
-        first = sequences[0]
-        if not self.transfers.arrivals.adopt(request.request_id, first.seq_id, stored=stored):
+        if not self.transfers.adopt(request.request_id, sequences, stored=stored, moved=moved):
             self.transfers.fetch(sequences)
-            return
-        for sequence in sequences:
-            self.scheduler.add(sequence)
 
     def _make_outputs(self, request: Request) -> list[_Output]:
         """Takes note of a request; its outputs are still to be queued."""
@@ -161,11 +189,7 @@ class Engine:
             raise ValueError("a request needs at least one prompt token and a limit of output tokens")
         root = root_key(self._fingerprint, self.runner.layout.fingerprint(), request.salt)
         base_seed = self._random.getrandbits(64) if params.seed is None else params.seed % 2**64
-        stops = frozenset(params.stop_token_ids or ()) | (frozenset() if params.ignore_eos else frozenset(self._eos))
-        if len(stops) > MAX_SUPPRESSED:
-            raise ValueError(
-                f"{len(stops)} tokens end this request, the model's own included; at most {MAX_SUPPRESSED} can"
-            )
+        stops = stop_tokens(params, self._eos)
         given = [tokens if tokens is None else list(tokens) for tokens in request.resumed or [()] * params.n]
         if len(given) != params.n or all(tokens is None or len(tokens) >= max_output for tokens in given):
             raise ValueError(f"{len(given)} outputs are resumed of {params.n}, or all of them are complete")
@@ -173,8 +197,6 @@ class Engine:
         for index, before in enumerate(given):
             if before is None:
                 continue
-            # The first output keeps the seed itself: n=1 and the first of n=2 agree.
-            seed = (base_seed + index * 0x9E3779B97F4A7C15) % 2**64
             wants_prompt = params.prompt_logprobs is not None and index == 0 and not before
             sequence = SequenceState(
                 seq_id=next(self._ids),
@@ -188,7 +210,7 @@ class Engine:
                 arrival=request.arrival,
                 use_cache=not wants_prompt,
             )
-            sampling = SlotSampling(params, (seed & 0xFFFFFFFF, seed >> 32), tuple(sorted(stops)))
+            sampling = slot_sampling(params, base_seed, index, stops)
             outputs.append(_Output(request, index, sequence, sampling, wants_prompt, self._clock()))
         self._requests[request.request_id] = outputs
         self.prompt_tokens += len(request.prompt_token_ids)
@@ -207,6 +229,15 @@ class Engine:
             if index is None or output.index == index:
                 self._finish(output.sequence, "abort")
                 self._emit_end(output, None)
+
+    def handle(self, message: Expect | Forget | Settled | PeerDied) -> None:
+        """The cluster says something of a prompt that comes from another engine."""
+        if self.transfers is not None:
+            self.transfers.handle(message)
+
+    def take_messages(self) -> list[Message]:
+        """What the cluster is to know, in order."""
+        return [] if self.transfers is None else self.transfers.take_messages()
 
     @property
     def descriptors(self) -> tuple[int, ...]:
@@ -240,6 +271,29 @@ class Engine:
             raise EngineDeadError(self._dead) from error
         events, self._events = self._events, []
         return events
+
+    def stats(self) -> dict[str, Any]:
+        """Counters and figures, named as in `EngineStats`."""
+        kv, scheduler, transfers = self.kv, self.scheduler, self.transfers
+        return {
+            "num_running": scheduler.num_running,
+            "num_waiting": scheduler.num_waiting + (0 if transfers is None else transfers.num_waiting),
+            "prompt_tokens": self.prompt_tokens,
+            "generation_tokens": self.generation_tokens,
+            "computed_prompt_tokens": scheduler.stats.prefill_tokens,
+            "prefix_cache_queries": kv.stats.prefix_queries,
+            "prefix_cache_hits": kv.stats.prefix_hits,
+            "host_cache_hits": kv.stats.host_hits,
+            "blocks_copied_out": kv.stats.copied_out,
+            "blocks_copied_in": kv.stats.copied_in,
+            "preemptions": scheduler.stats.preemptions_recompute + scheduler.stats.preemptions_swap,
+            "steps": scheduler.stats.steps,
+            "kv_blocks": kv.num_pages,
+            "kv_blocks_cached": kv.num_cached,
+            "kv_blocks_available": kv.num_available,
+            "store_cache_hits": kv.stats.staged_hits,
+            **({} if transfers is None else transfers.stats()),
+        }
 
     def check_integrity(self) -> None:
         """Raises `IntegrityError` if KV accounting, queues or requests contradict each other."""

@@ -10,13 +10,14 @@ have ended. That a connection was lost is not enough: a writer that lives may co
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from jaxdual.agent.wire import AwaitGone, GroupSlots, PeerGone, Push
+from jaxdual.agent.wire import AwaitGone, Done, GroupSlots, Load, PeerGone, Push
 from jaxdual.engine.agent_link import AgentLink
 from jaxdual.engine.departures import Departure, Departures
 from jaxdual.engine.request import Target
+from jaxdual.kv.keys import BlockKey
 from jaxdual.kv.layout import first_block
 from jaxdual.kv.lease import Lease
 from jaxdual.kv.manager import GroupPages
@@ -141,13 +142,18 @@ class _Arrival:
       tokens: of the prompt.
       peer: agent that writes its blocks.
       firsts: in each layer group, number of the first block that is wanted.
+      keys: of blocks that are read from the store, from number `first_read` on; of an only layer group.
+      deadline: by which that must be over, in seconds; None before it begins, and after.
     """
 
     request_id: str
     tokens: int
     peer: str
     firsts: tuple[int, ...]
+    keys: Sequence[BlockKey]
+    first_read: int
     lease: Lease | None = None
+    deadline: float | None = None
 
 
 class Arrivals:
@@ -160,6 +166,12 @@ class Arrivals:
       memory: of each layer group.
       places: where the staging pages of each lie in the slab.
       page_size: tokens a page.
+      timeout: seconds after which a prompt is lost whose stored blocks have not come.
+      clock: seconds, monotonic.
+
+    Attributes:
+      read, failed: blocks that were read from the store; gone or broken when they were to be read.
+      timeouts: prompts that were lost for it.
     """
 
     def __init__(
@@ -171,7 +183,11 @@ class Arrivals:
         memory: Sequence[GroupPages],
         places: Sequence[GroupSlots],
         page_size: int,
+        timeout: float,
+        clock: Callable[[], float],
     ) -> None:
+        self.read = self.failed = self.timeouts = 0
+        self._timeout, self._clock = timeout, clock
         self._link, self._staging, self._staged = link, staging, staged
         self._memory, self._places, self._page_size = memory, places, page_size
         self._queue: deque[_Arrival] = deque()
@@ -179,6 +195,7 @@ class Arrivals:
         self._ended: dict[str, _Arrival] = {}  # those that are in quarantine
         self._granted: list[tuple[str, Target | None]] = []
         self._lost: list[str] = []
+        self._hits_read: list[tuple[str, int]] = []
         self._dying: set[str] = set()
         link.on_death(self._agent_died)
         link.on_news(self._news)
@@ -188,10 +205,23 @@ class Arrivals:
         """Those of prompts that are granted and wanted."""
         return [arrival.lease for arrival in self._arrivals.values() if arrival.lease is not None]
 
-    def expect(self, request_id: str, tokens: int, peer: str) -> None:
-        """Reserves staging pages for a prompt, in the order of calls; `take_granted` says when they are there."""
+    def expect(
+        self, request_id: str, tokens: int, peer: str, keys: Sequence[BlockKey] = (), first_read: int = 0
+    ) -> None:
+        """Reserves staging pages for a prompt, in the order of calls; `take_granted` says when they are there.
+
+        Args:
+          keys: of blocks of an only layer group, which are read from the store then; `take_hits_read` says when they
+            are there.
+          first_read: number of the first of these.
+        """
         firsts = tuple(first_block(pages.window, tokens, self._page_size) for pages in self._memory)
-        self._queue.append(_Arrival(request_id, tokens, peer, firsts))
+        self._queue.append(_Arrival(request_id, tokens, peer, firsts, keys, first_read))
+
+    @property
+    def any_reading(self) -> bool:
+        """Whether stored blocks are read that must come in time."""
+        return any(arrival.deadline is not None for arrival in self._arrivals.values())
 
     def take_granted(self) -> list[tuple[str, Target | None]]:
         """Prompts that may be written now, and where; None for one that can't be taken here."""
@@ -200,8 +230,22 @@ class Arrivals:
         granted, self._granted = self._granted, []
         return granted
 
+    def take_hits_read(self) -> list[tuple[str, int]]:
+        """Prompts of which no more stored blocks are read, and how many leading ones of those that were to be read are
+        there.
+        """
+        read, self._hits_read = self._hits_read, []
+        return read
+
     def take_lost(self) -> list[str]:
         """Prompts that were granted and will never be complete here."""
+        now = self._clock()
+        for request_id, arrival in list(self._arrivals.items()):
+            if arrival.deadline is not None and now > arrival.deadline:
+                # What is still read would overwrite what is computed instead: these pages are of no use.
+                self.timeouts += 1
+                self.forget(request_id)
+                self._lost.append(request_id)
         lost, self._lost = self._lost, []
         return lost
 
@@ -272,7 +316,25 @@ class Arrivals:
         )
         target = Target(arrival.peer, attached.address, attached.descriptor, arrival.firsts, offsets)
         self._granted.append((arrival.request_id, target))
+        if arrival.keys:
+            self._load(arrival, lease)
         return True
+
+    def _load(self, arrival: _Arrival, lease: Lease) -> None:
+        """Reads stored blocks to where they belong, beside what the peer writes."""
+        era, leases = self._link.era, self._staging.leases
+        leases.begin_load(lease, era, 1)
+        arrival.deadline = self._clock() + self._timeout
+        slots = list(lease.slots[0][arrival.first_read :][: len(arrival.keys)])
+
+        def answered(done: Done) -> None:
+            self.read += sum(done.whole)
+            self.failed += len(done.whole) - sum(done.whole)
+            if leases.operation_over(lease.number, era) is not None:
+                arrival.deadline = None
+                self._hits_read.append((arrival.request_id, [*done.whole, False].index(False)))
+
+        self._link.ask(lambda number: Load(number, 0, list(arrival.keys), slots), answered)
 
     def _end(self, arrival: _Arrival) -> None:
         if arrival.lease is not None:

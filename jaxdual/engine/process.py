@@ -14,24 +14,26 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
-from jaxdual.engine.build import BuiltEngine, build_engine
+from jaxdual.config import EngineConfig
+from jaxdual.engine.build import Built, engine_of
+from jaxdual.engine.cluster_part import ClusterPart
+from jaxdual.engine.layerwise.build import prefill_engine_of
+from jaxdual.engine.loading import load_model
 from jaxdual.engine.request import Request, TokenEvent
 from jaxdual.engine.wire import (
     Abort,
     Add,
     Adopt,
-    AgentAt,
     Answer,
-    ArrivalLost,
     Ask,
     Compiled,
     Died,
     Events,
     Expect,
     Forget,
-    Granted,
-    HandedOff,
+    HitsRead,
     PeerDied,
     Prefill,
     Ready,
@@ -40,10 +42,12 @@ from jaxdual.engine.wire import (
     StartFailed,
     Stop,
     ToEngine,
+    UseMode,
 )
 from jaxdual.errors import EngineDeadError
 from jaxdual.frames import MessageSocket
 from jaxdual.kv.slots import IntegrityError
+from jaxdual.scheduling.loads import Role
 
 _STATS_SECONDS = 0.1  # between two figures sent along with events
 _WARM_UP_SECONDS = 1.0  # between two shapes that are compiled while requests wait for it
@@ -58,16 +62,15 @@ class EngineLoop:
       channel: to the front.
     """
 
-    def __init__(self, built: BuiltEngine, channel: MessageSocket) -> None:
+    def __init__(self, built: Built[Any], channel: MessageSocket) -> None:
         self._built = built
         self._engine = built.engine
         self._channel = channel
-        self._warm_ups: Iterator[tuple[str, Callable[[], float]]] = built.engine.runner.warm_ups()
+        self._warm_ups: Iterator[tuple[str, Callable[[], float]]] = built.engine.warm_ups()
         self._next_warm_up = next(self._warm_ups, None)
         self._warm_up_due = 0.0
         self._stats_due = 0.0
         self._stopping = False
-        self._agent_address: str | None = None  # as the front knows it
 
     def run(self) -> None:
         """Returns after `Stop`.
@@ -76,16 +79,16 @@ class EngineLoop:
           ConnectionError: the front is gone.
           EngineDeadError: the engine has failed.
         """
-        self._send_handoffs()
+        self._tell()
         while not self._stopping:
-            idle = not self._engine.has_work and self._next_warm_up is None
-            for message in self._channel.receive(wait=idle, beside=self._engine.descriptors):
+            timeout = self._engine.patience if self._next_warm_up is None else 0.0
+            for message in self._channel.receive(timeout, self._engine.descriptors):
                 self._handle(message)
             if self._engine.has_work:
                 self._send_events(self._engine.step())
             else:
                 self._engine.poll()
-            self._send_handoffs()
+            self._tell()
             # Now and then also beside requests: else a server under steady load would never be ready.
             free = not self._engine.has_work or time.monotonic() >= self._warm_up_due
             if self._next_warm_up is not None and free and not self._stopping:
@@ -95,14 +98,16 @@ class EngineLoop:
         match message:
             case Add(request):
                 self._queue(request, partial(self._engine.add, request))
-            case Prefill(request, target):
-                self._queue(request, partial(self._engine.add, request, target))
-            case Adopt(request, stored):
-                self._queue(request, partial(self._engine.adopt, request, stored))
-            case Expect() | Forget() | Settled() | PeerDied():
-                self._handle_arrival(message)
+            case Prefill(request, target, hits, moves):
+                self._queue(request, partial(self._engine.prefill, request, target, hits, moves=moves))
+            case Adopt(request, stored, moved):
+                self._queue(request, partial(self._engine.adopt, request, stored, moved=moved))
+            case Expect() | HitsRead() | Forget() | Settled() | PeerDied():
+                self._engine.handle(message)
             case Abort(request_id, index):
                 self._engine.abort(request_id, index)
+            case UseMode(number, mode):
+                self._channel.send(Answer(number, self._built.stats(), self._use_mode(mode)))
             case Ask(number, check_integrity):
                 self._channel.send(Answer(number, self._built.stats(), self._check() if check_integrity else None))
             case Stop():
@@ -118,34 +123,16 @@ class EngineLoop:
             ]
             self._channel.send(Events(refused, None))
 
-    def _handle_arrival(self, message: Expect | Forget | Settled | PeerDied) -> None:
-        if self._engine.transfers is None:
-            return
-        arrivals = self._engine.transfers.arrivals
-        match message:
-            case Expect(request_id, tokens, peer):
-                arrivals.expect(request_id, tokens, peer)
-            case Forget(request_id):
-                arrivals.forget(request_id)
-            case Settled(request_id):
-                arrivals.settled(request_id)
-            case PeerDied(peer):
-                arrivals.peer_died(peer)
+    def _tell(self) -> None:
+        for message in self._engine.take_messages():
+            self._channel.send(message)
 
-    def _send_handoffs(self) -> None:
-        transfers = self._engine.transfers
-        if transfers is None:
-            return
-        if transfers.agent_address != self._agent_address:
-            # Before what comes of it: else the next attempts would be made with the old one, too.
-            self._agent_address = transfers.agent_address
-            self._channel.send(AgentAt(self._agent_address))
-        for request_id, target in transfers.arrivals.take_granted():
-            self._channel.send(Granted(request_id, target))
-        for request_id in transfers.arrivals.take_lost():
-            self._channel.send(ArrivalLost(request_id))
-        for request_id, complete in transfers.exports.take_over():
-            self._channel.send(HandedOff(request_id, complete))
+    def _use_mode(self, mode: str) -> str | None:
+        try:
+            self._engine.use_mode(mode)
+        except ValueError as error:
+            return str(error)
+        return None
 
     def _check(self) -> str | None:
         try:
@@ -182,13 +169,13 @@ def main() -> int:
 
 
 def _serve(channel: MessageSocket) -> int:
-    start, *more = channel.receive(wait=True)
+    start, *more = channel.receive(None)
     if not isinstance(start, Start):
         raise TypeError(f"the first message is {type(start).__name__}, not Start")
     if more:  # before its answer, a front that sends more wants the end
         return 0
     try:
-        built = build_engine(start.config)
+        built = _build(start.config, start.part)
     except Exception as error:
         if not isinstance(error, ValueError):
             traceback.print_exc()
@@ -207,6 +194,14 @@ def _serve(channel: MessageSocket) -> int:
         channel.send(Died(str(error) if isinstance(error, EngineDeadError) else f"{type(error).__name__}: {error}"))
         return 1
     return 0
+
+
+def _build(config: EngineConfig, part: ClusterPart | None) -> Built[Any]:
+    """The engine that a front or a cluster wants."""
+    loaded = load_model(config)
+    if part is not None and part.role is Role.PREFILL and config.shares_kv_store and loaded.info.full_attention:
+        return prefill_engine_of(loaded, config, part)
+    return engine_of(loaded, config, part)
 
 
 def _give_way() -> None:

@@ -60,6 +60,19 @@ class Target:
     offsets: tuple[tuple[int, ...], ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Hits:
+    """Leading blocks of a prompt that are read from the store instead of computed.
+
+    Attributes:
+      here: how many the prefill engine reads, the first ones.
+      there: how many of those behind them the decode engine reads, to where the prompt's blocks go.
+    """
+
+    here: int = 0
+    there: int = 0
+
+
 @dataclass(slots=True)  # not frozen: one is made for every token, and frozen ones take four times as long to make
 class TokenEvent:
     """One step forward of one output of a request.

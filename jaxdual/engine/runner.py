@@ -12,11 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdual.engine import sampler
 from jaxdual.engine.buckets import Buckets, PrefillBatch
 from jaxdual.engine.paged import GroupTable
 from jaxdual.engine.request import TokenLogprobs
-from jaxdual.engine.sampler import Logprobs, SlotSampling
+from jaxdual.engine.slot_sampler import SampleBatch, Sampled, SampleRow, SlotBinding, SlotSampler
 from jaxdual.engine.steps import Programs
 from jaxdual.kv.layout import KVLayout, most_blocks
 from jaxdual.kv.manager import GroupPages, PageCopy, TableChange
@@ -24,20 +23,9 @@ from jaxdual.kv.slots import IntegrityError
 from jaxdual.scheduling.batch import Row, StepPlan
 from models import Decoder
 
-# Pages moved by one program between tiers, and prompt tokens scored by one: a copy or two of waste at the end of a
-# long move costs less than another program to compile.
+# Pages moved by one program between tiers: a copy or two of waste at the end of a long move costs less than another
+# program to compile.
 COPY_PAGES = 8
-_SCORE_TOKENS = 128
-
-
-@dataclass(frozen=True, slots=True)
-class SlotBinding:
-    """A sequence that runs from a step on: its slot, how it is sampled, and the tokens that penalties look at."""
-
-    slot: int
-    sampling: SlotSampling
-    prompt: Sequence[int]
-    output: Sequence[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,15 +34,6 @@ class ScoreTargets:
 
     skip: int
     tokens: Sequence[int]
-
-
-@dataclass(slots=True)  # not frozen: one is made for every token
-class Sampled:
-    """A token that a step gave a sequence."""
-
-    seq_id: int
-    token: int
-    logprobs: TokenLogprobs | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,15 +47,6 @@ class StepResult:
 
     sampled: tuple[Sampled, ...]
     prompt_logprobs: Mapping[int, tuple[TokenLogprobs, ...]]
-
-
-@dataclass(frozen=True, slots=True)
-class _Batch:
-    """Tokens under way: row number and sequence of each."""
-
-    seqs: tuple[tuple[int, int], ...]
-    tokens: jax.Array
-    logprobs: Logprobs | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +89,7 @@ class _Tables:
 class Launch:
     """A step that was dispatched and not fetched yet."""
 
-    batches: list[_Batch] = field(default_factory=list)
+    batches: list[SampleBatch] = field(default_factory=list)
     scored: list[_Scored] = field(default_factory=list)
 
 
@@ -153,7 +123,6 @@ class Runner:
     ) -> None:
         self.buckets = buckets
         self.programs = Programs(model, layout)
-        self.vocab_size = model.config.vocab_size
         self.layout = layout
         # Committed to the weights' device from the start, as what programs return is: else they compile twice.
         (device,) = self.programs.leaves[0].devices()
@@ -166,12 +135,11 @@ class Runner:
             _Tables(pages, max_num_seqs + 1, layout.page_size, layout.pages_for(max_model_len), max_chunk)
             for pages in memory
         ]
-        self._state = jax.device_put(sampler.new_state(max_num_seqs, self.vocab_size), device)
-        self._padding_slot = max_num_seqs
+        self._sampler = SlotSampler(self.programs, max_num_seqs, model.config.vocab_size)
+        self._padding_slot = self._sampler.padding_slot
         self._memory = tuple(memory)
         self._host = tuple(host)
         self._landing: deque[tuple[int, jax.Array, list[int]]] = deque()
-        self._sampling: dict[int, SlotSampling] = {}
 
     def dispatch(self, plan: StepPlan, bindings: Sequence[SlotBinding], targets: Mapping[int, ScoreTargets]) -> Launch:
         """Starts a step.
@@ -186,7 +154,7 @@ class Runner:
         for slot, change in plan.tables:
             self._tables[change.group].change(slot, change)
         for binding in bindings:
-            self._bind(binding)
+            self._sampler.bind(binding)
         # Rows before chunks: they wait for the step before this one already, so their tokens come first.
         if plan.rows:
             self._decode(launch, plan.rows)
@@ -196,16 +164,10 @@ class Runner:
 
     def fetch(self, launch: Launch) -> StepResult:
         """Waits for a step and brings its results to the host."""
-        sampled = []
-        for batch in launch.batches:
-            tokens = np.asarray(batch.tokens)
-            logprobs = None if batch.logprobs is None else Logprobs(*map(np.asarray, batch.logprobs))
-            for row, seq_id in batch.seqs:
-                part = None if logprobs is None else _logprobs_at(logprobs, row)
-                sampled.append(Sampled(seq_id, int(tokens[row]), part))
+        sampled = [one for batch in launch.batches for one in batch.fetch()]
         self._land()
         prompt_logprobs = {
-            seq_id: self._score(scored.x, first, wanted)
+            seq_id: self._sampler.score(scored.x, first, wanted)
             for scored in launch.scored
             for seq_id, first, wanted in scored.parts
         }
@@ -256,7 +218,8 @@ class Runner:
         tokens[: len(rows)] = [-1 if row.token is None else row.token for row in rows]
         positions[: len(rows)] = [row.position for row in rows]
         x = self._run_decode(slots, tokens, positions, self._group_tables(slots, 1))
-        self._sample(launch, x, [(index, row.seq_id, row.slot, row.output_index) for index, row in enumerate(rows)])
+        sampling = [SampleRow(index, row.seq_id, row.slot, row.output_index) for index, row in enumerate(rows)]
+        launch.batches.append(self._sampler.sample(x, sampling))
 
     def _prefill(self, launch: Launch, batch: PrefillBatch, targets: Mapping[int, ScoreTargets]) -> None:
         shape = batch.shape
@@ -278,56 +241,15 @@ class Runner:
         if parts:
             launch.scored.append(_Scored(x, parts))
         sampling = [
-            (index, chunk.seq_id, chunk.slot, chunk.output_index)
+            SampleRow(index, chunk.seq_id, chunk.slot, chunk.output_index)
             for index, chunk in enumerate(batch.chunks)
             if chunk.samples
         ]
         if sampling:
-            self._sample(launch, last, sampling)
+            launch.batches.append(self._sampler.sample(last, sampling))
 
     def _group_tables(self, slots: np.ndarray, chunk: int) -> tuple[GroupTable, ...]:
         return tuple(tables.of(slots, chunk) for tables in self._tables)
-
-    def _sample(self, launch: Launch, x: jax.Array, rows: Sequence[tuple[int, int, int, int]]) -> None:
-        """Samples rows of `x`, given as row number, sequence, slot and output index."""
-        packed: list[tuple[int, int, SlotSampling] | None] = [None] * x.shape[0]
-        for index, _, slot, output_index in rows:
-            packed[index] = (slot, output_index, self._sampling[slot])
-        inputs = sampler.pack(packed, self._padding_slot, self.vocab_size)
-        tokens, logprobs = self._run_sample(x, inputs)
-        launch.batches.append(
-            _Batch(
-                seqs=tuple((index, seq_id) for index, seq_id, _, _ in rows),
-                tokens=tokens,
-                logprobs=logprobs if inputs.wants_logprobs.any() else None,
-            )
-        )
-
-    def _bind(self, binding: SlotBinding) -> None:
-        params = binding.sampling.params
-        self._sampling[binding.slot] = binding.sampling
-        if not (params.has_penalties or params.logit_bias):
-            return
-        in_prompt = np.zeros(self.vocab_size, bool)
-        in_prompt[list(binding.prompt)] = True
-        bias = np.zeros(self.vocab_size, np.float32)
-        for token, value in (params.logit_bias or {}).items():
-            bias[token] = value
-        counts = np.bincount(np.asarray(binding.output, np.int64), minlength=self.vocab_size).astype(np.int32)
-        self._run_set_slot(binding.slot, counts, in_prompt, bias)
-
-    def _score(self, x: jax.Array, first: int, targets: Sequence[int]) -> tuple[TokenLogprobs, ...]:
-        rows = np.asarray(x)[first : first + len(targets)]
-        scores: list[TokenLogprobs] = []
-        for start in range(0, len(targets), _SCORE_TOKENS):
-            part = rows[start : start + _SCORE_TOKENS]
-            padded = np.zeros((_SCORE_TOKENS, rows.shape[1]), rows.dtype)
-            padded[: len(part)] = part
-            tokens = np.zeros(_SCORE_TOKENS, np.int32)
-            tokens[: len(part)] = targets[start : start + _SCORE_TOKENS]
-            logprobs = self._run_score(padded, tokens)
-            scores += [_logprobs_at(logprobs, row) for row in range(len(part))]
-        return tuple(scores)
 
     # Copies between tiers.
 
@@ -363,7 +285,7 @@ class Runner:
         programs = self.programs
         x: jax.Array
         self.arenas, x = programs.decode(
-            programs.leaves, self.arenas, self._state.last_token, slots, tokens, positions, tables
+            programs.leaves, self.arenas, self._sampler.last_token, slots, tokens, positions, tables
         )
         return x
 
@@ -373,16 +295,6 @@ class Runner:
         programs = self.programs
         self.arenas, x, last = programs.prefill(programs.leaves, self.arenas, tokens, starts, counts, tables)
         return x, last
-
-    def _run_sample(self, x: jax.Array, inputs: sampler.SampleInputs) -> tuple[jax.Array, Logprobs]:
-        self._state, tokens, logprobs = self.programs.sample(self.programs.leaves, x, self._state, inputs)
-        return tokens, logprobs
-
-    def _run_score(self, x: np.ndarray, tokens: np.ndarray) -> Logprobs:
-        return Logprobs(*map(np.asarray, self.programs.score(self.programs.leaves, x, tokens)))
-
-    def _run_set_slot(self, slot: int, counts: np.ndarray, in_prompt: np.ndarray, bias: np.ndarray) -> None:
-        self._state = self.programs.set_slot(self._state, np.int32(slot), counts, in_prompt, bias)
 
     def _run_gather(self, group: int, pages: np.ndarray) -> jax.Array:
         rows = self.layout.groups[group].rows_per_page
@@ -402,22 +314,10 @@ class Runner:
             hidden[rows] = self._run_decode(slots, empty, empty - 1, self._group_tables(slots, 1))
             return hidden[rows]
 
-        def sample(rows: int) -> object:
-            return self._run_sample(hidden[rows], sampler.pack([None] * rows, self._padding_slot, self.vocab_size))
-
         def prefill(rows: int, chunk: int) -> object:
             tokens, empty = np.zeros((rows, chunk), np.int32), np.zeros(rows, np.int32)
             slots = np.full(rows, self._padding_slot, np.int32)
             return self._run_prefill(tokens, empty, empty, self._group_tables(slots, chunk))
-
-        def score() -> object:
-            x = hidden[self.buckets.rows[0]]
-            return self._run_score(np.zeros((_SCORE_TOKENS, x.shape[1]), x.dtype), np.zeros(_SCORE_TOKENS, np.int32))
-
-        def set_slot() -> object:
-            row = np.zeros(self.vocab_size, np.int32)
-            self._run_set_slot(self._padding_slot, row, row.astype(bool), row.astype(np.float32))
-            return self._state
 
         def copy_out(group: int) -> object:
             return self.gather(group, ())
@@ -429,11 +329,9 @@ class Runner:
 
         for rows in self.buckets.rows:
             yield f"decode rows={rows}", partial(decode, rows)
-            yield f"sample rows={rows}", partial(sample, rows)
         for shape in self.buckets.prefill_shapes:
             yield f"prefill rows={shape.rows} tokens={shape.chunk}", partial(prefill, shape.rows, shape.chunk)
-        yield f"score tokens={_SCORE_TOKENS}", score
-        yield "set slot", set_slot
+        yield from self._sampler.warm_ups(hidden.__getitem__, self.buckets.rows)
         for group, host in enumerate(self._host):
             if len(host):
                 yield f"copy out group={group} pages={COPY_PAGES}", partial(copy_out, group)
@@ -450,11 +348,3 @@ def _runs(copies: Sequence[PageCopy]) -> Iterator[list[PageCopy]]:
         run.append(copy)
     if run:
         yield run
-
-
-def _logprobs_at(logprobs: Logprobs, row: int) -> TokenLogprobs:
-    return TokenLogprobs(
-        chosen=float(logprobs.chosen[row]),
-        rank=int(logprobs.rank[row]),
-        top=tuple(zip(logprobs.top_tokens[row].tolist(), logprobs.top[row].tolist(), strict=True)),
-    )

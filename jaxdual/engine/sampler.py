@@ -88,6 +88,27 @@ class SlotSampling:
     suppressed: tuple[int, ...]
 
 
+def stop_tokens(params: SamplingParams, eos_token_ids: Sequence[int]) -> frozenset[int]:
+    """Tokens that end a request, the model's own included.
+
+    Raises:
+      ValueError: they are too many.
+    """
+    stops = frozenset(params.stop_token_ids or ()) | (frozenset() if params.ignore_eos else frozenset(eos_token_ids))
+    if len(stops) > MAX_SUPPRESSED:
+        raise ValueError(
+            f"{len(stops)} tokens end this request, the model's own included; at most {MAX_SUPPRESSED} can"
+        )
+    return stops
+
+
+def slot_sampling(params: SamplingParams, seed: int, index: int, stops: frozenset[int]) -> SlotSampling:
+    """How output number `index` of a request is sampled whose seed, given or drawn, has 64 bits."""
+    # The first output keeps the seed itself: n=1 and the first of n=2 agree.
+    seed = (seed + index * 0x9E3779B97F4A7C15) % 2**64
+    return SlotSampling(params, (seed & 0xFFFFFFFF, seed >> 32), tuple(sorted(stops)))
+
+
 def new_state(max_num_seqs: int, vocab_size: int) -> SamplerState:
     """State of `max_num_seqs` sequences and the padding row."""
     slots = max_num_seqs + 1

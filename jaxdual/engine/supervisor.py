@@ -10,8 +10,9 @@ from collections.abc import Callable, Collection, Sequence
 from jaxdual.config import ClusterConfig, ConfigError, EngineConfig
 from jaxdual.engine.client import EngineProcess
 from jaxdual.engine.request import Request, TokenEvent
-from jaxdual.engine.wire import Abort, Add, Answer, Ask, Compiled, Events, Ready, StartFailed
+from jaxdual.engine.wire import Abort, Add, Answer, Ask, Compiled, Events, Ready, StartFailed, UseMode
 from jaxdual.errors import EngineDeadError, NotServingError
+from jaxdual.frames import Message
 from jaxdual.outputs import EngineInfo, EngineStats
 
 _MOST_FAILED_STARTS = 5  # in a row; a start has failed if the engine dies before it serves
@@ -183,13 +184,27 @@ class EngineSupervisor:
         Raises:
           EngineDeadError: there is no engine now.
         """
+        return await self._question(lambda number: Ask(number, check_integrity))
+
+    async def use_mode(self, mode: str) -> None:
+        """See `wire.UseMode`.
+
+        Raises:
+          ValueError: it can't be done now, or there is no such mode.
+          EngineDeadError: there is no engine now.
+        """
+        answer = await self._question(lambda number: UseMode(number, mode))
+        if answer.error is not None:
+            raise ValueError(answer.error)
+
+    async def _question(self, message: Callable[[int], Message]) -> Answer:
         await self.start()
         if self._process is None or not self._ready:
             raise EngineDeadError(self._why_stopped if self._state is EngineState.STOPPED else "the engine restarts")
         self._asked += 1
         question: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         self._questions[self._asked] = question
-        self._process.send(Ask(self._asked, check_integrity))
+        self._process.send(message(self._asked))
         return await question
 
     # What the process says.

@@ -12,16 +12,20 @@ from typing import Any
 
 import numpy as np
 
-from jaxdual.agent.wire import GroupSlots, Save
+from jaxdual.agent.wire import GroupSlots, Save, ToDevice
 from jaxdual.engine.agent_link import Agent, AgentLink
 from jaxdual.engine.departures import Departure, Departures
 from jaxdual.engine.handoff import Arrivals, Exports
 from jaxdual.engine.store_reader import StoreReader
+from jaxdual.engine.wire import AgentAt, ArrivalLost, Expect, Forget, Granted, HandedOff, HitsRead, PeerDied, Settled
+from jaxdual.frames import Message
 from jaxdual.kv.lease import Lease, LeaseState
 from jaxdual.kv.manager import GroupPages, KVManager, PublishedBlock
 from jaxdual.kv.slots import IntegrityError
 from jaxdual.kv.staging import StagedSequences, Staging
 from jaxdual.scheduling.batch import SequenceState
+
+_LOOK_SECONDS = 0.1  # between two looks at deadlines, while nothing comes
 
 
 class Transfers:
@@ -65,8 +69,21 @@ class Transfers:
         self._departures = Departures(self._link, self._staging, host=host, gather=gather, most_pages=most_pages)
         self.exports = Exports(self._link, self._departures, places)
         self.arrivals = Arrivals(
-            self._link, self._staging, self._staged, memory=memory, places=places, page_size=kv.page_size
+            self._link,
+            self._staging,
+            self._staged,
+            memory=memory,
+            places=places,
+            page_size=kv.page_size,
+            timeout=load_timeout,
+            clock=clock,
         )
+        self._kv, self._places = kv, places
+        # Outputs of prompts from elsewhere that are on their way to the device, each request's together, and those that
+        # may go there.
+        self._passing: list[list[SequenceState]] = []
+        self._passed: list[SequenceState] = []
+        self._link.on_death(self._agent_died)
         self._written = self._lost = 0
 
     # Sequences.
@@ -74,14 +91,46 @@ class Transfers:
     @property
     def num_waiting(self) -> int:
         """Sequences that are held back."""
-        return self._reader.num_waiting
+        return self._reader.num_waiting + len(self._passed) + sum(map(len, self._passing))
 
     def fetch(self, sequences: Sequence[SequenceState]) -> None:
         """Takes the outputs of a new request; `poll` gives them back when they are to be queued."""
         self._reader.fetch(sequences, look=self._reads)
 
+    def adopt(self, request_id: str, sequences: Sequence[SequenceState], *, stored: int, moved: bool) -> bool:
+        """Takes the outputs of a request whose prompt has come from another engine; `poll` gives them back. False if
+        it is lost here.
+
+        Args:
+          stored: leading blocks that are in the store already.
+          moved: whether its blocks pass the node's card on their way to the device.
+        """
+        if not self.arrivals.adopt(request_id, sequences[0].seq_id, stored=stored):
+            return False
+        if not moved:
+            self._passed += sequences
+            return True
+        passing = list(sequences)
+        self._passing.append(passing)
+
+        def answered(_: object) -> None:
+            self._passing.remove(passing)
+            self._passed += passing
+
+        nbytes = sum(
+            place.block_bytes * len(slots)
+            for place, slots in zip(self._places, self._staged.slots_of(sequences[0].seq_id), strict=True)
+        )
+        self._link.ask(lambda number: ToDevice(number, nbytes), answered)
+        return True
+
     def drop(self, sequence: SequenceState) -> bool:
         """Forgets a sequence that has ended; False if it is not held back."""
+        for held in (self._passed, *self._passing):
+            if sequence in held:
+                held.remove(sequence)
+                self._kv.release(sequence.seq_id)
+                return True
         return self._reader.drop(sequence)
 
     def poll(self, timeout: float = 0.0) -> list[tuple[SequenceState, float]]:
@@ -92,7 +141,13 @@ class Transfers:
         """
         self._link.poll(timeout)
         self._departures.send()
-        return self._reader.take_ready()
+        passed, self._passed = self._passed, []
+        return [*((sequence, 0.0) for sequence in passed), *self._reader.take_ready()]
+
+    @property
+    def patience(self) -> float | None:
+        """Seconds after which `take_messages` is to be called though nothing has come; None for never."""
+        return _LOOK_SECONDS if self.arrivals.any_reading else None
 
     @property
     def descriptors(self) -> tuple[int, ...]:
@@ -138,21 +193,51 @@ class Transfers:
         departure = Departure(group, len(blocks), lambda number, slots: Save(number, group, keys, parents, slots), done)
         self._departures.add(departure, [block.page for block in blocks])
 
+    # Other engines.
+
+    def handle(self, message: Expect | Forget | Settled | PeerDied) -> None:
+        """The cluster says something of a prompt that comes from another engine."""
+        match message:
+            case Expect(request_id, tokens, peer, keys, first):
+                self.arrivals.expect(request_id, tokens, peer, keys, first)
+            case Forget(request_id):
+                self.arrivals.forget(request_id)
+            case Settled(request_id):
+                self.arrivals.settled(request_id)
+            case PeerDied(peer):
+                self.arrivals.peer_died(peer)
+
+    def take_messages(self) -> list[Message]:
+        """What the cluster is to know, in order."""
+        address = self._link.new_address()
+        return [
+            # Before what comes of it: else the next attempts would be made with the old one, too.
+            *([] if address is None else [AgentAt(address)]),
+            *(Granted(request_id, target) for request_id, target in self.arrivals.take_granted()),
+            *(HitsRead(request_id, blocks) for request_id, blocks in self.arrivals.take_hits_read()),
+            *(ArrivalLost(request_id) for request_id in self.arrivals.take_lost()),
+            *(HandedOff(request_id, complete) for request_id, complete in self.exports.take_over()),
+        ]
+
+    def _agent_died(self) -> None:
+        # What they wait for is in memory of this engine: no agent is needed for the rest of its way.
+        for passing in self._passing:
+            self._passed += passing
+        self._passing.clear()
+
     # Figures and the end.
 
     def stats(self) -> dict[str, Any]:
         """Counters since start, named as in `EngineStats`."""
-        return dataclasses.asdict(self._reader.stats) | {
+        reads, arrivals = dataclasses.asdict(self._reader.stats), self.arrivals
+        reads["store_blocks_read"] += arrivals.read
+        reads["store_blocks_failed"] += arrivals.failed
+        reads["store_timeouts"] += arrivals.timeouts
+        return reads | {
             "store_blocks_written": self._written,
             "store_blocks_lost": self._lost,
             "kv_agent_restarts": self._link.restarts,
         }
-
-    @property
-    def agent_address(self) -> str:
-        """Where agents of other engines reach the present one; "" if they don't."""
-        attached = self._link.attached
-        return "" if attached is None else str(attached.address)
 
     def close(self, timeout: float = 10.0) -> None:
         """Waits until all that is full is stored, up to `timeout` seconds, and ends the agent."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from jaxdual.config import ClusterConfig, EngineConfig
-from jaxdual.engine.request import Request, Target, TokenEvent
+from jaxdual.engine.cluster_part import ClusterPart
+from jaxdual.engine.request import Hits, Request, Target, TokenEvent
 from jaxdual.frames import Message
 from jaxdual.outputs import EngineInfo, EngineStats
 
@@ -11,10 +12,16 @@ from jaxdual.outputs import EngineInfo, EngineStats
 
 
 class Start(Message, frozen=True, tag=True):
-    """The first message: which engine to be, or which cluster. Answered by `Ready` or `StartFailed`."""
+    """The first message: which engine to be, or which cluster. Answered by `Ready` or `StartFailed`.
+
+    Attributes:
+      cluster: of a cluster: which engines.
+      part: of an engine: what it is to its cluster.
+    """
 
     config: EngineConfig
     cluster: ClusterConfig = ClusterConfig()
+    part: ClusterPart | None = None
 
 
 class Add(Message, frozen=True, tag=True):
@@ -26,27 +33,55 @@ class Add(Message, frozen=True, tag=True):
 class Prefill(Message, frozen=True, tag=True):
     """Queues a request, and has the keys and values of its prompt written to `target`. Answered by `HandedOff`, beside
     `Events`.
+
+    Attributes:
+      hits: what is read from the store; an engine that holds all layers looks for itself.
+      moves: False reads and writes nothing, takes hits for read and gives tokens of no meaning: it shows how fast
+        computing alone is.
     """
 
     request: Request
     target: Target
+    hits: Hits = Hits()
+    moves: bool = True
 
 
 class Expect(Message, frozen=True, tag=True):
     """Reserves memory for the keys and values of a prompt of so many tokens, which `peer` will write. Answered by
-    `Granted`.
+    `Granted`, and by `HitsRead` where there are keys.
+
+    Attributes:
+      keys: of blocks that this engine reads from the store, neighbours.
+      first: number of the first of them.
     """
 
     request_id: str
     tokens: int
     peer: str
+    keys: tuple[bytes, ...] = ()
+    first: int = 0
+
+
+class HitsRead(Message, frozen=True, tag=True):
+    """So many of the stored blocks of a prompt that an engine was to read are in its memory; the rest are not, and it
+    reads no more for it. Comes from either engine; that of the decode engine is handed on to the prefill engine.
+    """
+
+    request_id: str
+    blocks: int
 
 
 class Adopt(Message, frozen=True, tag=True):
-    """Queues a request whose prompt has been written, the leading `stored` blocks of it being in the store already."""
+    """Queues a request whose prompt has been written.
+
+    Attributes:
+      stored: leading blocks of it that are in the store already.
+      moved: see `Prefill.moves`.
+    """
 
     request: Request
     stored: int
+    moved: bool = True
 
 
 class Forget(Message, frozen=True, tag=True):
@@ -72,6 +107,15 @@ class Abort(Message, frozen=True, tag=True):
 
     request_id: str
     index: int | None = None
+
+
+class UseMode(Message, frozen=True, tag=True):
+    """Has a cluster, or its prefill engines, go on in another path mode; nothing may be under way. Answered by
+    `Answer`, whose `error` says why it can't.
+    """
+
+    number: int
+    mode: str
 
 
 class Ask(Message, frozen=True, tag=True):
@@ -157,5 +201,9 @@ class Died(Message, frozen=True, tag=True):
     message: str
 
 
-ToEngine = Start | Add | Prefill | Expect | Adopt | Forget | Settled | PeerDied | Abort | Ask | Stop
-ToFront = Ready | StartFailed | Compiled | Events | AgentAt | Granted | ArrivalLost | HandedOff | Answer | Died
+ToEngine = (
+    Start | Add | Prefill | Expect | HitsRead | Adopt | Forget | Settled | PeerDied | Abort | UseMode | Ask | Stop
+)
+ToFront = (
+    Ready | StartFailed | Compiled | Events | AgentAt | Granted | HitsRead | ArrivalLost | HandedOff | Answer | Died
+)

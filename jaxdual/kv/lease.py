@@ -7,8 +7,8 @@ requests end at any time; the slots come back only when nobody can touch them an
 | state | may write the bytes | may read them | next |
 | --- | --- | --- | --- |
 | reserved | nobody | nobody | loading; ready, where the owner fills the slots itself; end |
-| loading | the operations under way | nobody | ready, when the last of them is over; end |
-| ready | nobody | the owner | in use; end |
+| loading | the operations under way | a peer that writes too | ready, when the last of them is over; end |
+| ready | nobody | the owner, and its agent for it | in use; end |
 | in use | nobody | the operations under way, the owner | ready, when the last of them is over; end |
 | quarantined | what is still under way | what is still under way | released, when the last of them is over |
 | released | nobody | nobody | the slots belong to others, and the lease's number is never used again |
@@ -87,8 +87,8 @@ class LeaseBook:
         return lease
 
     def begin_load(self, lease: Lease, carrier: Hashable, operations: int) -> None:
-        """Operations of `carrier` write to the slots from now on."""
-        self._move(lease, (LeaseState.RESERVED,), LeaseState.LOADING)
+        """Operations of `carrier` write to the slots from now on, beside those of other carriers."""
+        self._move(lease, (LeaseState.RESERVED, LeaseState.LOADING), LeaseState.LOADING)
         self._begin(lease, carrier, operations)
 
     def filled(self, lease: Lease) -> None:

@@ -86,6 +86,10 @@ class StagedSequences:
         self._kv.stage(seq_id, parts, computed, stored=stored)
         self._leases[seq_id] = lease
 
+    def slots_of(self, seq_id: int) -> tuple[tuple[int, ...], ...]:
+        """Staging pages of a sequence, of each layer group."""
+        return self._leases[seq_id].slots
+
     def release(self, seq_ids: Sequence[int]) -> None:
         """The copies to the device of what these sequences had here are under way, or they have ended."""
         for seq_id in seq_ids:

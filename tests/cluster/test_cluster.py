@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from jaxdual import SamplingParams
 from jaxdual.cluster.cluster import Cluster
-from jaxdual.engine.request import Request, Target, TokenEvent
+from jaxdual.engine.request import Hits, Request, Target, TokenEvent
 from jaxdual.engine.wire import (
     Abort,
     Add,
@@ -23,10 +23,12 @@ from jaxdual.engine.wire import (
     Forget,
     Granted,
     HandedOff,
+    HitsRead,
     PeerDied,
     Prefill,
     Settled,
 )
+from jaxdual.kv.keys import KeyChain, root_key
 from jaxdual.outputs import EngineStats
 from jaxdual.scheduling.loads import Role
 from jaxdual.scheduling.path_modes import PathMode
@@ -52,6 +54,8 @@ class Running:
     request: Request
     tokens: list[list[int] | None]
     target: Target | None = None
+    hits: Hits = field(default_factory=Hits)
+    read_there: int | None = 0  # blocks, as the prefill engine knows; None while it does not
 
 
 @dataclass
@@ -64,9 +68,15 @@ class EngineModel:
     inbox: deque[Any] = field(default_factory=deque)
     running: dict[str, Running] = field(default_factory=dict)
     writing: dict[str, bool] = field(default_factory=dict)  # prompts that are being written elsewhere: still wanted
-    expected: dict[str, str] = field(default_factory=dict)  # by request: peer, of what is not granted
+    expected: dict[str, Expect] = field(default_factory=dict)  # what is not granted
+    reading: dict[str, int] = field(default_factory=dict)  # blocks that are read from the store into what is granted
     granted: dict[str, str] = field(default_factory=dict)
     quarantined: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def ready(self) -> list[str]:
+        """Those that run and wait for nothing that is read."""
+        return sorted(name for name, running in self.running.items() if running.read_there is not None)
 
 
 class ClusterMachine(RuleBasedStateMachine):
@@ -81,12 +91,15 @@ class ClusterMachine(RuleBasedStateMachine):
         self.aborted: set[tuple[str, int]] = set()
         self.addresses = 0
         self.requests = 0
+        self.looking: list[tuple[int, int]] = []
         self.cluster = Cluster(
-            PathScheduler(PathMode(ReadPolicy.PREFILL_ONLY), PrefillPlacement(10**6, 10**6), block_tokens=PAGE),
+            PathScheduler(PathMode(ReadPolicy.SPLIT), PrefillPlacement(10**6, 10**6), block_tokens=PAGE),
             send=self.send,
             deliver=self.deliver,
             page_size=PAGE,
             clock=lambda: 0.0,
+            key_chain=lambda salt: KeyChain(root_key(b"model", b"layout", salt), PAGE),
+            look=lambda number, keys: self.looking.append((number, len(keys))),
         )
         for number in range(4):
             self.come(number)
@@ -113,7 +126,7 @@ class ClusterMachine(RuleBasedStateMachine):
         self.engines[number] = EngineModel(number, role, f"agent {self.addresses}")
         self.cluster.joined(number, role, self.engines[number].address, FIGURES)
 
-    @rule(length=st.integers(1, 9), outputs=st.integers(1, 2), tokens=st.integers(1, 4))
+    @rule(length=st.integers(1, 25), outputs=st.integers(1, 2), tokens=st.integers(1, 4))
     def submit(self, length: int, outputs: int, tokens: int) -> None:
         self.requests += 1
         name = str(self.requests)
@@ -142,6 +155,12 @@ class ClusterMachine(RuleBasedStateMachine):
         if number not in self.engines:
             self.come(number)
 
+    @precondition(lambda self: self.looking)
+    @rule(data=st.data())
+    def find(self, data: st.DataObject) -> None:
+        number, most = self.looking.pop(0)
+        self.cluster.found(number, data.draw(st.sampled_from(range(most, -1, -1))))
+
     # What engines do.
 
     @precondition(lambda self: any(engine.inbox for engine in self.engines.values()))
@@ -149,17 +168,21 @@ class ClusterMachine(RuleBasedStateMachine):
     def hear(self, data: st.DataObject) -> None:
         engine = self.engines[data.draw(st.sampled_from([n for n, e in sorted(self.engines.items()) if e.inbox]))]
         match engine.inbox.popleft():
-            case Prefill(request, target):
+            case Prefill(request, target, hits, moves):
                 assert engine.role is Role.PREFILL
+                assert moves
                 assert request.params.n == 1
                 given = [list(tokens) for tokens in request.resumed or ((),)]
                 assert request.params.max_tokens == len(given[0]) + 1
-                engine.running[request.request_id] = Running(request, list(given), target)
+                assert (hits.here + hits.there) * PAGE < len(request.prompt_token_ids) + len(given[0])
+                waits = None if hits.there else 0
+                engine.running[request.request_id] = Running(request, list(given), target, hits, waits)
                 engine.writing[request.request_id] = True
             case Add(request):
                 self.run(engine, request)
             case Adopt(request):
                 # Or it is lost, and computed again.
+                assert request.request_id not in engine.reading, "adopted what is still read"
                 known = engine.granted.pop(request.request_id, None)
                 assert known or engine.quarantined.pop(request.request_id, None), "adopted what was not granted"
                 self.run(engine, request)
@@ -172,11 +195,18 @@ class ClusterMachine(RuleBasedStateMachine):
                         running.tokens[number] = None if index in (None, number) else running.tokens[number]
                     if all(tokens is None for tokens in running.tokens):
                         del engine.running[name]
-            case Expect(name, tokens, peer):
-                assert tokens > 0
-                engine.expected[name] = peer
+            case Expect(name, tokens) as expect:
+                assert len(expect.keys) * PAGE < tokens
+                engine.expected[name] = expect
+            case HitsRead(name, blocks):
+                assert engine.role is Role.PREFILL
+                if name in engine.running:
+                    assert engine.running[name].read_there is None, "said twice"
+                    assert blocks <= engine.running[name].hits.there
+                    engine.running[name].read_there = blocks
             case Forget(name):
                 engine.expected.pop(name, None)
+                engine.reading.pop(name, None)
                 if name in engine.granted:
                     engine.quarantined[name] = engine.granted.pop(name)
             case Settled(name):
@@ -186,6 +216,7 @@ class ClusterMachine(RuleBasedStateMachine):
                 for held in (engine.granted, engine.quarantined):
                     for name in [name for name, other in held.items() if other == peer]:
                         del held[name]
+                        engine.reading.pop(name, None)
 
     def run(self, engine: EngineModel, request: Request) -> None:
         assert engine.role is Role.DECODE
@@ -197,12 +228,28 @@ class ClusterMachine(RuleBasedStateMachine):
     def grant(self, data: st.DataObject, fits: bool) -> None:
         engine = self.engines[data.draw(st.sampled_from([n for n, e in sorted(self.engines.items()) if e.expected]))]
         name = next(iter(engine.expected))
-        peer = engine.expected.pop(name)
+        expect = engine.expected.pop(name)
         target = None
         if fits:
-            engine.granted[name] = peer
-            target = Target(peer, engine.address, b"", (0,), ((0,),))
+            engine.granted[name] = expect.peer
+            target = Target(expect.peer, engine.address, b"", (0,), ((0,),))
+            if expect.keys:
+                engine.reading[name] = len(expect.keys)
         self.cluster.message(engine.number, Granted(name, target))
+
+    @precondition(lambda self: any(engine.reading for engine in self.engines.values()))
+    @rule(data=st.data())
+    def read_there(self, data: st.DataObject) -> None:
+        engine = self.engines[data.draw(st.sampled_from([n for n, e in sorted(self.engines.items()) if e.reading]))]
+        name = next(iter(engine.reading))
+        most = engine.reading.pop(name)
+        self.cluster.message(engine.number, HitsRead(name, data.draw(st.sampled_from(range(most, -1, -1)))))
+
+    @precondition(lambda self: any(engine.writing for engine in self.engines.values()))
+    @rule(data=st.data())
+    def read_here(self, data: st.DataObject) -> None:
+        engine = self.engines[data.draw(st.sampled_from([n for n, e in sorted(self.engines.items()) if e.writing]))]
+        self.cluster.message(engine.number, HitsRead(data.draw(st.sampled_from(sorted(engine.writing))), 0))
 
     @precondition(lambda self: any(engine.granted for engine in self.engines.values()))
     @rule(data=st.data())
@@ -210,13 +257,14 @@ class ClusterMachine(RuleBasedStateMachine):
         engine = self.engines[data.draw(st.sampled_from([n for n, e in sorted(self.engines.items()) if e.granted]))]
         name = next(iter(engine.granted))
         engine.quarantined[name] = engine.granted.pop(name)
+        engine.reading.pop(name, None)
         self.cluster.message(engine.number, ArrivalLost(name))
 
-    @precondition(lambda self: any(engine.running for engine in self.engines.values()))
+    @precondition(lambda self: any(engine.ready for engine in self.engines.values()))
     @rule(data=st.data(), fails=st.sampled_from([False] * 7 + [True]))
     def step(self, data: st.DataObject, fails: bool) -> None:
-        engine = self.engines[data.draw(st.sampled_from([n for n, e in sorted(self.engines.items()) if e.running]))]
-        name = data.draw(st.sampled_from(sorted(engine.running)))
+        engine = self.engines[data.draw(st.sampled_from([n for n, e in sorted(self.engines.items()) if e.ready]))]
+        name = data.draw(st.sampled_from(engine.ready))
         running = engine.running[name]
         events = []
         for index, tokens in enumerate(running.tokens):
@@ -270,15 +318,19 @@ class ClusterMachine(RuleBasedStateMachine):
                 if self.ended[key] == "length":
                     assert len(self.got[key]) == request.params.max_tokens
         for engine in self.engines.values():
-            left = (engine.running, engine.writing, engine.expected, engine.granted, engine.quarantined)
+            left = (engine.running, engine.writing, engine.expected, engine.reading, engine.granted, engine.quarantined)
             assert not any(left), engine
 
     def work_once(self) -> bool:
         data = First()
+        if self.looking:
+            self.find(data)  # type: ignore[no-untyped-call]
+            return True
         for rule_, ready in (
             (self.hear, lambda engine: engine.inbox),
             (lambda data: self.grant(data, True), lambda engine: engine.expected),
-            (lambda data: self.step(data, False), lambda engine: engine.running),
+            (self.read_there, lambda engine: engine.reading),
+            (lambda data: self.step(data, False), lambda engine: engine.ready),
             (lambda data: self.hand_off(data, True), lambda engine: engine.writing),
         ):
             if any(ready(engine) for engine in self.engines.values()):

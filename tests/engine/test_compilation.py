@@ -12,7 +12,7 @@ import pytest
 
 from jaxdual import LLM, SamplingParams
 from jaxdual.engine import sampler
-from jaxdual.engine.layer_steps import LayerPrograms
+from jaxdual.engine.layerwise.programs import LayerPrograms
 from jaxdual.engine.paged import GroupTable
 from jaxdual.engine.steps import Programs
 from jaxdual.kv.layout import KVLayout

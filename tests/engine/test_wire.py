@@ -93,26 +93,25 @@ def ends() -> Iterator[tuple[socket.socket, MessageSocket]]:
 
 def test_a_channel_gives_what_is_there_and_waits_only_when_told(ends: tuple[socket.socket, MessageSocket]) -> None:
     front, channel = ends
-    assert channel.receive(wait=False) == []
+    assert channel.receive(0.0) == []
     frame = Frames(ToEngine).encode(Abort("7"))
     front.sendall(frame + frame[:5])
-    assert channel.receive(wait=True) == [Abort("7")]
+    assert channel.receive(None) == [Abort("7")]
     front.sendall(frame[5:] + frame)
-    assert channel.receive(wait=False) == [Abort("7"), Abort("7")]
+    assert channel.receive(0.0) == [Abort("7"), Abort("7")]
     front.close()
     with pytest.raises(ConnectionError):
-        channel.receive(wait=False)
+        channel.receive(0.0)
 
 
 class Broken:
     """An engine whose second step fails."""
 
     descriptors = ()
-    transfers = None
+    patience = 0.0
 
     def __init__(self) -> None:
         self.engine = self
-        self.runner = self
         self.has_work = False
         self.steps = 0
         self.shapes: list[tuple[str, Callable[[], float]]] = []
@@ -130,6 +129,9 @@ class Broken:
 
     def poll(self) -> None:
         pass
+
+    def take_messages(self) -> list[Any]:
+        return []
 
     def step(self) -> list[TokenEvent]:
         self.steps += 1

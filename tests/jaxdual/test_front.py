@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from jaxdual import SamplingParams
-from jaxdual.engine.request import Request, TokenEvent
-from jaxdual.engine.runner import TokenLogprobs
+from jaxdual.engine.request import Request, TokenEvent, TokenLogprobs
 from jaxdual.errors import PromptTooLongError
 from jaxdual.front import Front
 

@@ -52,7 +52,11 @@ class Transfers(RuleBasedStateMachine):
     def begin(self, data: st.DataObject, carrier: str, count: int) -> None:
         lease = data.draw(st.sampled_from(self.owned))
         leases = self.staging.leases
-        begin = {LeaseState.RESERVED: leases.begin_load, LeaseState.READY: leases.begin_use}.get(lease.state)
+        begin = {
+            LeaseState.RESERVED: leases.begin_load,
+            LeaseState.LOADING: leases.begin_load,
+            LeaseState.READY: leases.begin_use,
+        }.get(lease.state)
         if begin is None:
             for refused in (leases.begin_load, leases.begin_use):
                 with pytest.raises(IntegrityError):

@@ -86,6 +86,11 @@ class LayerPrograms:
             table=table,
         )
 
+    @property
+    def one_of_each_kind(self) -> tuple[int, ...]:
+        """Layers that together run in all programs."""
+        return tuple({kind: layer for layer, kind in reversed(list(enumerate(self._kinds)))}.values())
+
     def kind_of(self, index: int) -> LayerKind:
         """Which program layer `index` runs in."""
         return self._kinds[index]

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdual.engine.layer_steps import LayerPrograms
+from jaxdual.engine.layerwise.programs import LayerPrograms
 from jaxdual.engine.paged import GroupTable
 from jaxdual.telemetry import CompileCounter
 from models import Decoder

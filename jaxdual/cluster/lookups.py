@@ -1,0 +1,65 @@
+"""Asks the store how much of each prompt it has: many prompts in one call, none of them for long."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from jaxdual.kv.keys import BlockKey
+from jaxdual.kv.store import BlockStore
+
+
+class StoreLookups:
+    """Belongs to one asyncio loop.
+
+    Args:
+      store: which is looked into; closed together with this.
+      answer: called with each number and the leading blocks that are stored: 0 if the store doesn't say in time.
+      timeout: seconds that a prompt waits.
+    """
+
+    def __init__(self, store: BlockStore, answer: Callable[[int, int], None], timeout: float) -> None:
+        self._store, self._answer, self._timeout = store, answer, timeout
+        self._thread = ThreadPoolExecutor(1, "store-lookup")
+        self._asked: dict[int, Sequence[BlockKey]] = {}
+        self._running: asyncio.Task[None] | None = None
+
+    def look(self, number: int, keys: Sequence[BlockKey]) -> None:
+        """How many of the leading `keys` are stored? `answer` says, later, unless `forget` comes before."""
+        self._asked[number] = keys
+        asyncio.get_running_loop().call_later(self._timeout, self._expire, number, keys)
+        if self._running is None:
+            self._running = asyncio.get_running_loop().create_task(self._run())
+
+    def forget(self, number: int) -> None:
+        """Nobody waits for an answer any more."""
+        self._asked.pop(number, None)
+
+    async def close(self) -> None:
+        """Waits for the call under way, and closes the store."""
+        self._asked.clear()
+        self._thread.shutdown(wait=False, cancel_futures=True)
+        await asyncio.to_thread(self._store.close)
+
+    def _expire(self, number: int, keys: Sequence[BlockKey]) -> None:
+        if self._asked.get(number) is keys:
+            del self._asked[number]
+            self._answer(number, 0)
+
+    async def _run(self) -> None:
+        """Calls the store for all that were asked for meanwhile, until there are none."""
+        while self._asked:
+            asked = dict(self._asked)
+            hits = await asyncio.get_running_loop().run_in_executor(self._thread, self._hits, list(asked.values()))
+            for (number, keys), count in zip(asked.items(), hits, strict=True):
+                if self._asked.get(number) is keys:
+                    del self._asked[number]
+                    self._answer(number, count)
+        self._running = None
+
+    def _hits(self, chains: Sequence[Sequence[BlockKey]]) -> list[int]:
+        try:
+            return self._store.hits(chains)
+        except OSError:
+            return [0] * len(chains)

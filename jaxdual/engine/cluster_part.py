@@ -1,0 +1,25 @@
+"""What an engine is to the cluster that has started it."""
+
+from __future__ import annotations
+
+import msgspec
+
+from jaxdual.agent.wire import CardPlaces
+from jaxdual.config import ClusterConfig
+from jaxdual.scheduling.loads import Role
+
+
+class ClusterPart(msgspec.Struct, frozen=True):
+    """Role and surroundings of an engine.
+
+    Attributes:
+      role: what it does.
+      cluster: settings of all.
+      mode: path mode, that of `cluster` or another one that it was told since.
+      cards: of its node.
+    """
+
+    role: Role
+    cluster: ClusterConfig
+    mode: str
+    cards: CardPlaces

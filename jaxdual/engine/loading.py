@@ -1,0 +1,154 @@
+"""Loads the configured model, with what every kind of engine needs to know of it."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from jaxdual.config import ConfigError, EngineConfig
+from jaxdual.kv.layout import KVLayout
+from jaxdual.model_folder import find_model
+from jaxdual.outputs import EngineInfo
+from jaxdual.sampling_params import MAX_STOP_TOKENS, RECOMMENDED_SAMPLING
+from jaxdual.telemetry import CompileCounter
+from models import Decoder, GenerationConfig, ModelConfig, init, load, load_config, load_generation_config
+from models.fingerprint import model_fingerprint
+
+_CPU_MODEL_LEN = 8192
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model that is ready to run.
+
+    Attributes:
+      model: with its weights.
+      layout: of its KV memory.
+      max_model_len, max_chunk: tokens of the longest sequence, and of its longest chunk.
+      eos_token_ids: its end-of-sequence tokens.
+      identity: fingerprint of its weights and number type.
+      info: what a front needs to know.
+      load_seconds: time that loading took.
+      compiles: counts compilations from before that on.
+    """
+
+    model: Decoder
+    layout: KVLayout
+    max_model_len: int
+    max_chunk: int
+    eos_token_ids: tuple[int, ...]
+    identity: bytes
+    info: EngineInfo
+    load_seconds: float
+    compiles: CompileCounter
+
+
+def load_model(config: EngineConfig) -> LoadedModel:
+    """Loads the configured model.
+
+    Raises:
+      ModelError: no such model, or its files can't be used.
+      ConfigError: settings that don't fit the model.
+    """
+    use_compilation_cache(config.compilation_cache_dir)
+    compiles = CompileCounter()
+    start = time.perf_counter()
+    folder, served_model_name = find_model(config)
+    model_config = load_config(folder)
+    generation = load_generation_config(folder)
+    max_model_len = _max_model_len(config, model_config)
+    model = _model(config, folder, model_config)
+    load_seconds = time.perf_counter() - start
+
+    dtype = jnp.dtype(model.embedding[...].dtype)
+    layout = KVLayout.of_layers(
+        [_window(model_config, layer, max_model_len) for layer in range(model_config.num_layers)],
+        kv_heads=model_config.num_kv_heads,
+        head_dim=model_config.head_dim,
+        page_size=config.block_size,
+        dtype=dtype.name,
+        itemsize=dtype.itemsize,
+    )
+    identity = model_fingerprint(folder, dtype.name, random_weights=config.load_format == "dummy")
+    eos_token_ids = generation.eos_token_ids or model_config.eos_token_ids
+    if len(eos_token_ids) > MAX_STOP_TOKENS:
+        raise ConfigError(
+            f"{folder}: {len(eos_token_ids)} end-of-sequence tokens; at most {MAX_STOP_TOKENS} are supported"
+        )
+    info = EngineInfo(
+        model_folder=str(folder),
+        served_model_name=served_model_name,
+        family=model_config.family,
+        num_layers=model_config.num_layers,
+        vocab_size=model_config.vocab_size,
+        dtype=dtype.name,
+        device=jax.devices()[0].device_kind,
+        max_model_len=max_model_len,
+        max_num_seqs=config.max_num_seqs,
+        block_size=config.block_size,
+        fingerprint=identity.hex(),
+        default_sampling=_default_sampling(generation),
+        kv_layout=layout.fingerprint().hex(),
+        kv_block_bytes=sum(layout.full_block_bytes(group) for group in range(len(layout.groups))),
+        full_attention=len(layout.groups) == 1 and layout.groups[0].window is None,
+    )
+    return LoadedModel(
+        model,
+        layout,
+        max_model_len,
+        min(config.max_num_batched_tokens, max_model_len),
+        tuple(eos_token_ids),
+        identity,
+        info,
+        load_seconds,
+        compiles,
+    )
+
+
+def use_compilation_cache(folder: str | None) -> None:
+    """Turns on JAX's persistent compilation cache for programs of any size.
+
+    Args:
+      folder: where it lies; None for `$JAX_COMPILATION_CACHE_DIR`, else `jaxdual/xla` in the user's cache folder;
+        "" leaves JAX's settings alone.
+    """
+    if folder == "":
+        return
+    cache_home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    chosen = folder or os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(Path(cache_home) / "jaxdual" / "xla")
+    jax.config.update("jax_compilation_cache_dir", chosen)
+    # JAX's defaults skip programs that compile in under a second, which is most of a small model's.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def _model(config: EngineConfig, folder: Path, model: ModelConfig) -> Decoder:
+    if config.load_format == "auto":
+        return load(folder, dtype=config.dtype)
+    dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return init(model, dtype=dtype if config.dtype == "auto" else config.dtype)
+
+
+def _default_sampling(generation: GenerationConfig) -> dict[str, float]:
+    values = {name: getattr(generation, name) for name in RECOMMENDED_SAMPLING}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:
+    limit = model.max_position_embeddings
+    if config.max_model_len is None:
+        return min(limit, _CPU_MODEL_LEN) if jax.default_backend() == "cpu" else limit
+    if config.max_model_len > limit:
+        raise ConfigError(f"max_model_len={config.max_model_len} must be at most {limit}, for which the model was made")
+    return config.max_model_len
+
+
+def _window(model: ModelConfig, layer: int, max_model_len: int) -> int | None:
+    """Window of a layer; one that no sequence outgrows is full attention."""
+    window = model.window_of(layer)
+    return None if window is None or window >= max_model_len else window

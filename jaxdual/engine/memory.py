@@ -1,0 +1,95 @@
+"""How much KV memory an engine has, on the device and beside it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import jax
+
+from jaxdual.config import ConfigError, EngineConfig
+from jaxdual.engine.sampler import SAMPLER_BYTES_PER_TOKEN_ID
+from jaxdual.kv.group import GroupPages
+from jaxdual.kv.layout import KVLayout, most_blocks
+from models import ModelConfig
+
+_CPU_KV_BYTES = 1 << 30
+_STAGING_BYTES = 64 << 20  # at least, where a store is configured
+_HIDDEN_COPIES = 8  # activations of a step, in residual streams of its widest batch: room left beside the KV memory
+
+
+def _sequence_pages(layout: KVLayout, max_model_len: int, max_chunk: int) -> list[int]:
+    """Pages that the longest sequence holds at most at a time, in each layer group."""
+    longest = layout.pages_for(max_model_len)
+    return [most_blocks(group.window, max_chunk, layout.page_size, longest) for group in layout.groups]
+
+
+def group_pages(
+    config: EngineConfig, layout: KVLayout, max_model_len: int, max_chunk: int, model: ModelConfig
+) -> tuple[GroupPages, ...]:
+    """Memory of each layer group: shares in proportion to what the longest sequence holds in it.
+
+    `num_kv_blocks` counts pages of the first group, the one with full attention if there is one.
+    """
+    needed = _sequence_pages(layout, max_model_len, max_chunk)
+    sequence_bytes = sum(pages * layout.full_block_bytes(group) for group, pages in enumerate(needed))
+    if config.num_kv_blocks is not None:
+        source = "num_kv_blocks"
+        num_pages = [config.num_kv_blocks, *(-(-config.num_kv_blocks * pages // needed[0]) for pages in needed[1:])]
+    else:
+        if config.kv_cache_memory_bytes is not None:
+            memory, source = config.kv_cache_memory_bytes, "kv_cache_memory_bytes"
+        elif jax.default_backend() == "cpu":
+            memory, source = max(_CPU_KV_BYTES, sequence_bytes), "the default KV memory"
+        else:
+            memory, source = _free_device_memory(config, layout, model), "gpu_memory_utilization"
+        num_pages = [min(memory * pages // sequence_bytes, config.max_num_seqs * pages) for pages in needed]
+    for group, (pages, most) in enumerate(zip(num_pages, needed, strict=True)):
+        if pages < most:
+            raise ConfigError(
+                f"{source} gives {pages} KV pages, but one sequence of {max_model_len} tokens needs "
+                f"{most} ({most * layout.full_block_bytes(group)} bytes): give more memory or a smaller max_model_len"
+            )
+    staging = 0
+    if config.needs_kv_agent:
+        staging = config.kv_staging_bytes or max(2 * sequence_bytes, _STAGING_BYTES)
+    return tuple(
+        GroupPages(
+            pages,
+            config.host_cache_bytes * most // sequence_bytes,
+            group.window,
+            # At least one page to read a block into and one to store a block from.
+            max(staging * most // sequence_bytes, 2) if staging else 0,
+        )
+        for pages, most, group in zip(num_pages, needed, layout.groups, strict=True)
+    )
+
+
+def check_host_memory(config: EngineConfig, layout: KVLayout, memory: Sequence[GroupPages], model: ModelConfig) -> None:
+    """Refuses what this machine can't hold, before an allocation fails somewhere inside."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    on_cpu = jax.default_backend() == "cpu"
+    per_sequence = model.vocab_size * SAMPLER_BYTES_PER_TOKEN_ID
+    device = sum(pages.num_pages * layout.full_block_bytes(group) for group, pages in enumerate(memory))
+    host = sum(pages.host_pages * layout.full_block_bytes(group) for group, pages in enumerate(memory))
+    staging = sum(pages.staging_pages * layout.full_block_bytes(group) for group, pages in enumerate(memory))
+    for need, setting in (
+        (
+            device * on_cpu,
+            f"KV memory of {sum(pages.num_pages for pages in memory)} pages of block_size={layout.page_size}",
+        ),
+        (host, f"host_cache_bytes={config.host_cache_bytes}"),
+        (staging, f"kv_staging_bytes={config.kv_staging_bytes}"),
+        (config.max_num_seqs * per_sequence * on_cpu, f"max_num_seqs={config.max_num_seqs}"),
+    ):
+        if need > total:
+            raise ConfigError(f"{setting} needs {need} bytes; this machine has {total}")
+
+
+def _free_device_memory(config: EngineConfig, layout: KVLayout, model: ModelConfig) -> int:
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "bytes_limit" not in stats:
+        raise ConfigError("this device does not tell its memory: set kv_cache_memory_bytes or num_kv_blocks")
+    logits = config.max_num_seqs * model.vocab_size * 4 * _HIDDEN_COPIES
+    streams = config.max_num_batched_tokens * model.hidden_size * layout.itemsize * _HIDDEN_COPIES
+    return int(stats["bytes_limit"] * config.gpu_memory_utilization) - int(stats["bytes_in_use"]) - logits - streams

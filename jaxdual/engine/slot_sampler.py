@@ -1,0 +1,178 @@
+"""Sampling for the sequences of an engine: a slot each, whose state lies on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import numpy as np
+
+from jaxdual.engine import sampler
+from jaxdual.engine.request import TokenLogprobs
+from jaxdual.engine.sampler import Logprobs, SlotSampling
+from jaxdual.engine.steps import Programs
+
+_SCORE_TOKENS = 128  # scored by one program: waste at the end costs less than another program to compile
+
+
+@dataclass(frozen=True, slots=True)
+class SlotBinding:
+    """A sequence that runs from a step on: its slot, how it is sampled, and the tokens that penalties look at."""
+
+    slot: int
+    sampling: SlotSampling
+    prompt: Sequence[int]
+    output: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class SampleRow:
+    """A row of the residual stream that gives a token.
+
+    Attributes:
+      index: of the row.
+      seq_id, slot: its sequence.
+      output_index: number of the output token, from 0.
+    """
+
+    index: int
+    seq_id: int
+    slot: int
+    output_index: int
+
+
+@dataclass(slots=True)  # not frozen: one is made for every token
+class Sampled:
+    """A token that a step gave a sequence."""
+
+    seq_id: int
+    token: int
+    logprobs: TokenLogprobs | None
+
+
+@dataclass(frozen=True, slots=True)
+class SampleBatch:
+    """Tokens under way."""
+
+    rows: tuple[SampleRow, ...]
+    tokens: jax.Array
+    logprobs: Logprobs | None
+
+    def fetch(self) -> Iterator[Sampled]:
+        """Waits for the device, and brings the tokens to the host."""
+        tokens = np.asarray(self.tokens)
+        logprobs = None if self.logprobs is None else Logprobs(*map(np.asarray, self.logprobs))
+        for row in self.rows:
+            part = None if logprobs is None else _logprobs_at(logprobs, row.index)
+            yield Sampled(row.seq_id, int(tokens[row.index]), part)
+
+
+class SlotSampler:
+    """Owns the per-sequence sampler state.
+
+    Args:
+      programs: of the model.
+      max_num_seqs: slots; one more, `padding_slot`, is padding's.
+      vocab_size: of the model.
+    """
+
+    def __init__(self, programs: Programs, max_num_seqs: int, vocab_size: int) -> None:
+        (device,) = programs.leaves[0].devices()
+        self.padding_slot = max_num_seqs
+        self._programs, self._vocab_size = programs, vocab_size
+        self._state = jax.device_put(sampler.new_state(max_num_seqs, vocab_size), device)
+        self._sampling: dict[int, SlotSampling] = {}
+
+    @property
+    def last_token(self) -> jax.Array:
+        """`[slots]` int32: the newest sampled token of each."""
+        last: jax.Array = self._state.last_token
+        return last
+
+    def bind(self, binding: SlotBinding) -> None:
+        """Gives a slot to a sequence."""
+        params = binding.sampling.params
+        self._sampling[binding.slot] = binding.sampling
+        if not (params.has_penalties or params.logit_bias):
+            return
+        in_prompt = np.zeros(self._vocab_size, bool)
+        in_prompt[list(binding.prompt)] = True
+        bias = np.zeros(self._vocab_size, np.float32)
+        for token, value in (params.logit_bias or {}).items():
+            bias[token] = value
+        counts = np.bincount(np.asarray(binding.output, np.int64), minlength=self._vocab_size).astype(np.int32)
+        self._run_set_slot(binding.slot, counts, in_prompt, bias)
+
+    def sample(self, x: jax.Array, rows: Sequence[SampleRow]) -> SampleBatch:
+        """Starts to sample rows of the residual stream `x`, `[rows, hidden]`."""
+        packed: list[tuple[int, int, SlotSampling] | None] = [None] * x.shape[0]
+        for row in rows:
+            packed[row.index] = (row.slot, row.output_index, self._sampling[row.slot])
+        inputs = sampler.pack(packed, self.padding_slot, self._vocab_size)
+        tokens, logprobs = self._run_sample(x, inputs)
+        return SampleBatch(tuple(rows), tokens, logprobs if inputs.wants_logprobs.any() else None)
+
+    def score(self, x: jax.Array, first: int, targets: Sequence[int]) -> tuple[TokenLogprobs, ...]:
+        """Log-probabilities of `targets` at as many rows of the residual stream `x`, from row `first` on; waits for
+        them.
+        """
+        rows = np.asarray(x)[first : first + len(targets)]
+        scores: list[TokenLogprobs] = []
+        for start in range(0, len(targets), _SCORE_TOKENS):
+            part = rows[start : start + _SCORE_TOKENS]
+            padded = np.zeros((_SCORE_TOKENS, rows.shape[1]), rows.dtype)
+            padded[: len(part)] = part
+            tokens = np.zeros(_SCORE_TOKENS, np.int32)
+            tokens[: len(part)] = targets[start : start + _SCORE_TOKENS]
+            logprobs = self._run_score(padded, tokens)
+            scores += [_logprobs_at(logprobs, row) for row in range(len(part))]
+        return tuple(scores)
+
+    def warm_ups(
+        self, hidden: Callable[[int], jax.Array], sizes: Sequence[int]
+    ) -> Iterator[tuple[str, Callable[[], object]]]:
+        """Name and call of every program in every shape, all on padding.
+
+        Args:
+          hidden: a residual stream of so many rows, asked for by the calls.
+          sizes: of the streams that are sampled.
+        """
+
+        def sample(rows: int) -> object:
+            return self._run_sample(hidden(rows), sampler.pack([None] * rows, self.padding_slot, self._vocab_size))
+
+        def score() -> object:
+            x = hidden(sizes[0])
+            return self._run_score(np.zeros((_SCORE_TOKENS, x.shape[1]), x.dtype), np.zeros(_SCORE_TOKENS, np.int32))
+
+        def set_slot() -> object:
+            row = np.zeros(self._vocab_size, np.int32)
+            self._run_set_slot(self.padding_slot, row, row.astype(bool), row.astype(np.float32))
+            return self._state
+
+        for rows in sizes:
+            yield f"sample rows={rows}", partial(sample, rows)
+        yield f"score tokens={_SCORE_TOKENS}", score
+        yield "set slot", set_slot
+
+    # Programs: each is called in one place, so that warm-up and steps can't differ.
+
+    def _run_sample(self, x: jax.Array, inputs: sampler.SampleInputs) -> tuple[jax.Array, Logprobs]:
+        self._state, tokens, logprobs = self._programs.sample(self._programs.leaves, x, self._state, inputs)
+        return tokens, logprobs
+
+    def _run_score(self, x: np.ndarray, tokens: np.ndarray) -> Logprobs:
+        return Logprobs(*map(np.asarray, self._programs.score(self._programs.leaves, x, tokens)))
+
+    def _run_set_slot(self, slot: int, counts: np.ndarray, in_prompt: np.ndarray, bias: np.ndarray) -> None:
+        self._state = self._programs.set_slot(self._state, np.int32(slot), counts, in_prompt, bias)
+
+
+def _logprobs_at(logprobs: Logprobs, row: int) -> TokenLogprobs:
+    return TokenLogprobs(
+        chosen=float(logprobs.chosen[row]),
+        rank=int(logprobs.rank[row]),
+        top=tuple(zip(logprobs.top_tokens[row].tolist(), logprobs.top[row].tolist(), strict=True)),
+    )
