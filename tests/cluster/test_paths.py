@@ -1,0 +1,195 @@
+"""Clusters whose engines share a store: whichever way stored blocks take, tokens are those of one engine."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jaxdual import AsyncLLM, EngineConfig, RequestOutput, SamplingParams
+from jaxdual.config import ClusterConfig
+from tests.cluster.test_processes import SETTINGS, alone, complete, complete_all, settled, within
+from tests.engine.models import TieCounter, folder
+
+pytestmark = pytest.mark.slow  # each starts processes that import JAX
+
+GREEDY = SamplingParams(max_tokens=10, temperature=0.0, ignore_eos=True)
+TWO = SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True)
+MODES = ("full", "split", "roundrobin", "layerwise", "basic")
+
+
+def on_paths(store: Path, prefill: int, decode: int, *, mode: str = "full", **settings: Any) -> AsyncLLM:
+    """A cluster with a store."""
+    shared = {"kv_store": str(store), "kv_store_capacity_bytes": 1 << 30}
+    config = EngineConfig(model=str(folder("qwen3")), **SETTINGS | shared | settings)
+    cluster = ClusterConfig(prefill=prefill, decode=decode, path_mode=mode)  # type: ignore[arg-type]
+    return AsyncLLM.from_config(config, cluster=cluster)
+
+
+def make_prompts(count: int, seed: str) -> list[list[int]]:
+    """Lengths around the borders of pages and passes."""
+    rng = random.Random(seed)
+    return [[rng.randrange(90) for _ in range(rng.choice([1, 8, 30, 63, 64, 65, 100, 120]))] for _ in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("prefill", "decode", "settings"),
+    [(1, 1, {"block_size": 7}), (2, 1, {"kv_transport": "tcp"}), (1, 2, {"max_num_batched_tokens": 24})],
+)
+def test_every_mode_gives_the_tokens_of_one_engine(
+    tmp_path: Path, prefill: int, decode: int, settings: dict[str, Any]
+) -> None:
+    prompts = {mode: make_prompts(6, mode) for mode in MODES}
+    want = {mode: [tokens for (tokens,) in alone("qwen3", prompts[mode], GREEDY)] for mode in MODES}
+    # A second turn, which finds the first one stored.
+    talks = {
+        mode: [[*prompt, *tokens, 5, 6, 7] for prompt, tokens in zip(prompts[mode], want[mode], strict=True)]
+        for mode in MODES
+    }
+    more = {mode: [tokens for (tokens,) in alone("qwen3", talks[mode], GREEDY)] for mode in MODES}
+    block = settings.get("block_size", SETTINGS["block_size"])
+
+    async def main() -> None:
+        ties = TieCounter("qwen3")
+        async with on_paths(tmp_path, prefill, decode, **settings) as llm:
+            for mode in MODES:
+                await llm.use_path_mode(mode)
+                for asked, expected in ((prompts[mode], want[mode]), (talks[mode], more[mode])):
+                    got = await complete_all(llm, asked, GREEDY)
+                    for prompt, one, (other,) in zip(asked, expected, got, strict=True):
+                        ties.compare(prompt, one, other)
+                    await settled(llm)
+            before = await llm.stats()
+            again = await asyncio.gather(*(complete(llm, talk, GREEDY) for talk in talks["full"]))
+            assert [output.num_cached_tokens for output in again] == [
+                (len(talk) - 1) // block * block for talk in talks["full"]
+            ]
+            after = await llm.stats()
+            hits = sum((len(talk) - 1) // block for talk in talks["full"])
+            assert after.store_blocks_read - before.store_blocks_read == hits
+            assert after.store_blocks_failed == 0
+        assert ties.ties <= 1
+
+    within(main())
+
+
+def difference(after: Mapping[str, int], before: Mapping[str, int]) -> dict[str, int]:
+    return {card: nbytes - before[card] for card, nbytes in after.items()}
+
+
+def test_bytes_of_each_card_are_those_of_the_paper_s_formulas(tmp_path: Path) -> None:
+    """DualPath 4.2 (section 5 of the analysis): H hit, M computed, S stored, in bytes; one pass a prompt."""
+    rng = random.Random(1)
+    context = [rng.randrange(90) for _ in range(96)]
+
+    async def passed(llm: AsyncLLM, mode: str) -> dict[str, int]:
+        await llm.use_path_mode(mode)
+        await settled_cards(llm)
+        before = (await llm.stats()).card_bytes
+        prompt = [*context, *(rng.randrange(90) for _ in range(35))]
+        output: RequestOutput = await complete(
+            llm, prompt, SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True)
+        )
+        assert output.num_cached_tokens == 96
+        await settled_cards(llm)
+        return difference((await llm.stats()).card_bytes, before)
+
+    async def main() -> None:
+        async with on_paths(tmp_path, 1, 1) as llm:
+            await complete(llm, [*context, 1], TWO)
+            size = llm.info.kv_block_bytes
+            # 131 tokens: 12 blocks are hit, 4 and a part of one computed; of the output, none becomes full.
+            hit, computed, stored = 12 * size, 5 * size, 4 * size
+            assert (
+                await passed(llm, "layerwise")
+                == await passed(llm, "basic")
+                == {
+                    "prefill 0 storage write": hit,
+                    "prefill 0 storage read": 0,
+                    "prefill 0 compute read": hit + (hit + computed),
+                    "prefill 0 compute write": hit,
+                    "decode 1 storage write": 0,
+                    "decode 1 storage read": stored,
+                    "decode 1 compute read": (hit + computed) + stored,
+                    "decode 1 compute write": (hit + computed) + (hit + computed) + stored,
+                }
+            )
+            # The shorter queue: of equal ones the decode side's.
+            assert await passed(llm, "full") == {
+                "prefill 0 storage write": 0,
+                "prefill 0 storage read": 0,
+                "prefill 0 compute read": computed,
+                "prefill 0 compute write": hit,
+                "decode 1 storage write": hit,
+                "decode 1 storage read": stored,
+                "decode 1 compute read": hit + (hit + computed) + stored,
+                "decode 1 compute write": computed + (hit + computed) + stored,
+            }
+            here = there = hit // 2
+            assert await passed(llm, "split") == {
+                "prefill 0 storage write": here,
+                "prefill 0 storage read": 0,
+                "prefill 0 compute read": here + (here + computed),
+                "prefill 0 compute write": hit,
+                "decode 1 storage write": there,
+                "decode 1 storage read": stored,
+                "decode 1 compute read": there + (hit + computed) + stored,
+                "decode 1 compute write": (here + computed) + (hit + computed) + stored,
+            }
+            assert set((await passed(llm, "roundrobin")).values()) <= {0, *range(0, 40 * size, size)}
+
+    within(main())
+
+
+async def settled_cards(llm: AsyncLLM) -> None:
+    """Nothing is under way, and all that is full is stored."""
+    before: Mapping[str, int] = {}
+    while (now := (await llm.stats()).card_bytes) != before:
+        await settled(llm)
+        before = now
+        await asyncio.sleep(0.2)
+
+
+def test_nothing_moved_is_nothing_that_counts(tmp_path: Path) -> None:
+    prompts = make_prompts(5, "oracle")
+    (want,) = alone("qwen3", prompts[:1], GREEDY)
+
+    async def main() -> None:
+        async with on_paths(tmp_path, 1, 1, mode="oracle") as llm:
+            for _ in range(2):
+                outputs = await asyncio.gather(*(complete(llm, prompt, GREEDY) for prompt in prompts))
+                assert all(len(output.outputs[0].token_ids) == 10 for output in outputs)
+                await settled_cards(llm)
+            assert [output.num_cached_tokens for output in outputs] == [
+                (len(prompt) - 1) // 8 * 8 for prompt in prompts
+            ]
+            stats = await llm.stats()
+            assert stats.store_blocks_read == 0
+            assert sum(nbytes for card, nbytes in stats.card_bytes.items() if "prefill" in card) == 0
+            # What it has stored is not taken for what the model computes.
+            await llm.use_path_mode("full")
+            output = await complete(llm, prompts[0], GREEDY)
+            assert output.num_cached_tokens == 0
+            assert [output.outputs[0].token_ids] == [list(tokens) for tokens in want]
+
+    within(main())
+
+
+def test_modes_are_refused_where_they_mean_nothing(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with on_paths(tmp_path, 1, 1) as llm:
+            with pytest.raises(ValueError, match="mode='quick' must be one of basic"):
+                await llm.use_path_mode("quick")
+            stream = await llm.submit({"prompt_token_ids": [1, 2, 3]}, SamplingParams(max_tokens=100, ignore_eos=True))
+            with pytest.raises(ValueError, match="1 requests are under way"):
+                await llm.use_path_mode("basic")
+            stream.close()
+        async with AsyncLLM(folder("qwen3"), **SETTINGS) as llm:
+            with pytest.raises(ValueError, match="has no path modes"):
+                await llm.use_path_mode("basic")
+
+    within(main())
