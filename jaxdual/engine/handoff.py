@@ -287,6 +287,7 @@ class Arrivals:
     def peer_died(self, peer: str) -> None:
         """The engine of a writer has died, so its agent is about to: what it was granted comes back when it has."""
         self._dying.add(peer)
+        self._queue = deque(arrival for arrival in self._queue if arrival.peer != peer)
         for request_id, arrival in list(self._arrivals.items()):
             if arrival.peer == peer:
                 self.forget(request_id)

@@ -217,6 +217,8 @@ class ClusterMachine(RuleBasedStateMachine):
                     for name in [name for name, other in held.items() if other == peer]:
                         del held[name]
                         engine.reading.pop(name, None)
+                for name in [name for name, expect in engine.expected.items() if expect.peer == peer]:
+                    del engine.expected[name]
 
     def run(self, engine: EngineModel, request: Request) -> None:
         assert engine.role is Role.DECODE
