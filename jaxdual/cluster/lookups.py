@@ -26,15 +26,11 @@ class StoreLookups:
         self._running: asyncio.Task[None] | None = None
 
     def look(self, number: int, keys: Sequence[BlockKey]) -> None:
-        """How many of the leading `keys` are stored? `answer` says, later, unless `forget` comes before."""
+        """How many of the leading `keys` are stored? `answer` says, later."""
         self._asked[number] = keys
         asyncio.get_running_loop().call_later(self._timeout, self._expire, number, keys)
         if self._running is None:
             self._running = asyncio.get_running_loop().create_task(self._run())
-
-    def forget(self, number: int) -> None:
-        """Nobody waits for an answer any more."""
-        self._asked.pop(number, None)
 
     async def close(self) -> None:
         """Waits for the call under way, and closes the store."""
@@ -49,14 +45,17 @@ class StoreLookups:
 
     async def _run(self) -> None:
         """Calls the store for all that were asked for meanwhile, until there are none."""
-        while self._asked:
-            asked = dict(self._asked)
-            hits = await asyncio.get_running_loop().run_in_executor(self._thread, self._hits, list(asked.values()))
-            for (number, keys), count in zip(asked.items(), hits, strict=True):
-                if self._asked.get(number) is keys:
-                    del self._asked[number]
-                    self._answer(number, count)
-        self._running = None
+        try:
+            while self._asked:
+                asked = dict(self._asked)
+                chains = list(asked.values())
+                hits = await asyncio.get_running_loop().run_in_executor(self._thread, self._hits, chains)
+                for (number, keys), count in zip(asked.items(), hits, strict=True):
+                    if self._asked.get(number) is keys:
+                        del self._asked[number]
+                        self._answer(number, count)
+        finally:
+            self._running = None
 
     def _hits(self, chains: Sequence[Sequence[BlockKey]]) -> list[int]:
         try:

@@ -13,6 +13,7 @@ from typing import Any
 from jaxdual.async_api import AsyncLLM
 from jaxdual.config import ClusterConfig, EngineConfig, read_config
 from jaxdual.errors import EngineDeadError, NotServingError
+from jaxdual.offline.card_watch import CardWatch
 from jaxdual.offline.display import Progress
 from jaxdual.offline.replay import Replay, RequestRecord, check_lengths, poisson_starts, timestamp_starts
 from jaxdual.offline.replay_report import build_report, format_report
@@ -148,8 +149,10 @@ async def _replay(
 
             tokens = PromptTokens(llm.info.vocab_size, options.trace_seed or 0)
             replay = Replay(llm, sessions, starts, tokens, show)
-            await replay.run(options.deadline)
-        return build_report(replay, llm, cluster, _described(options), (before, await _stats(llm)), startup_seconds)
+            async with CardWatch(llm) as cards:
+                await replay.run(options.deadline)
+        stats = (before, await _stats(llm))
+        return build_report(replay, llm, cluster, _described(options), stats, cards.report(), startup_seconds)
 
 
 async def _stats(llm: AsyncLLM) -> EngineStats | None:

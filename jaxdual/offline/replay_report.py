@@ -24,6 +24,7 @@ def build_report(
     cluster: ClusterConfig,
     trace: Mapping[str, Any],
     stats: tuple[EngineStats | None, EngineStats | None],
+    cards: Mapping[str, Any] | None,
     startup_seconds: float,
 ) -> dict[str, Any]:
     """The report as JSON data; times in seconds, rates per second of the replay. Compiling is part of them, if any.
@@ -34,6 +35,7 @@ def build_report(
       cluster: of the same.
       trace: what was replayed, as the report is to say it.
       stats: of the engine before and after; None where it could not tell.
+      cards: of `CardWatch.report`.
       startup_seconds: from the start of the program to that of the replay.
     """
     config = {key: value for key, value in dataclasses.asdict(llm.config).items() if key != _SECRET}
@@ -44,6 +46,7 @@ def build_report(
         "trace": dict(trace),
         **measures(replay),
         "startup_seconds": startup_seconds,
+        "cards": cards,
         "engine": _engine(*stats) | {"restarts": llm.restarts},
         "config": config,
         "versions": {"python": platform.python_version()}
@@ -130,6 +133,7 @@ def format_report(report: Mapping[str, Any]) -> str:
             f"{rates['requests_per_s']:.2f} requests/s, {rates['prompt_tokens_per_s']:.1f} prompt tokens/s, "
             f"{rates['generation_tokens_per_s']:.1f} generation tokens/s",
         ),
+        *_card_rows(report["cards"]),
         ("time", f"{report['seconds']:.1f} s, and {report['startup_seconds']:.1f} s start-up before"),
     ]
     errors = report["errors"]
@@ -138,6 +142,18 @@ def format_report(report: Mapping[str, Any]) -> str:
         rows.append(("", f"and {len(errors) - _MOST_ERRORS} more"))
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def _card_rows(cards: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    if cards is None:
+        return []
+    paths, balance = cards["read_path_bytes"], cards["storage_max_over_mean"]
+    rows = [("store reads", "  ".join(f"{side} side {count / 1e6:.1f} MB" for side, count in paths.items()))]
+    if balance["overall"] is not None:
+        rows.append(("  max / mean", f"{balance['overall']:.2f} of all storage cards"))
+    if balance["windows"] is not None:
+        rows[-1] = ("  max / mean", f"{rows[-1][1]}, {balance['windows']:.2f} in windows of a second")
+    return rows
 
 
 def _agent(agent: AgentRecord) -> dict[str, Any]:
