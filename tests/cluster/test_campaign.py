@@ -170,7 +170,7 @@ def descriptors(pids: list[int]) -> dict[int, int]:
 
 
 def test_every_answer_is_whole_and_nothing_is_left_behind(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     orders = tmp_path / "orders"
     orders.mkdir()
@@ -220,7 +220,9 @@ def test_every_answer_is_whole_and_nothing_is_left_behind(
     prompts = [{"prompt_token_ids": prompt} for prompt, _ in campaign.answers]
     for output, (prompt, tokens) in zip(alone.generate(prompts, PARAMS), campaign.answers, strict=True):
         ties.compare(prompt, output.outputs[0].token_ids, tokens)
-    with capsys.disabled():
+    said = capfd.readouterr().err
+    assert "Traceback" not in said, said  # nobody dies but of what is done to it
+    with capfd.disabled():
         print(f"\n{sum(campaign.done.values())} faults in {time.monotonic() - began:.0f} s, {campaign.left} clients")
         print(f"left, {len(campaign.answers)} answers, {ties.tokens} tokens compared, {ties.ties} ties")
         kinds = [*SIGNALS, *sorted({kind for kinds in QUICK.values() for kind in kinds})]

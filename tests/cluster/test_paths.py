@@ -14,6 +14,7 @@ from jaxdual import AsyncLLM, EngineConfig, RequestOutput, SamplingParams
 from jaxdual.config import ClusterConfig
 from tests.cluster.test_processes import SETTINGS, alone, complete, complete_all, settled, within
 from tests.engine.models import TieCounter, folder
+from tests.kv.store.conftest import bucket  # noqa: F401  # a fixture
 
 pytestmark = pytest.mark.slow  # each starts processes that import JAX
 
@@ -22,7 +23,7 @@ TWO = SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True)
 MODES = ("full", "split", "roundrobin", "layerwise", "basic")
 
 
-def on_paths(store: Path, prefill: int, decode: int, *, mode: str = "full", **settings: Any) -> AsyncLLM:
+def on_paths(store: Path | str, prefill: int, decode: int, *, mode: str = "full", **settings: Any) -> AsyncLLM:
     """A cluster with a store."""
     shared = {"kv_store": str(store), "kv_store_capacity_bytes": 1 << 30}
     config = EngineConfig(model=str(folder("qwen3")), **SETTINGS | shared | settings)
@@ -175,6 +176,28 @@ def test_nothing_moved_is_nothing_that_counts(tmp_path: Path) -> None:
             output = await complete(llm, prompts[0], GREEDY)
             assert output.num_cached_tokens == 0
             assert [output.outputs[0].token_ids] == [list(tokens) for tokens in want]
+
+    within(main())
+
+
+def test_engines_share_a_bucket_like_a_folder(bucket: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    for name, value in (
+        ("ENDPOINT_URL", bucket["endpoint"]),
+        ("REGION", bucket["region"]),
+        ("ACCESS_KEY_ID", bucket["access_key_id"]),
+        ("SECRET_ACCESS_KEY", bucket["secret_access_key"]),
+        ("ALLOW_HTTP", "true"),
+    ):
+        monkeypatch.setenv(f"AWS_{name}", value)
+    prompts = [prompt for prompt in make_prompts(12, "bucket") if len(prompt) > 60][:3]
+    want = alone("qwen3", prompts, GREEDY)
+
+    async def main() -> None:
+        async with on_paths("s3://blocks/cluster", 1, 1, mode="split") as llm:
+            for read in (0, sum((len(prompt) - 1) // 8 for prompt in prompts)):
+                assert await complete_all(llm, prompts, GREEDY) == want
+                await settled_cards(llm)
+                assert (await llm.stats()).store_blocks_read == read
 
     within(main())
 
