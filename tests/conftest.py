@@ -5,6 +5,7 @@ import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+import pytest
 from jaxtyping import install_import_hook
 
 ARRAY_MODULES = [
@@ -23,3 +24,11 @@ if importlib.util.find_spec("beartype"):
     install_import_hook(ARRAY_MODULES, "beartype.beartype")
 else:  # on a machine that was only lent to run the kernels
     print("beartype is not installed: array types are not checked")
+
+
+@pytest.fixture
+def shared_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines of this process that run the same model with the same layout trace and compile their programs once."""
+    from tests.engine.programs import programs_of
+
+    monkeypatch.setattr("jaxdual.engine.runner.Programs", programs_of)

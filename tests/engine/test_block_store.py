@@ -16,6 +16,8 @@ import pytest
 from jaxdual import LLM, ConfigError, RequestOutput, SamplingParams
 from tests.engine.models import TieCounter, folder
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
+
 BLOCK = 8
 SETTINGS: dict[str, Any] = {
     "max_model_len": 160,

@@ -13,6 +13,8 @@ from jaxdual.kv.layout import most_blocks
 from tests.engine.models import TieCounter, folder, load
 from tests.windowed_models import WINDOW
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
+
 PAGE = 8
 MODEL_LEN = 160
 
@@ -109,7 +111,7 @@ def test_random_schedules_give_the_tokens_of_each_request_alone(name: str) -> No
     vocab = load(name).config.vocab_size
     requests = [
         (prompt, SamplingParams(max_tokens=rng.randint(1, 60), temperature=0, ignore_eos=rng.random() < 0.8))
-        for prompt in prompts_with_shared_prefixes(rng, vocab, 40)
+        for prompt in prompts_with_shared_prefixes(rng, vocab, 40 if name == "qwen3" else 24)
     ]
     alone = engine(
         name, Setting(overlap=False, pages=60, preemption="recompute", chunk=160, prefix_caching=False, seqs=1)
