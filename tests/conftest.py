@@ -29,6 +29,8 @@ else:  # on a machine that was only lent to run the kernels
 @pytest.fixture
 def shared_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Engines of this process that run the same model with the same layout trace and compile their programs once."""
-    from tests.engine.programs import programs_of
+    from tests.engine.programs import layer_programs_of, programs_of
 
     monkeypatch.setattr("jaxdual.engine.runner.Programs", programs_of)
+    monkeypatch.setattr("jaxdual.engine.layerwise.runner.Programs", programs_of)
+    monkeypatch.setattr("jaxdual.engine.layerwise.runner.LayerPrograms", layer_programs_of)

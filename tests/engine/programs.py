@@ -1,20 +1,30 @@
-"""Programs that the engines of a test run share."""
+"""Programs that the engines of a test run share: tracing takes seconds."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Hashable
 
+from jaxdual.engine.layerwise.programs import LayerPrograms
 from jaxdual.engine.steps import Programs
 from jaxdual.kv.layout import KVLayout
 from models import Decoder
 
-_first: dict[Hashable, Programs] = {}
+_programs: dict[Hashable, Programs] = {}
+_layer_programs: dict[Hashable, LayerPrograms] = {}
 
 
 def programs_of(model: Decoder, layout: KVLayout) -> Programs:
-    """`Programs` with the weights of `model`, jitted once for all models of its structure: tracing takes seconds."""
+    """`Programs` with the weights of `model`, jitted once for all models of its structure."""
     own = Programs(model, layout)
-    shared = copy.copy(_first.setdefault((own._graphdef, own._structure, layout), own))
+    shared = copy.copy(_programs.setdefault((own._graphdef, own._structure, layout), own))
     shared.leaves = own.leaves
+    return shared
+
+
+def layer_programs_of(model: Decoder, *, page_size: int, slots: int) -> LayerPrograms:
+    """`LayerPrograms` with the weights of `model`, jitted once for all models of its configuration."""
+    own = LayerPrograms(model, page_size=page_size, slots=slots)
+    shared = copy.copy(_layer_programs.setdefault((model.config, tuple(own._kinds), page_size, slots), own))
+    shared.embedding, shared._leaves = own.embedding, own._leaves
     return shared

@@ -6,6 +6,8 @@ import pytest
 from jaxdual import LLM, SamplingParams
 from tests.engine.models import FIXTURES, expected
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
+
 GREEDY = SamplingParams(max_tokens=32, temperature=0, ignore_eos=True)
 
 

@@ -32,6 +32,8 @@ from jaxdual.scheduling.loads import Role
 from jaxdual.transport.slab import SharedSlab
 from tests.engine.models import folder
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
+
 PAGE, BLOCKS, MODEL_LEN = 8, 20, 160
 DEADLINE = 60.0  # seconds; reached only by a failing test
 
@@ -178,7 +180,7 @@ def check_blocks(got: np.ndarray, want: np.ndarray, tokens: int) -> None:
 
 
 @pytest.fixture(params=["layerwise", "basic"])
-def world(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[World]:
+def world(shared_programs: None, request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[World]:
     world = World(request.param, tmp_path / "store")
     yield world
     world.close()
