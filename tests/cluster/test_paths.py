@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ from tests.cluster.test_processes import SETTINGS, alone, complete, complete_all
 from tests.engine.models import TieCounter, folder
 from tests.kv.store.conftest import bucket  # noqa: F401  # a fixture
 
-pytestmark = pytest.mark.slow  # each starts processes that import JAX
+# Each starts processes that import JAX.
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("shared_programs")]
 
 GREEDY = SamplingParams(max_tokens=10, temperature=0.0, ignore_eos=True)
 TWO = SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True)
@@ -38,26 +39,30 @@ def make_prompts(count: int, seed: str) -> list[list[int]]:
 
 
 @pytest.mark.parametrize(
-    ("prefill", "decode", "settings"),
-    [(1, 1, {"block_size": 7}), (2, 1, {"kv_transport": "tcp"}), (1, 2, {"max_num_batched_tokens": 24})],
+    ("prefill", "decode", "modes", "settings"),
+    [
+        (1, 1, MODES, {"block_size": 7}),
+        (2, 1, ("full", "split"), {"kv_transport": "tcp"}),
+        (1, 2, ("full", "split"), {"max_num_batched_tokens": 24}),
+    ],
 )
 def test_every_mode_gives_the_tokens_of_one_engine(
-    tmp_path: Path, prefill: int, decode: int, settings: dict[str, Any]
+    tmp_path: Path, prefill: int, decode: int, modes: Sequence[str], settings: dict[str, Any]
 ) -> None:
-    prompts = {mode: make_prompts(6, mode) for mode in MODES}
-    want = {mode: [tokens for (tokens,) in alone("qwen3", prompts[mode], GREEDY)] for mode in MODES}
+    prompts = {mode: make_prompts(6, mode) for mode in modes}
+    want = {mode: [tokens for (tokens,) in alone("qwen3", prompts[mode], GREEDY)] for mode in modes}
     # A second turn, which finds the first one stored.
     talks = {
         mode: [[*prompt, *tokens, 5, 6, 7] for prompt, tokens in zip(prompts[mode], want[mode], strict=True)]
-        for mode in MODES
+        for mode in modes
     }
-    more = {mode: [tokens for (tokens,) in alone("qwen3", talks[mode], GREEDY)] for mode in MODES}
+    more = {mode: [tokens for (tokens,) in alone("qwen3", talks[mode], GREEDY)] for mode in modes}
     block = settings.get("block_size", SETTINGS["block_size"])
 
     async def main() -> None:
         ties = TieCounter("qwen3")
         async with on_paths(tmp_path, prefill, decode, **settings) as llm:
-            for mode in MODES:
+            for mode in modes:
                 await llm.use_path_mode(mode)
                 for asked, expected in ((prompts[mode], want[mode]), (talks[mode], more[mode])):
                     got = await complete_all(llm, asked, GREEDY)

@@ -18,7 +18,8 @@ from jaxdual import LLM, AsyncLLM, EngineConfig, RequestOutput, SamplingParams
 from jaxdual.config import ClusterConfig
 from tests.engine.models import TieCounter, folder
 
-pytestmark = pytest.mark.slow  # each starts processes that import JAX
+# Each starts processes that import JAX.
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("shared_programs")]
 
 SETTINGS: dict[str, Any] = {
     "max_model_len": 160,
