@@ -82,7 +82,7 @@ class Run:
       repeat: number of the repeat.
       seconds: until all agents had ended.
       agent_seconds: of each agent.
-      ttft: of each request, in seconds, and its parts.
+      requests: of each, its time to the first token and the parts of that, in seconds, and its tokens.
       nbytes: that passed each card, see `EngineStats.card_bytes`.
       timeline: the same from the beginning on, with the seconds since then.
       cpu_share: part of all cores' time that all processes together took.
@@ -94,7 +94,7 @@ class Run:
     repeat: int
     seconds: float
     agent_seconds: list[float]
-    ttft: list[dict[str, float]]
+    requests: list[dict[str, float]]
     nbytes: dict[str, int]
     timeline: list[tuple[float, dict[str, int]]]
     cpu_share: float
@@ -131,7 +131,16 @@ async def run_load(llm: AsyncLLM, load: Load, mode: str, repeat: int, number: in
         repeat=repeat,
         seconds=replay.seconds,
         agent_seconds=[agent.jct or float("nan") for agent in replay.agents],
-        ttft=[{"ttft": record.ttft, **record.ttft_parts} for record in records if record.ttft is not None],
+        requests=[
+            {
+                "ttft": record.ttft,
+                "prompt_tokens": record.prompt_tokens,
+                "cached_tokens": record.cached_tokens,
+                **record.ttft_parts,
+            }
+            for record in records
+            if record.ttft is not None
+        ],
         nbytes=_less(dict((await llm.stats()).card_bytes), before),
         timeline=watch.timeline,
         cpu_share=cpu_share,
@@ -203,9 +212,9 @@ def as_json(run: Run, prefill: int, decode: int, case: str, tokens_equal: bool |
         "hit_tokens": run.hit_tokens,
         "prompt_tokens": run.prompt_tokens,
         "ttft_s": {
-            part: float(np.mean([one[part] for one in run.ttft if part in one]))
+            part: float(np.mean([one[part] for one in run.requests if part in one]))
             for part in ("ttft", "queue", "allocation", "read", "prefill")
-            if any(part in one for one in run.ttft)
+            if any(part in one for one in run.requests)
         },
         "errors": run.errors,
     }
