@@ -175,6 +175,7 @@ class EngineStats:
       store_blocks_written, store_blocks_lost: pages stored; not stored although they were full.
       store_wait_seconds: of all requests that waited for the store, from their arrival on.
       store_timeouts: requests that went on without what they had waited for.
+      kv_staging_blocks_used: pages of host memory that blocks pass through on their way, lent out now.
       card_bytes: of a cluster: bytes that have passed each network card, by engine, card and direction as its host's
         memory sees it, such as "prefill 0 storage write".
       kv_agent_restarts: times that the process that reads and writes the store had died.
@@ -208,4 +209,5 @@ class EngineStats:
     store_wait_seconds: float = 0.0
     store_timeouts: int = 0
     kv_agent_restarts: int = 0
+    kv_staging_blocks_used: int = 0
     card_bytes: Mapping[str, int] = field(default_factory=dict)

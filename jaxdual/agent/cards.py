@@ -32,6 +32,7 @@ class Cards:
         self._places = places
         self._storage = Nic(places.directory, places.storage)
         self.compute = Nic(places.directory, places.compute)
+        self._others: dict[str, Nic] = {}  # by name: opened once, however often their agents die
         self._stop = threading.Event()
         # What comes from a store and what goes there don't wait for each other, nor what passes the device.
         self._threads = {name: ThreadPoolExecutor(1, f"card-{name}") for name in ("loads", "saves", "device")}
@@ -44,7 +45,11 @@ class Cards:
         """The compute card of an agent's address; None if that has none."""
         with contextlib.suppress(OSError, ValueError):
             name = Path(self._places.directory, _LINK + address).read_text()
-            return self.compute if name == self._places.compute else Nic(self._places.directory, name)
+            if name == self._places.compute:
+                return self.compute
+            if name not in self._others:
+                self._others[name] = Nic(self._places.directory, name)
+            return self._others[name]
         return None
 
     async def load(self, nbytes: int) -> None:
@@ -62,11 +67,17 @@ class Cards:
         card = self.compute
         await self._pass("device", nbytes, (card, Direction.READ), (card, Direction.WRITE))
 
-    def close(self) -> None:
+    def release(self) -> None:
         """Holds nothing back any more."""
         self._stop.set()
+
+    def close(self) -> None:
+        """Waits for what passes; nothing comes after that."""
+        self.release()
         for threads in self._threads.values():
             threads.shutdown()
+        for card in (self._storage, self.compute, *self._others.values()):
+            card.close()
 
     async def _pass(self, thread: str, nbytes: int, *ways: tuple[Nic, Direction]) -> None:
         def charge() -> None:

@@ -75,7 +75,8 @@ class Peers:
         return self._region.descriptor
 
     async def push(self, address: str, descriptor: bytes, runs: Sequence[tuple[int, int, int]]) -> bool:
-        """Writes runs of bytes into a peer's slab; whether they are there. When it returns, nothing is under way.
+        """Writes runs of bytes into a peer's slab; whether they are there. If not, some may still come to be, until the
+        peer has seen the end of the connection; then `disconnect` there knows.
 
         Args:
           runs: offset here, offset there, bytes.
@@ -98,6 +99,14 @@ class Peers:
         status: asyncio.Future[Status] = asyncio.get_running_loop().create_future()
         self._tickets[ticket] = status
         return await status is Status.OK
+
+    async def disconnect(self, address: str) -> None:
+        """Ends the connections that a peer has to here; returns when nothing can be written by them any more."""
+        ending = set(self._of(address))
+        for peer in ending:
+            self._transport.disconnect(peer)
+        while ending & set(self._transport.peers()):
+            await asyncio.sleep(_GONE_SECONDS)
 
     async def gone(self, address: str) -> None:
         """Returns when a peer whose process has died, or is about to, can write here no more.

@@ -22,6 +22,7 @@ from jaxdual.agent.wire import (
     Attached,
     AttachFailed,
     AwaitGone,
+    Disconnect,
     Done,
     Found,
     GroupSlots,
@@ -68,9 +69,11 @@ class KVAgent(asyncio.Protocol):
         if self._peers is not None:
             await self._peers.close()
         if self._cards is not None:
-            await asyncio.to_thread(self._cards.close)
+            self._cards.release()
         if self._saving:
             await asyncio.wait(self._saving)
+        if self._cards is not None:
+            await asyncio.to_thread(self._cards.close)
         if self._store is not None:
             await asyncio.to_thread(self._store.close)
 
@@ -114,6 +117,11 @@ class KVAgent(asyncio.Protocol):
                 begin = time.monotonic()
                 if self._cards is not None:
                     await self._cards.to_device(nbytes)
+                self._send(Done(number, [True], time.monotonic() - begin))
+            case Disconnect(number, address):
+                begin = time.monotonic()
+                if self._peers is not None:
+                    await self._peers.disconnect(address)
                 self._send(Done(number, [True], time.monotonic() - begin))
             case AwaitGone(number, address):
                 begin = time.monotonic()

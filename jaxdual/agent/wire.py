@@ -126,6 +126,15 @@ class ToDevice(Message, frozen=True, tag=True):
     nbytes: int
 
 
+class Disconnect(Message, frozen=True, tag=True):
+    """Ends the connections that another agent has to this one, which may connect again. Answered by `Done`, with one
+    entry, when nothing that came by them can be written here any more.
+    """
+
+    number: int
+    address: str
+
+
 class AwaitGone(Message, frozen=True, tag=True):
     """Answered by `Done`, with one entry, when an agent whose engine has died can write here no more."""
 
@@ -170,5 +179,5 @@ class PeerGone(Message, frozen=True, tag=True):
     address: str
 
 
-ToAgent = Attach | Lookup | Load | Save | Push | Pull | ToDevice | AwaitGone
+ToAgent = Attach | Lookup | Load | Save | Push | Pull | ToDevice | Disconnect | AwaitGone
 FromAgent = Attached | AttachFailed | Found | Done | PeerGone

@@ -84,7 +84,10 @@ class Attempt:
       began: when it was announced to the decode engine, in seconds.
       hits: which blocks are read from the store, by whom.
       target: where the prompt is written, once it is granted.
+      cached: tokens of the prompt that its prefill engine found stored or cached.
       handed: whether the prompt is complete there; None while that is not known.
+      broken: see `wire.HandedOff`.
+      stores: nobody waits for it any more, but for its blocks to be stored.
     """
 
     name: str
@@ -97,4 +100,7 @@ class Attempt:
     phase: Phase
     hits: Hits = field(default_factory=Hits)
     target: Target | None = None
+    cached: int = 0
     handed: bool | None = None
+    broken: bool = False
+    stores: bool = False

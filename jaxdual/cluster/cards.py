@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
-import re
 import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -28,9 +29,7 @@ class ClusterCards:
 
     def __init__(self, members: Sequence[str], cluster: ClusterConfig, parent: Path = _MEMORY) -> None:
         _remove_left_behind(parent)
-        self._directory = parent / f"{_NAME}{os.getpid()}"
-        shutil.rmtree(self._directory, ignore_errors=True)
-        self._directory.mkdir(mode=0o700)
+        self._directory, self._lock = _make_directory(parent)
         self._places = {
             member: CardPlaces(str(self._directory), f"{member} storage", f"{member} compute") for member in members
         }
@@ -59,12 +58,27 @@ class ClusterCards:
         for card in self._cards.values():
             card.close()
         shutil.rmtree(self._directory, ignore_errors=True)
+        os.close(self._lock)
+
+
+def _make_directory(parent: Path) -> tuple[Path, int]:
+    """A new directory, and a lock by which others see that its owner lives."""
+    while True:
+        directory = Path(tempfile.mkdtemp(prefix=_NAME, dir=parent))
+        lock = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if directory.exists():
+            return directory, lock
+        os.close(lock)  # somebody has taken it for left behind before it was locked
 
 
 def _remove_left_behind(parent: Path) -> None:
     """Removes what clusters have left that were killed."""
     for directory in parent.glob(f"{_NAME}*"):
-        number = re.fullmatch(rf"{_NAME}(\d+)", directory.name)
-        if number is not None and not Path("/proc", number[1]).exists():
-            with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # somebody lives, or was quicker
+            lock = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(directory)
+            finally:
+                os.close(lock)

@@ -188,15 +188,15 @@ class Cluster:
                 self._granted(self._attempts.get(name), message, number)
             case HitsRead(name):
                 self._hits_read(self._attempts.get(name), message, number)
-            case HandedOff(name, complete):
+            case HandedOff(name, complete, broken):
                 attempt = self._attempts.get(name)
                 if attempt is not None:
-                    attempt.handed = complete
+                    attempt.handed, attempt.broken = complete, broken
                     self._hand_over(attempt)
-            case ArrivalLost(name):
+            case ArrivalLost(name, slow):
                 attempt = self._attempts.get(name)
                 if attempt is not None and attempt.phase is Phase.PREFILL:
-                    attempt.live.reads &= not attempt.hits.there
+                    attempt.live.reads &= not slow
                     self._give_up(attempt)
                     self._redo(attempt, "its keys and values were lost again and again")
         self._fetch()
@@ -215,7 +215,7 @@ class Cluster:
           ValueError: there are requests.
         """
         if self._lives or self._attempts:
-            raise ValueError(f"{len(self._lives)} requests are under way")
+            raise ValueError(f"{max(len(self._lives), len(self._attempts))} requests are under way")
         self._scheduler = PathScheduler(mode, prefill, block_tokens=self._page_size)
 
     def check_integrity(self) -> None:
@@ -376,7 +376,11 @@ class Cluster:
             return
         live = attempt.live
         if attempt.phase is Phase.VOID:
-            self._settle(attempt)
+            if attempt.stores and attempt.handed and attempt.decode in self._members:
+                del self._attempts[attempt.name]
+                self._send(attempt.decode, Adopt(self._one_more(attempt), self._stored(attempt)))
+            else:
+                self._settle(attempt)
         elif not attempt.handed:
             self._settle(attempt)
             self._redo(attempt, "its keys and values could not be handed over, again and again")
@@ -391,15 +395,27 @@ class Cluster:
                 self._end_attempt(attempt)
                 self._start_alone(live, attempt.decode)
                 return
-            stored = (live.cached or 0) // self._page_size
             request = self._request(attempt, resumed=live.resumed)
-            self._send(attempt.decode, Adopt(request, stored, self._scheduler.mode.transfers))
+            self._send(attempt.decode, Adopt(request, self._stored(attempt), self._scheduler.mode.transfers))
+
+    def _stored(self, attempt: Attempt) -> int:
+        """Leading blocks of an attempt's prompt that are in the store, as far as is known: an engine that looks for
+        itself does not say what it has found there, and what in its own memory.
+        """
+        return 0 if self._key_chain is None else attempt.cached // self._page_size
+
+    def _one_more(self, attempt: Attempt) -> Request:
+        """An attempt's request with one token more, which nobody waits for: who decodes it stores its blocks."""
+        lead = tuple(attempt.live.lead.tokens)
+        request = self._request(attempt, resumed=(lead,))
+        params = dataclasses.replace(request.params, n=1, max_tokens=len(lead) + 1, min_tokens=0, ignore_eos=True)
+        return dataclasses.replace(request, params=params)
 
     def _settle(self, attempt: Attempt) -> None:
         """Nothing of an attempt's prompt is under way any more, and the decode engine won't take it over."""
         del self._attempts[attempt.name]
         if attempt.decode in self._members:
-            self._send(attempt.decode, Settled(attempt.name))
+            self._send(attempt.decode, Settled(attempt.name, attempt.broken))
 
     def _take(self, events: Iterable[TokenEvent]) -> Iterable[TokenEvent]:
         """What engines have given, as their requests' own."""
@@ -422,6 +438,7 @@ class Cluster:
                 output.tokens.append(event.token)
             reason = event.finish_reason
             if attempt.phase is Phase.PREFILL:
+                attempt.cached = event.cached_tokens
                 live.cached = event.cached_tokens if live.cached is None else live.cached
                 if reason == "length" and len(output.tokens) < (live.request.params.max_tokens or 0):
                     reason = None  # of its part
@@ -437,6 +454,8 @@ class Cluster:
                 own.allocation_seconds = live.allocation_seconds
             yield own
             if all(one.ended for one in live.outputs):
+                if attempt.phase is Phase.PREFILL and self._key_chain is not None and self._scheduler.mode.transfers:
+                    self._leave_to_store(attempt)
                 self._forget(live, told=attempt.phase is Phase.DECODE)
             elif attempt.phase is Phase.PREFILL:
                 self._hand_over(attempt)
@@ -462,6 +481,13 @@ class Cluster:
         elif attempt.phase is Phase.DECODE:
             self._send(attempt.decode, Abort(attempt.name))
             del self._attempts[attempt.name]
+
+    def _leave_to_store(self, attempt: Attempt) -> None:
+        """The prompt's first token was its last: its blocks still go to the decode engine, which stores them."""
+        attempt.live.current = None
+        attempt.phase, attempt.stores = Phase.VOID, True
+        self._leave_scheduler(attempt)
+        self._hand_over(attempt)
 
     def _end_attempt(self, attempt: Attempt) -> None:
         """An attempt is over, and its engines know."""

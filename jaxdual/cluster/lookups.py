@@ -33,7 +33,7 @@ class StoreLookups:
             self._running = asyncio.get_running_loop().create_task(self._run())
 
     async def close(self) -> None:
-        """Waits for the call under way, and closes the store."""
+        """Answers nobody any more, and closes the store."""
         self._asked.clear()
         self._thread.shutdown(wait=False, cancel_futures=True)
         await asyncio.to_thread(self._store.close)

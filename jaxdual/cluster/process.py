@@ -84,6 +84,7 @@ class Member:
         self.warm = False
         self.process: EngineProcess | None = None
         self._config, self._part, self._host = config, part, host
+        self._started_mode = part.mode  # of the present process
         self._failed_starts = 0
         self._proved = False  # that a process of it works
         self._questions: dict[int, asyncio.Future[Answer]] = {}
@@ -96,6 +97,7 @@ class Member:
         """Starts a process."""
         self.warm = self._proved = False
         try:
+            self._started_mode = self._part.mode
             self.process = await EngineProcess.launch(
                 self._config,
                 self._on_message,
@@ -115,8 +117,10 @@ class Member:
         return await self._question(Ask(number, check_integrity))
 
     async def use_mode(self, number: int, mode: str) -> str | None:
-        """Has it go on in another path mode; why it can't."""
+        """Has it go on in another path mode, or start in it where it is starting; why it can't."""
         self._part = msgspec.structs.replace(self._part, mode=mode)
+        if self.process is None or self.info is None:
+            return None
         answer = await self._question(UseMode(number, mode), _MODE_SECONDS)
         return f"{self.name} does not answer" if answer is None else answer.error
 
@@ -137,6 +141,8 @@ class Member:
         match message:
             case Ready(info, stats):
                 self.info, self.stats = info, stats
+                if self._part.mode != self._started_mode:  # it was told meanwhile, and the process was not there yet
+                    self.send(UseMode(-1, self._part.mode))
             case AgentAt(address):
                 first, self.agent = self.agent is None, address
                 if first:
@@ -253,7 +259,19 @@ class ClusterProcess(asyncio.Protocol):
     def _later(self, work: Any) -> None:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._done)
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        error = None if task.cancelled() else task.exception()
+        if error is None:
+            return
+        _logger.error("the cluster has failed", exc_info=error)
+        if self._cluster is None:
+            self._send(StartFailed(type(error).__name__, str(error)))
+            self.over.set()
+        else:
+            self.give_up(f"{type(error).__name__}: {error}")
 
     def _start(self, config: EngineConfig, cluster: ClusterConfig) -> None:
         config = dataclasses.replace(
@@ -325,6 +343,11 @@ class ClusterProcess(asyncio.Protocol):
         info = next(info for member in self._members if member.role is Role.DECODE and (info := member.info))
         self._info = info
         shares = self._config.shares_kv_store and info.full_attention
+        if not shares and self._settings.path_mode != ClusterConfig().path_mode:
+            _logger.warning(
+                "path_mode=%r has no effect without a store that all engines share, or with sliding windows",
+                self._settings.path_mode,
+            )
         if shares:
             store = await asyncio.to_thread(
                 open_store, self._config.kv_store or "", self._config.kv_store_capacity_bytes or 0

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from jaxdual.agent.wire import AwaitGone, Done, GroupSlots, Load, PeerGone, Push
+from jaxdual.agent.wire import AwaitGone, Disconnect, Done, GroupSlots, Load, PeerGone, Push
 from jaxdual.engine.agent_link import AgentLink
 from jaxdual.engine.departures import Departure, Departures
 from jaxdual.engine.request import Target
@@ -31,12 +31,14 @@ class _Export:
     Attributes:
       left: departures that are not over.
       failed: something of it has not arrived, or is not wanted any more.
+      broken: a write of it has not ended well.
     """
 
     request_id: str
     target: Target
     left: int = 0
     failed: bool = False
+    broken: bool = False
 
 
 class Exports:
@@ -52,7 +54,7 @@ class Exports:
         self._link, self._departures, self._places = link, departures, places
         self._wanted: dict[int, _Export] = {}  # by sequence: those that are not computed yet
         self._leaving: list[_Export] = []
-        self._over: list[tuple[str, bool]] = []
+        self._over: list[tuple[str, bool, bool]] = []
         link.on_death(self._agent_died)
 
     def want(self, seq_id: int, request_id: str, target: Target) -> None:
@@ -75,7 +77,7 @@ class Exports:
             return
         attached = self._link.attached
         if attached is None or attached.address != export.target.peer:
-            self._over.append((export.request_id, False))  # granted to an agent that has died
+            self._over.append((export.request_id, False, False))  # granted to an agent that has died
             return
         self._leaving.append(export)
         parts = []
@@ -91,7 +93,7 @@ class Exports:
         """A sequence has ended before its prompt was computed."""
         export = self._wanted.pop(seq_id, None)
         if export is not None:
-            self._over.append((export.request_id, False))
+            self._over.append((export.request_id, False, False))
 
     def cancel(self, request_id: str) -> None:
         """What has left is not wanted any more; `take_over` says when nothing of it is under way."""
@@ -99,8 +101,10 @@ class Exports:
             if export.request_id == request_id:
                 export.failed = True
 
-    def take_over(self) -> list[tuple[str, bool]]:
-        """Requests for which nothing will be written any more, and whether all of their blocks have been."""
+    def take_over(self) -> list[tuple[str, bool, bool]]:
+        """Requests for which nothing will be written any more, whether all of their blocks have been, and whether a
+        write has not ended well.
+        """
         over, self._over = self._over, []
         return over
 
@@ -121,9 +125,10 @@ class Exports:
         def done(arrived: Sequence[bool] | None) -> None:
             export.left -= 1
             export.failed |= arrived is None or not all(arrived)
+            export.broken |= arrived is not None and not all(arrived)
             if not export.left:
                 self._leaving.remove(export)
-                self._over.append((export.request_id, not export.failed))
+                self._over.append((export.request_id, not export.failed, export.broken))
 
         self._departures.add(
             Departure(group, len(pages), message, done, wanted=lambda: not export.failed, patient=True), pages
@@ -131,7 +136,7 @@ class Exports:
 
     def _agent_died(self) -> None:
         for export in self._leaving:
-            export.failed = True
+            export.failed = export.broken = True
 
 
 @dataclass(slots=True, eq=False)
@@ -194,7 +199,8 @@ class Arrivals:
         self._arrivals: dict[str, _Arrival] = {}  # by request: those that are granted
         self._ended: dict[str, _Arrival] = {}  # those that are in quarantine
         self._granted: list[tuple[str, Target | None]] = []
-        self._lost: list[str] = []
+        self._lost: list[tuple[str, bool]] = []
+        self._draining: list[_Arrival] = []  # settled, but for what may still be on its way
         self._hits_read: list[tuple[str, int]] = []
         self._dying: set[str] = set()
         link.on_death(self._agent_died)
@@ -237,15 +243,15 @@ class Arrivals:
         read, self._hits_read = self._hits_read, []
         return read
 
-    def take_lost(self) -> list[str]:
-        """Prompts that were granted and will never be complete here."""
+    def take_lost(self) -> list[tuple[str, bool]]:
+        """Prompts that were granted and will never be complete here, and whether it is for reads that came too late."""
         now = self._clock()
         for request_id, arrival in list(self._arrivals.items()):
             if arrival.deadline is not None and now > arrival.deadline:
                 # What is still read would overwrite what is computed instead: these pages are of no use.
                 self.timeouts += 1
                 self.forget(request_id)
-                self._lost.append(request_id)
+                self._lost.append((request_id, True))
         lost, self._lost = self._lost, []
         return lost
 
@@ -277,11 +283,30 @@ class Arrivals:
         if arrival_or_none is not None:
             self._end(arrival_or_none)
 
-    def settled(self, request_id: str) -> None:
-        """Nothing of a prompt will be written any more, and it is not complete."""
+    def settled(self, request_id: str, *, broken: bool = False) -> None:
+        """Nothing of a prompt will be written any more, and it is not complete.
+
+        Args:
+          broken: a write has not ended well: its pages come back when nothing of the connection can land in them.
+        """
         self.forget(request_id)
         arrival = self._ended.pop(request_id, None)
-        if arrival is not None and arrival.lease is not None:
+        if arrival is None:
+            return
+        if not broken:
+            self._writer_over(arrival)
+            return
+
+        def answered(_: object) -> None:
+            if arrival in self._draining:
+                self._draining.remove(arrival)
+                self._writer_over(arrival)
+
+        self._draining.append(arrival)
+        self._link.ask(lambda number: Disconnect(number, arrival.peer), answered)
+
+    def _writer_over(self, arrival: _Arrival) -> None:
+        if arrival.lease is not None:
             self._staging.leases.operation_over(arrival.lease.number, arrival.peer)
 
     def peer_died(self, peer: str) -> None:
@@ -347,6 +372,7 @@ class Arrivals:
             self._dying.discard(peer)
             self._staging.leases.carrier_dead(peer)
             self._ended = {request: arrival for request, arrival in self._ended.items() if arrival.peer != peer}
+            self._draining = [arrival for arrival in self._draining if arrival.peer != peer]
 
         self._link.ask(lambda number: AwaitGone(number, peer), answered)
 
@@ -359,9 +385,13 @@ class Arrivals:
         for request_id, arrival in list(self._arrivals.items()):
             if peer in (None, arrival.peer):
                 self.forget(request_id)
-                self._lost.append(request_id)
+                self._lost.append((request_id, False))
 
     def _agent_died(self) -> None:
+        # Whoever wrote for another one has ended with it.
+        draining, self._draining = self._draining, []
+        for arrival in draining:
+            self._writer_over(arrival)
         self._lose(None)
         for peer in self._dying:
             self._await_gone(peer)

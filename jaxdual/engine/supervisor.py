@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import enum
 import logging
 from collections.abc import Callable, Collection, Sequence
@@ -196,6 +197,8 @@ class EngineSupervisor:
         answer = await self._question(lambda number: UseMode(number, mode))
         if answer.error is not None:
             raise ValueError(answer.error)
+        if self._cluster is not None:  # the next process is to start in it
+            self._cluster = dataclasses.replace(self._cluster, path_mode=mode)  # type: ignore[arg-type]  # checked there
 
     async def _question(self, message: Callable[[int], Message]) -> Answer:
         await self.start()

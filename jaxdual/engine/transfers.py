@@ -202,8 +202,8 @@ class Transfers:
                 self.arrivals.expect(request_id, tokens, peer, keys, first)
             case Forget(request_id):
                 self.arrivals.forget(request_id)
-            case Settled(request_id):
-                self.arrivals.settled(request_id)
+            case Settled(request_id, broken):
+                self.arrivals.settled(request_id, broken=broken)
             case PeerDied(peer):
                 self.arrivals.peer_died(peer)
 
@@ -215,8 +215,8 @@ class Transfers:
             *([] if address is None else [AgentAt(address)]),
             *(Granted(request_id, target) for request_id, target in self.arrivals.take_granted()),
             *(HitsRead(request_id, blocks) for request_id, blocks in self.arrivals.take_hits_read()),
-            *(ArrivalLost(request_id) for request_id in self.arrivals.take_lost()),
-            *(HandedOff(request_id, complete) for request_id, complete in self.exports.take_over()),
+            *(ArrivalLost(request_id, slow) for request_id, slow in self.arrivals.take_lost()),
+            *(HandedOff(*over) for over in self.exports.take_over()),
         ]
 
     def _agent_died(self) -> None:
@@ -237,6 +237,7 @@ class Transfers:
             "store_blocks_written": self._written,
             "store_blocks_lost": self._lost,
             "kv_agent_restarts": self._link.restarts,
+            "kv_staging_blocks_used": self._staging.num_used,
         }
 
     def close(self, timeout: float = 10.0) -> None:

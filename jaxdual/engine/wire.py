@@ -91,9 +91,12 @@ class Forget(Message, frozen=True, tag=True):
 
 
 class Settled(Message, frozen=True, tag=True):
-    """Nothing of what was expected will be written any more, and it is not complete; unknown ids are ignored."""
+    """Nothing of what was expected will be written any more, and it is not complete; unknown ids are ignored. `broken`
+    as of `HandedOff`.
+    """
 
     request_id: str
+    broken: bool = False
 
 
 class PeerDied(Message, frozen=True, tag=True):
@@ -175,16 +178,22 @@ class Granted(Message, frozen=True, tag=True):
 
 
 class ArrivalLost(Message, frozen=True, tag=True):
-    """A prompt that was granted will never be complete here."""
+    """A prompt that was granted will never be complete here; `slow` says that stored blocks of it came too late."""
 
     request_id: str
+    slow: bool = False
 
 
 class HandedOff(Message, frozen=True, tag=True):
-    """Nothing of a prompt will be written any more; `complete` says whether all of it has been."""
+    """Nothing of a prompt will be written any more; `complete` says whether all of it has been.
+
+    Attributes:
+      broken: a write of it has not ended well: bytes of it may still be on their way, though nobody sends any more.
+    """
 
     request_id: str
     complete: bool
+    broken: bool = False
 
 
 class Answer(Message, frozen=True, tag=True):

@@ -32,6 +32,11 @@ class Staging:
         return tuple(pool.num_free for pool in self._pools)
 
     @property
+    def num_used(self) -> int:
+        """Pages of all groups that are lent out, those in quarantine included."""
+        return sum(self.capacity) - sum(self.num_free)
+
+    @property
     def capacity(self) -> tuple[int, ...]:
         return tuple(pool.capacity for pool in self._pools)
 

@@ -74,12 +74,7 @@ class CardWatch:
         ]
         return {
             "bytes": dict(self.nbytes),
-            "read_path_bytes": {
-                side: sum(
-                    count for card, count in self.nbytes.items() if card.startswith(side) and card.endswith(_READS)
-                )
-                for side in ("prefill", "decode")
-            },
+            "read_path_bytes": {side: _read_by(side, self.nbytes) for side in ("prefill", "decode")},
             "storage_max_over_mean": {
                 "overall": _balance(self.nbytes),
                 "windows": statistics.fmean(windows) if windows else None,

@@ -260,7 +260,7 @@ class ClusterMachine(RuleBasedStateMachine):
         name = next(iter(engine.granted))
         engine.quarantined[name] = engine.granted.pop(name)
         engine.reading.pop(name, None)
-        self.cluster.message(engine.number, ArrivalLost(name))
+        self.cluster.message(engine.number, ArrivalLost(name, slow=data.draw(st.booleans())))
 
     @precondition(lambda self: any(engine.ready for engine in self.engines.values()))
     @rule(data=st.data(), fails=st.sampled_from([False] * 7 + [True]))
@@ -292,7 +292,7 @@ class ClusterMachine(RuleBasedStateMachine):
         if ready:
             name = data.draw(st.sampled_from(ready))
             wanted = engine.writing.pop(name)
-            self.cluster.message(engine.number, HandedOff(name, wanted and arrives))
+            self.cluster.message(engine.number, HandedOff(name, wanted and arrives, broken=not arrives))
 
     # What must hold.
 

@@ -207,6 +207,22 @@ def test_engines_share_a_bucket_like_a_folder(bucket: dict[str, Any], monkeypatc
     within(main())
 
 
+def test_a_prompt_of_one_token_more_is_stored_too(tmp_path: Path) -> None:
+    one = SamplingParams(max_tokens=1, temperature=0.0)
+    prompts = make_prompts(4, "one token")
+
+    async def main() -> None:
+        async with on_paths(tmp_path, 1, 1, mode="split") as llm:
+            first = await complete_all(llm, prompts, one)
+            await settled_cards(llm)
+            again = await asyncio.gather(*(complete(llm, prompt, one) for prompt in prompts))
+            assert [[list(output.outputs[0].token_ids)] for output in again] == first
+            assert [output.num_cached_tokens for output in again] == [(len(prompt) - 1) // 8 * 8 for prompt in prompts]
+            await settled(llm)
+
+    within(main())
+
+
 def test_modes_are_refused_where_they_mean_nothing(tmp_path: Path) -> None:
     async def main() -> None:
         async with on_paths(tmp_path, 1, 1) as llm:

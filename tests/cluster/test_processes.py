@@ -70,7 +70,12 @@ async def complete_all(llm: AsyncLLM, prompts: Sequence[list[int]], params: Samp
 async def settled(llm: AsyncLLM) -> None:
     """Nothing runs, every page is available, and all accounting agrees."""
     end = time.monotonic() + DEADLINE
-    while (stats := await llm.stats()).num_running or stats.num_waiting or stats.kv_blocks_available < stats.kv_blocks:
+    while (
+        (stats := await llm.stats()).num_running
+        or stats.num_waiting
+        or stats.kv_blocks_available < stats.kv_blocks
+        or stats.kv_staging_blocks_used
+    ):
         assert time.monotonic() < end, stats
         await asyncio.sleep(0.05)
     await llm.check_integrity()

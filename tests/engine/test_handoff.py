@@ -10,7 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from jaxdual.agent.wire import AwaitGone, Done, GroupSlots, Load, PeerGone
+from jaxdual.agent.wire import AwaitGone, Disconnect, Done, GroupSlots, Load, PeerGone
 from jaxdual.engine.handoff import Arrivals
 from jaxdual.kv.group import GroupPages
 from jaxdual.kv.lease import Lease, LeaseState
@@ -106,7 +106,7 @@ class ArrivalMachine(RuleBasedStateMachine):
                 self.granted[name] = peer
         for name, _ in self.arrivals.take_hits_read():
             self.reading.discard(name)
-        for name in self.arrivals.take_lost():
+        for name, _ in self.arrivals.take_lost():
             self.reading.discard(name)
             if name in self.granted:
                 self.forgotten[name] = self.granted.pop(name)
@@ -138,10 +138,12 @@ class ArrivalMachine(RuleBasedStateMachine):
                 del self.expected[name]
 
     @precondition(lambda self: self.granted or self.forgotten)
-    @rule(data=st.data())
-    def settle(self, data: st.DataObject) -> None:
+    @rule(data=st.data(), broken=st.booleans())
+    def settle(self, data: st.DataObject, broken: bool) -> None:
         name = data.draw(st.sampled_from(sorted({*self.granted, *self.forgotten})))
-        self.arrivals.settled(name)
+        used = self.staging.num_used
+        self.arrivals.settled(name, broken=broken)
+        assert not broken or self.staging.num_used == used, "pages are free that something may still land in"
         self.reading.discard(name)
         self.granted.pop(name, None)
         self.forgotten.pop(name, None)
@@ -171,7 +173,7 @@ class ArrivalMachine(RuleBasedStateMachine):
     def agent_answers(self, data: st.DataObject) -> None:
         message, answer = self.link.asked.pop(data.draw(st.integers(0, len(self.link.asked) - 1)))
         match message:
-            case AwaitGone(number):
+            case AwaitGone(number) | Disconnect(number):
                 answer(Done(number, [True], 0.0))
             case Load(number, _, keys, slots):
                 assert len(keys) == len(slots)

@@ -44,7 +44,7 @@ def prefill_engine_of(loaded: LoadedModel, config: EngineConfig, part: ClusterPa
     check_host_memory(config, layout, [memory], model.config)
     block_bytes = layout.full_block_bytes()
     places = GroupSlots(0, slot_bytes(layout, 0), block_bytes)
-    # A piece holds the largest move of a layer, and the smallest of all layers.
+    # A piece holds the largest padded move of a layer, and the smallest of all layers.
     piece = max(MOVE_SIZES[-1] * block_bytes // layout.num_layers, MOVE_SIZES[0] * block_bytes)
     piece = -(-piece // _PAGE) * _PAGE
     staged = memory.staging_pages * places.slot_bytes

@@ -89,9 +89,15 @@ class PrefillEngine:
         self._cost = AttentionCost(shape, 0.0, 0.0, 0.0)  # until it is measured
         self._quota_seconds, self._mode, self._stages_of = quota_seconds, mode, stages_of
         self._max_model_len = max_model_len
+        self._unmeasured = False
         self._link, self._staging, self._places = link, staging, places
         self._landing, self._leaving, self._pace = landing, leaving, pace
-        self._rules = ChunkRules(align=runner.layout.page_size, max_tokens=max_num_batched_tokens)
+        # A piece costs all that comes before it again: it is not worth while for a page.
+        self._rules = ChunkRules(
+            min_chunk=max(1, max_num_batched_tokens // 4),
+            align=runner.layout.page_size,
+            max_tokens=max_num_batched_tokens,
+        )
         self._eos, self._fingerprint = tuple(eos_token_ids), model_fingerprint
         self._load_timeout, self._clock = load_timeout, clock
         self._random = random.Random(seed)
@@ -100,6 +106,7 @@ class PrefillEngine:
         self._names: dict[str, Job] = {}
         self._unread: deque[Job] = deque()  # those that wait for staging pages
         self._passes: deque[Forward] = deque()
+        self._told: set[Forward] = set()  # those whose tokens were taken
         self._pages = SlotPool(runner.num_pages)
         self._slots = SlotPool(max_num_seqs)
         self._events: list[TokenEvent] = []
@@ -148,8 +155,10 @@ class PrefillEngine:
             run()
 
     def _measure(self) -> float:
+        """Measures what attention costs now, or as soon as nothing runs."""
         start = time.perf_counter()
-        if not self.has_work:
+        self._unmeasured = bool(self._jobs or self._passes)
+        if not self._unmeasured:
             self._cost = measure_cost(self.runner, self._cost.shape, self._max_model_len)
         return time.perf_counter() - start
 
@@ -205,8 +214,12 @@ class PrefillEngine:
         )
         self._jobs[job.number] = self._names[request.request_id] = job
         self._counts["prompt_tokens"] += len(request.prompt_token_ids)
-        if job.read_here is None:
+        attached = self._link.attached
+        if moves and (attached is None or attached.address != target.peer):
+            job.failed = True  # granted to an agent that has died
+        elif job.read_here is None:
             self._unread.append(job)
+        self._note_ready(job)
 
     def handle(self, message: object) -> None:
         """The cluster says how many of a job's blocks the decode engine has read."""
@@ -214,6 +227,7 @@ class PrefillEngine:
             job = self._names.get(message.request_id)
             if job is not None and job.read_there is None:
                 job.read_there = message.blocks
+                self._note_ready(job)
 
     def abort(self, request_id: str, index: int | None = None) -> None:
         """Ends a job; `HandedOff` says when nothing of it is under way. Unknown ids are ignored."""
@@ -230,6 +244,8 @@ class PrefillEngine:
             self._read()
             self._advance()
             self._settle()
+            if self._unmeasured:
+                self._measure()
 
     def step(self) -> list[TokenEvent]:
         """Goes on, and returns the tokens that have come since the last call.
@@ -262,6 +278,7 @@ class PrefillEngine:
             "kv_blocks": self.runner.num_pages,
             "kv_blocks_available": self._pages.num_free,
             "kv_agent_restarts": self._link.restarts,
+            "kv_staging_blocks_used": self._staging.num_used,
         }
 
     def check_integrity(self) -> None:
@@ -323,6 +340,7 @@ class PrefillEngine:
     def _read_over(self, job: Job, blocks: int) -> None:
         """This engine has read so many leading blocks of a job, and reads no more."""
         job.read_here, job.read_deadline = blocks, None
+        self._note_ready(job)
         self._messages.append(HitsRead(job.request.request_id, blocks))
         if not blocks:
             self._end_lease(job)
@@ -354,6 +372,10 @@ class PrefillEngine:
                 if free and not was_computed:
                     for part in forward.parts:
                         self._pages.free(part.pages)
+            for forward in self._passes:
+                if forward.sampled and forward not in self._told:
+                    self._told.add(forward)
+                    self._take_tokens(forward)
             while self._passes and self._passes[0].over:
                 self._retire(self._passes.popleft())
             if not self._begin_pass():
@@ -390,12 +412,9 @@ class PrefillEngine:
         """What jobs have left to compute, first come first, as far as there are pages for it and slots."""
         layout, work = self.runner.layout, list[PrefillWork]()
         pages = self._pages.num_free
-        now = self._clock()
-        for job in self._jobs.values():
-            if job.failed or job.sampled or job.passing or job.pushes or not job.reads_over:
+        for job in sorted(self._jobs.values(), key=lambda job: (job.request.priority, job.request.arrival, job.number)):
+            if job.failed or job.sampled or job.passing or job.pushes or job.ready is None:
                 continue
-            if job.ready is None:
-                self._make_ready(job, now)
             need = layout.pages_for(len(job.tokens))
             remaining = min(len(job.tokens), pages * layout.page_size) - job.computed
             if len(work) == self._slots.num_free or remaining < 1 or (need > pages and work):
@@ -404,8 +423,11 @@ class PrefillEngine:
             pages -= min(need, pages)
         return work
 
-    def _make_ready(self, job: Job, now: float) -> None:
-        job.ready = now
+    def _note_ready(self, job: Job) -> None:
+        """Nothing of a job is read any more, if that is so."""
+        if not job.reads_over or job.ready is not None or job.failed:
+            return
+        now = job.ready = self._clock()
         job.cached = job.computed = job.hit_blocks * self.runner.layout.page_size
         self._counts["prefix_cache_queries"] += len(job.tokens)
         self._counts["prefix_cache_hits"] += job.cached
@@ -442,8 +464,8 @@ class PrefillEngine:
             raise IntegrityError("a pass was planned without room for it")
         return slot
 
-    def _retire(self, forward: Forward) -> None:
-        """Takes the results of a pass."""
+    def _take_tokens(self, forward: Forward) -> None:
+        """Takes the tokens of a pass, of which something may still be on its way out."""
         sampled = {one.seq_id: one for one in forward.fetch()}
         for stream in forward.streams:
             for row, chunk in enumerate(stream.batch.chunks):
@@ -453,12 +475,17 @@ class PrefillEngine:
                     job.scores += self.runner.sampler.score(stream.x, row * stream.batch.shape.chunk, wanted)
         for part in forward.parts:
             job = part.job
-            job.passing = False
             if part.chunk.samples:
                 self._slots.free([job.slot])
                 job.slot, job.sampled = -1, True
                 if not job.failed:
                     self._give(job, sampled[job.number])
+
+    def _retire(self, forward: Forward) -> None:
+        """Nothing of a pass is on the device any more."""
+        self._told.discard(forward)
+        for part in forward.parts:
+            part.job.passing = False
 
     def _give(self, job: Job, sampled: Sampled) -> None:
         self._counts["generation_tokens"] += 1
@@ -487,7 +514,7 @@ class PrefillEngine:
             del self._jobs[job.number]
             del self._names[job.request.request_id]
             self._end_lease(job)
-            self._messages.append(HandedOff(job.request.request_id, not job.failed))
+            self._messages.append(HandedOff(job.request.request_id, not job.failed, job.broken))
 
     def _agent_died(self) -> None:
         """All that was under way is lost, and all that was read."""
@@ -497,9 +524,11 @@ class PrefillEngine:
                 for part in forward.parts:
                     self._pages.free(part.pages)
         self._passes.clear()
+        self._told.clear()
         self._landing.reset()
         self._leaving.reset()
         for job in self._jobs.values():
+            job.broken |= job.pushes > 0
             job.failed, job.passing, job.pushes = True, False, 0
             if job.slot >= 0:
                 self._slots.free([job.slot])

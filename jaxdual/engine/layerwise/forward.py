@@ -118,7 +118,8 @@ class Forward:
         self.streams: list[Stream] = []
         self._runner, self._link, self._landing, self._leaving, self._pace = runner, link, landing, leaving, pace
         self._batches = batches
-        self._most = min(MOVE_SIZES[-1], landing.piece_bytes // runner.stages.nbytes)
+        # What is moved is padded, and a piece holds the padding, too.
+        self._most = max(size for size in MOVE_SIZES if size * runner.stages.nbytes <= landing.piece_bytes)
         self._unasked: deque[tuple[Job, str, bytes, Sequence[tuple[int, int]]]] = deque()
         self._asking = 0  # stage whose blocks are asked for
         self._coming: deque[_Coming] = deque()
@@ -140,14 +141,16 @@ class Forward:
         return self._computed == self._runner.stages.count
 
     @property
-    def over(self) -> bool:
-        """Its results are there, and all that goes has left the device."""
+    def sampled(self) -> bool:
+        """Its tokens are there."""
         return (
-            self.computed
-            and not (self._copying or self._going)
-            and self._pace.clock() >= self._due
-            and all(is_ready(batch.tokens) for batch in self._sampled)
+            self.computed and self._pace.clock() >= self._due and all(is_ready(batch.tokens) for batch in self._sampled)
         )
+
+    @property
+    def over(self) -> bool:
+        """Its tokens are there, and all that goes has left the device."""
+        return self.sampled and not (self._copying or self._going)
 
     @property
     def patience(self) -> float | None:
@@ -155,7 +158,7 @@ class Forward:
         due = None
         if self._going and not (is_ready(self._going[0].blocks) and self._pace.clock() >= self._going[0].due):
             due = self._going[0].due
-        elif self.computed and not self._going:
+        elif self.computed and not self.sampled:
             due = self._due
         if self._copying or due is not None:
             return max(_LOOK_SECONDS, (due or 0.0) - self._pace.clock())
@@ -172,7 +175,7 @@ class Forward:
             progress = self._ask() | self._land() | (compute and self._compute()) | self._leave()
 
     def fetch(self) -> list[Sampled]:
-        """The tokens of the prompts that end in it, once it is over."""
+        """The tokens of the prompts that end in it, once they are there."""
         return [one for batch in self._sampled for one in batch.fetch()]
 
     def abandon(self) -> None:
@@ -218,6 +221,9 @@ class Forward:
         runs = [(begin + number * nbytes, offset, nbytes) for number, (_, offset) in enumerate(blocks)]
         coming = _Coming(self._asking, job, [page for page, _ in blocks], piece)
         self._coming.append(coming)
+        if job.failed:
+            coming.arrived = False
+            return
 
         def answered(done: Done) -> None:
             coming.arrived = all(done.whole)
@@ -291,7 +297,8 @@ class Forward:
         def answered(done: Done) -> None:
             self._leaving.give_back(piece)
             job.pushes -= 1
-            job.failed |= not all(done.whole)
+            job.broken |= not all(done.whole)
+            job.failed |= job.broken
 
         target = job.target
         self._link.ask(lambda number: Push(number, target.address, target.descriptor, runs), answered)

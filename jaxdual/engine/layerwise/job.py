@@ -32,7 +32,7 @@ class Job:
       hits: which blocks are read from the store, by whom.
       moves: see `wire.Prefill`.
       keys: of the blocks that this engine reads.
-      sampling, stop_token_ids, min_output: of the token that it ends in.
+      sampling, stop_token_ids: of the token that it ends in.
       added: when it came, in seconds.
       read_deadline: by which this engine's own reads must be over; None while they wait for memory, or are over.
       lease: of the staging pages that hold them, until the last pass.
@@ -43,8 +43,9 @@ class Job:
       passing: it is in a pass.
       pushes: blocks on their way to the target, in programs' pieces.
       failed: something of it is lost, or it is not wanted any more.
+      broken: see `wire.HandedOff`.
       sampled: its token is there.
-      ready, ran: when it was ready for its first pass, and when that began, in seconds.
+      ready, ran: when nothing of it was read any more, and when its first pass began, in seconds.
       scores: log-probabilities of the prompt so far.
     """
 
@@ -68,6 +69,7 @@ class Job:
     passing: bool = False
     pushes: int = 0
     failed: bool = False
+    broken: bool = False
     sampled: bool = False
     ready: float | None = None
     ran: float | None = None
