@@ -328,7 +328,12 @@ class PathScheduler:
     def _join(self, live: _Live, prefill: Holding, decode: Holding, now: float) -> Placement:
         request = live.request
         prefill_node, decode_node = self.loads.node_of(prefill.engine), self.loads.node_of(decode.engine)
-        read = self._reader.choose(request.hit_tokens, self.loads.read_q(prefill_node), self.loads.read_q(decode_node))
+        read = self._reader.choose(
+            request.hit_tokens,
+            self.loads.read_q(prefill_node),
+            self.loads.read_q(decode_node),
+            (prefill_node, decode_node),
+        )
         # At once, so that the next request of a burst sees it.
         self.loads.add_unread(prefill_node, read.prefill_tokens)
         self.loads.add_unread(decode_node, read.decode_tokens)

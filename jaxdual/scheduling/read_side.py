@@ -46,27 +46,31 @@ class ReadChooser:
             raise ValueError(f"{block_tokens=} must be at least 1")
         self.policy = policy
         self.block_tokens = block_tokens
-        self._turn = ReadSide.PREFILL
+        self._last: dict[tuple[int, int], ReadSide] = {}  # of each pair of nodes, by turns
 
-    def choose(self, hit_tokens: int, prefill_queue: int, decode_queue: int) -> ReadPlan:
+    def choose(
+        self, hit_tokens: int, prefill_queue: int, decode_queue: int, nodes: tuple[int, int] = (0, 0)
+    ) -> ReadPlan:
         """Who reads a request's hit tokens.
 
         Args:
           hit_tokens: tokens to read.
           prefill_queue, decode_queue: tokens that the nodes of both its engines have yet to read.
+          nodes: these two. Each pair has turns of its own: engines are chosen in turn, too, and with one turn for all,
+            of two pairs one would read on the prefill side only and the other on the decode side only.
         """
         if hit_tokens == 0 or self.policy is ReadPolicy.NONE:
             return ReadPlan()
         if self.policy is ReadPolicy.SPLIT:
             return split_read(hit_tokens, prefill_queue, decode_queue, self.block_tokens)
-        if self._side(prefill_queue, decode_queue) is ReadSide.PREFILL:
+        if self._side(prefill_queue, decode_queue, nodes) is ReadSide.PREFILL:
             return ReadPlan(prefill_tokens=hit_tokens)
         return ReadPlan(decode_tokens=hit_tokens)
 
-    def _side(self, prefill_queue: int, decode_queue: int) -> ReadSide:
+    def _side(self, prefill_queue: int, decode_queue: int, nodes: tuple[int, int]) -> ReadSide:
         if self.policy is ReadPolicy.ROUND_ROBIN:
-            side = self._turn
-            self._turn = ReadSide.DECODE if side is ReadSide.PREFILL else ReadSide.PREFILL
+            side = ReadSide.DECODE if self._last.get(nodes) is ReadSide.PREFILL else ReadSide.PREFILL
+            self._last[nodes] = side
             return side
         if self.policy is ReadPolicy.SHORTER_QUEUE:
             return ReadSide.PREFILL if prefill_queue < decode_queue else ReadSide.DECODE

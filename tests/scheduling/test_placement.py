@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from jaxdual.scheduling.decode_placement import DecodePlacement
 from jaxdual.scheduling.loads import EngineReport, PathRequest
 from jaxdual.scheduling.path_modes import MODES
+from jaxdual.scheduling.paths import PathScheduler
 from jaxdual.scheduling.prefill_placement import PrefillPlacement
 from jaxdual.scheduling.read_side import ReadChooser, ReadPlan, ReadPolicy, split_read
 from jaxdual.scheduling.round_robin import RoundRobin
@@ -334,3 +335,13 @@ def test_the_modes_are_the_steps_of_the_ablation() -> None:
         ("split", True, ReadPolicy.SPLIT, True, True, True),
         ("oracle", True, ReadPolicy.NONE, True, True, False),
     ]
+
+
+def test_engines_and_sides_in_turn_use_all_storage_cards() -> None:
+    scheduler = PathScheduler(MODES["roundrobin"], PrefillPlacement(0, 0), block_tokens=8)
+    for number in range(8):
+        scheduler.submit(PathRequest(number, 9, 8, 1))
+    groups = [[EngineReport(e, e, g, 0, 0, 0, 10**6) for e in (2 * g, 2 * g + 1)] for g in range(2)]
+    placed = scheduler.fetch_prefill(0, groups[0], 0.0) + scheduler.fetch_decode(1, groups[1], 0.0)
+    readers = [one.prefill_engine if one.read.prefill_tokens else one.decode_engine for one in placed]
+    assert sorted(readers) == [0, 0, 1, 1, 2, 2, 3, 3]
