@@ -168,13 +168,15 @@ async def settled(llm: AsyncLLM, seconds: float = 60.0) -> None:
       TimeoutError: it does not end.
     """
     end = time.monotonic() + seconds
-    before = None
+    before, looks = None, 0
     while time.monotonic() < end:
         stats = await llm.stats()
-        if not (stats.num_running or stats.num_waiting) and stats.card_bytes == before:
+        idle = not (stats.num_running or stats.num_waiting or stats.kv_staging_blocks_used)
+        looks = looks + 1 if idle and stats.card_bytes == before else 0
+        if looks == 4:
             return
         before = stats.card_bytes
-        await asyncio.sleep(0.2)
+        await asyncio.sleep(0.1)
     raise TimeoutError(f"after {seconds:.0f} s something is under way: {stats}")
 
 

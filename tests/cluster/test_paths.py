@@ -68,7 +68,7 @@ def test_every_mode_gives_the_tokens_of_one_engine(
                     got = await complete_all(llm, asked, GREEDY)
                     for prompt, one, (other,) in zip(asked, expected, got, strict=True):
                         ties.compare(prompt, one, other)
-                    await settled(llm)
+                    await settled_cards(llm)
             before = await llm.stats()
             again = await asyncio.gather(*(complete(llm, talk, GREEDY) for talk in talks["full"]))
             assert [output.num_cached_tokens for output in again] == [
@@ -94,19 +94,20 @@ def test_bytes_of_each_card_are_those_of_the_paper_s_formulas(tmp_path: Path) ->
 
     async def passed(llm: AsyncLLM, mode: str) -> dict[str, int]:
         await llm.use_path_mode(mode)
-        await settled_cards(llm)
-        before = (await llm.stats()).card_bytes
+        stats = await llm.stats()
+        before, stored = stats.card_bytes, stats.store_blocks_written
         prompt = [*context, *(rng.randrange(90) for _ in range(35))]
         output: RequestOutput = await complete(
             llm, prompt, SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True)
         )
         assert output.num_cached_tokens == 96
-        await settled_cards(llm)
+        await settled_cards(llm, stored + 4)
         return difference((await llm.stats()).card_bytes, before)
 
     async def main() -> None:
         async with on_paths(tmp_path, 1, 1) as llm:
             await complete(llm, [*context, 1], TWO)
+            await settled_cards(llm, 12)
             size = llm.info.kv_block_bytes
             # 131 tokens: 12 blocks are hit, 4 and a part of one computed; of the output, none becomes full.
             hit, computed, stored = 12 * size, 5 * size, 4 * size
@@ -151,13 +152,16 @@ def test_bytes_of_each_card_are_those_of_the_paper_s_formulas(tmp_path: Path) ->
     within(main())
 
 
-async def settled_cards(llm: AsyncLLM) -> None:
-    """Nothing is under way, and all that is full is stored."""
+async def settled_cards(llm: AsyncLLM, stored: int = 0) -> None:
+    """Nothing is under way, and all that is full is stored: so many blocks at least."""
     before: Mapping[str, int] = {}
-    while (now := (await llm.stats()).card_bytes) != before:
+    looks = 0
+    while looks < 4:
         await settled(llm)
-        before = now
-        await asyncio.sleep(0.2)
+        stats = await llm.stats()
+        looks = looks + 1 if stats.card_bytes == before and stats.store_blocks_written >= stored else 0
+        before = stats.card_bytes
+        await asyncio.sleep(0.1)
 
 
 def test_nothing_moved_is_nothing_that_counts(tmp_path: Path) -> None:
@@ -169,7 +173,7 @@ def test_nothing_moved_is_nothing_that_counts(tmp_path: Path) -> None:
             for _ in range(2):
                 outputs = await asyncio.gather(*(complete(llm, prompt, GREEDY) for prompt in prompts))
                 assert all(len(output.outputs[0].token_ids) == 10 for output in outputs)
-                await settled_cards(llm)
+                await settled_cards(llm, sum((len(prompt) + 9) // 8 for prompt in prompts))
             assert [output.num_cached_tokens for output in outputs] == [
                 (len(prompt) - 1) // 8 * 8 for prompt in prompts
             ]
@@ -201,7 +205,7 @@ def test_engines_share_a_bucket_like_a_folder(bucket: dict[str, Any], monkeypatc
         async with on_paths("s3://blocks/cluster", 1, 1, mode="split") as llm:
             for read in (0, sum((len(prompt) - 1) // 8 for prompt in prompts)):
                 assert await complete_all(llm, prompts, GREEDY) == want
-                await settled_cards(llm)
+                await settled_cards(llm, sum((len(prompt) + 9) // 8 for prompt in prompts))
                 assert (await llm.stats()).store_blocks_read == read
 
     within(main())
@@ -214,7 +218,7 @@ def test_a_prompt_of_one_token_more_is_stored_too(tmp_path: Path) -> None:
     async def main() -> None:
         async with on_paths(tmp_path, 1, 1, mode="split") as llm:
             first = await complete_all(llm, prompts, one)
-            await settled_cards(llm)
+            await settled_cards(llm, sum(len(prompt) // 8 for prompt in prompts))
             again = await asyncio.gather(*(complete(llm, prompt, one) for prompt in prompts))
             assert [[list(output.outputs[0].token_ids)] for output in again] == first
             assert [output.num_cached_tokens for output in again] == [(len(prompt) - 1) // 8 * 8 for prompt in prompts]
