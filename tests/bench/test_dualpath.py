@@ -39,7 +39,7 @@ def test_modes_are_compared_on_one_cluster(tmp_path, monkeypatch, capsys):
     assert runs["basic"]["bytes"]["decode 1 storage write"] == 0
     read = [runs["full"]["bytes"][f"{engine} storage write"] for engine in ("prefill 0", "decode 1")]
     assert sum(read) == 8 * block
-    assert all(read)
+    assert read[1]  # of equal queues the decode side's
     assert not any(runs["oracle"]["bytes"][f"{engine} storage write"] for engine in ("prefill 0", "decode 1"))
     assert [row["mode"] for row in results["summary"]] == ["basic", "full", "oracle"]
     assert "times faster" in capsys.readouterr().out
