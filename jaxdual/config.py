@@ -165,9 +165,9 @@ class ClusterConfig:
         not all layers of each. None for as much as any engine has.
       compute_quota: seconds of attention that a prefill engine puts in one pass, in the modes "full", "split" and
         "oracle".
-      storage_nic_rate, compute_nic_rate: bytes per second in each direction of the network cards that every engine
-        reads stored blocks through, and reaches its device and other engines through. For measurements: it plays
-        cards of this rate. None for as fast as it goes.
+      storage_nic_rate: bytes per second, in each direction, of the network card that every engine reads stored blocks
+        through. For measurements: it plays cards of this rate. None for as fast as it goes.
+      compute_nic_rate: likewise of the card that an engine reaches its device and other engines through.
       least_layer_seconds: that a prefill engine's device takes for a layer. For measurements: it plays a slower one.
     """
 
