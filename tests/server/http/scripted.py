@@ -7,7 +7,6 @@ whatever is mixed up shows. `hold` stops it until `go`.
 import asyncio
 import threading
 import time
-from dataclasses import fields
 from pathlib import Path
 
 import uvicorn
@@ -120,7 +119,7 @@ class ScriptedLLM:
             listener(state)
 
     def set_stats(self, **figures):
-        self._stats = EngineStats(**{field.name: figures.get(field.name, 0) for field in fields(EngineStats)})
+        self._stats = EngineStats(**figures)
 
     def die(self):
         self._running.clear()
