@@ -58,12 +58,11 @@ class Cards:
 
     async def save(self, nbytes: int) -> None:
         """Bytes leave the device for memory, and memory for the store."""
-        card = self.compute
-        await self._pass("device", nbytes, (card, Direction.READ), (card, Direction.WRITE))
+        await self.past_device(nbytes)
         await self._pass("saves", nbytes, (self._storage, Direction.READ))
 
-    async def to_device(self, nbytes: int) -> None:
-        """Bytes leave memory for the device."""
+    async def past_device(self, nbytes: int) -> None:
+        """Bytes go from memory to the device, or the other way: out of one, and into the other."""
         card = self.compute
         await self._pass("device", nbytes, (card, Direction.READ), (card, Direction.WRITE))
 

@@ -105,31 +105,28 @@ class KVAgent(asyncio.Protocol):
         if not self._attached:
             raise RuntimeError(f"{type(message).__name__} came before Attach was answered")
         match message:
-            case Push(number, address, descriptor, runs):
-                begin = time.monotonic()
-                arrived = self._peers is not None and await self._peers.push(address, descriptor, runs)
-                self._send(Done(number, [arrived], time.monotonic() - begin))
-            case Pull(number, address, descriptor, runs):
-                begin = time.monotonic()
-                arrived = self._peers is not None and await self._peers.pull(address, descriptor, runs)
-                self._send(Done(number, [arrived], time.monotonic() - begin))
-            case ToDevice(number, nbytes):
-                begin = time.monotonic()
-                if self._cards is not None:
-                    await self._cards.to_device(nbytes)
-                self._send(Done(number, [True], time.monotonic() - begin))
-            case Disconnect(number, address):
-                begin = time.monotonic()
-                if self._peers is not None:
-                    await self._peers.disconnect(address)
-                self._send(Done(number, [True], time.monotonic() - begin))
-            case AwaitGone(number, address):
-                begin = time.monotonic()
-                if self._peers is not None:
-                    await self._peers.gone(address)
-                self._send(Done(number, [True], time.monotonic() - begin))
-            case _:
+            case Lookup() | Load() | Save():
                 await self._use_store(message)
+            case _:
+                begin = time.monotonic()
+                arrived = await self._use_network(message)
+                self._send(Done(message.number, [arrived], time.monotonic() - begin))
+
+    async def _use_network(self, message: Any) -> bool:
+        """Whether all of it has arrived, where something is to."""
+        peers, cards = self._peers, self._cards
+        match message:
+            case Push(_, address, descriptor, runs):
+                return peers is not None and await peers.push(address, descriptor, runs)
+            case Pull(_, address, descriptor, runs):
+                return peers is not None and await peers.pull(address, descriptor, runs)
+            case Disconnect(_, address) if peers is not None:
+                await peers.disconnect(address)
+            case AwaitGone(_, address) if peers is not None:
+                await peers.gone(address)
+            case ToDevice(_, nbytes) if cards is not None:
+                await cards.past_device(nbytes)
+        return True
 
     async def _use_store(self, message: Any) -> None:
         store = self._store

@@ -172,6 +172,11 @@ class Done(Message, frozen=True, tag=True):
     whole: list[bool]
     seconds: float
 
+    @property
+    def leading(self) -> int:
+        """Blocks before the first one that has not arrived whole."""
+        return [*self.whole, False].index(False)
+
 
 class PeerGone(Message, frozen=True, tag=True):
     """Another agent's connections to this one have ended; if it lives, it may connect again. Comes unasked."""

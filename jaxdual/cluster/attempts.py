@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -61,6 +62,21 @@ class Live:
         """Tokens whose keys and values are there when the lead goes on from them."""
         return len(self.request.prompt_token_ids) + len(self.lead.tokens)
 
+    @property
+    def tokens(self) -> list[int]:
+        """Of the prompt, and behind them those of the lead."""
+        return [*self.request.prompt_token_ids, *self.lead.tokens]
+
+    @property
+    def left(self) -> int:
+        """Tokens that the lead may still get."""
+        return max(0, (self.request.params.max_tokens or 0) - len(self.lead.tokens))
+
+    @property
+    def wants_scores(self) -> bool:
+        """Whether its prompt is to be computed whole, since log-probabilities of it are wanted."""
+        return self.request.params.prompt_logprobs is not None and not self.lead.tokens
+
 
 class Phase(Enum):
     """What an attempt waits for."""
@@ -77,6 +93,7 @@ class Attempt:
 
     Attributes:
       name: id of the request at the engines; each attempt has another.
+      salt: of its keys.
       live: whose attempt it is.
       placement: number that the scheduler gave it; None for one that a decode engine does by itself.
       prefill, decode: engines; the first is None likewise.
@@ -91,6 +108,7 @@ class Attempt:
     """
 
     name: str
+    salt: bytes
     live: Live
     placement: int | None
     prefill: int | None
@@ -104,3 +122,22 @@ class Attempt:
     handed: bool | None = None
     broken: bool = False
     stores: bool = False
+
+    def request(self, resumed: tuple[tuple[int, ...] | None, ...]) -> Request:
+        """What the engines know it by, going on from given tokens of each output."""
+        return dataclasses.replace(self.live.request, request_id=self.name, salt=self.salt, resumed=resumed)
+
+    def prefill_request(self) -> Request:
+        """The prompt, and one token of the lead."""
+        before, params = tuple(self.live.lead.tokens), self.live.request.params
+        count = len(before) + 1
+        params = dataclasses.replace(params, n=1, max_tokens=count, min_tokens=min(params.min_tokens, count))
+        return dataclasses.replace(self.request((before,) if before else ()), params=params)
+
+    def one_more(self) -> Request:
+        """One token more than there are, which nobody waits for: who decodes it stores the prompt's blocks."""
+        before = tuple(self.live.lead.tokens)
+        params = dataclasses.replace(
+            self.live.request.params, n=1, max_tokens=len(before) + 1, min_tokens=0, ignore_eos=True
+        )
+        return dataclasses.replace(self.request((before,)), params=params)

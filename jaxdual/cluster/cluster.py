@@ -242,20 +242,16 @@ class Cluster:
         if live.lead.ended or any(output.tokens for output in live.outputs[1:]):
             self._alone.append(live)
             return
-        # Log-probabilities of a prompt come of computing all of it.
         blocks = (live.length - 1) // self._page_size
-        scores = live.request.params.prompt_logprobs is not None and not live.lead.tokens
-        if self._key_chain is None or not blocks or scores or not live.reads:
+        if self._key_chain is None or not blocks or live.wants_scores or not live.reads:
             self._submit(live, 0)
             return
-        tokens = [*live.request.prompt_token_ids, *live.lead.tokens]
-        live.keys = self._key_chain(self._salt(live)).upto(tokens, blocks)
+        live.keys = self._key_chain(self._salt(live)).upto(live.tokens, blocks)
         self._looking.add(live.number)
         self._look(live.number, live.keys)
 
     def _submit(self, live: Live, hit_tokens: int) -> None:
-        left = max(0, (live.request.params.max_tokens or 0) - len(live.lead.tokens))
-        self._scheduler.submit(PathRequest(live.number, live.length, hit_tokens, left, live.request.arrival))
+        self._scheduler.submit(PathRequest(live.number, live.length, hit_tokens, live.left, live.request.arrival))
 
     def _salt(self, live: Live) -> bytes:
         """What tokens have no meaning of must not be taken for what they would have."""
@@ -310,13 +306,14 @@ class Cluster:
 
     def _start_alone(self, live: Live, decode: int) -> None:
         attempt = self._new_attempt(live, decode, Phase.DECODE, None)
-        self._send(decode, Add(self._request(attempt, resumed=live.resumed)))
+        self._send(decode, Add(attempt.request(live.resumed)))
 
     def _new_attempt(self, live: Live, decode: int, phase: Phase, placement: Placement | None) -> Attempt:
         live.attempts += 1
         live.queue_seconds = self._clock() - live.added - live.allocation_seconds
         attempt = Attempt(
             f"{live.request.request_id}#{live.attempts}",
+            self._salt(live),
             live,
             None if placement is None else placement.number,
             None if placement is None else placement.prefill_engine,
@@ -327,11 +324,6 @@ class Cluster:
         )
         live.current = self._attempts[attempt.name] = attempt
         return attempt
-
-    def _request(self, attempt: Attempt, *, resumed: tuple[tuple[int, ...] | None, ...]) -> Request:
-        return dataclasses.replace(
-            attempt.live.request, request_id=attempt.name, resumed=resumed, salt=self._salt(attempt.live)
-        )
 
     # An attempt's way.
 
@@ -348,16 +340,8 @@ class Cluster:
             self._start_alone(live, decode)
             return
         attempt.target, attempt.phase = granted.target, Phase.PREFILL
-        params = live.request.params
-        before = len(live.lead.tokens)
-        request = dataclasses.replace(
-            self._request(attempt, resumed=(tuple(live.lead.tokens),) if before else ()),
-            params=dataclasses.replace(
-                params, n=1, max_tokens=before + 1, min_tokens=min(params.min_tokens, before + 1)
-            ),
-        )
         moves = self._scheduler.mode.transfers
-        self._send(attempt.prefill, Prefill(request, granted.target, attempt.hits, moves))
+        self._send(attempt.prefill, Prefill(attempt.prefill_request(), granted.target, attempt.hits, moves))
 
     def _hits_read(self, attempt: Attempt | None, message: HitsRead, engine: int) -> None:
         """An engine has read what it was to read of a prompt."""
@@ -378,7 +362,7 @@ class Cluster:
         if attempt.phase is Phase.VOID:
             if attempt.stores and attempt.handed and attempt.decode in self._members:
                 del self._attempts[attempt.name]
-                self._send(attempt.decode, Adopt(self._one_more(attempt), self._stored(attempt)))
+                self._send(attempt.decode, Adopt(attempt.one_more(), self._stored(attempt)))
             else:
                 self._settle(attempt)
         elif not attempt.handed:
@@ -395,21 +379,14 @@ class Cluster:
                 self._end_attempt(attempt)
                 self._start_alone(live, attempt.decode)
                 return
-            request = self._request(attempt, resumed=live.resumed)
-            self._send(attempt.decode, Adopt(request, self._stored(attempt), self._scheduler.mode.transfers))
+            adopt = Adopt(attempt.request(live.resumed), self._stored(attempt), self._scheduler.mode.transfers)
+            self._send(attempt.decode, adopt)
 
     def _stored(self, attempt: Attempt) -> int:
         """Leading blocks of an attempt's prompt that are in the store, as far as is known: an engine that looks for
         itself does not say what it has found there, and what in its own memory.
         """
         return 0 if self._key_chain is None else attempt.cached // self._page_size
-
-    def _one_more(self, attempt: Attempt) -> Request:
-        """An attempt's request with one token more, which nobody waits for: who decodes it stores its blocks."""
-        lead = tuple(attempt.live.lead.tokens)
-        request = self._request(attempt, resumed=(lead,))
-        params = dataclasses.replace(request.params, n=1, max_tokens=len(lead) + 1, min_tokens=0, ignore_eos=True)
-        return dataclasses.replace(request, params=params)
 
     def _settle(self, attempt: Attempt) -> None:
         """Nothing of an attempt's prompt is under way any more, and the decode engine won't take it over."""

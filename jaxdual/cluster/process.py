@@ -84,7 +84,7 @@ class Member:
         self.warm = False
         self.process: EngineProcess | None = None
         self._config, self._part, self._host = config, part, host
-        self._started_mode = part.mode  # of the present process
+        self._started_mode = part.cluster.path_mode  # of the present process
         self._failed_starts = 0
         self._proved = False  # that a process of it works
         self._questions: dict[int, asyncio.Future[Answer]] = {}
@@ -97,7 +97,7 @@ class Member:
         """Starts a process."""
         self.warm = self._proved = False
         try:
-            self._started_mode = self._part.mode
+            self._started_mode = self._part.cluster.path_mode
             self.process = await EngineProcess.launch(
                 self._config,
                 self._on_message,
@@ -118,7 +118,8 @@ class Member:
 
     async def use_mode(self, number: int, mode: str) -> str | None:
         """Has it go on in another path mode, or start in it where it is starting; why it can't."""
-        self._part = msgspec.structs.replace(self._part, mode=mode)
+        cluster = dataclasses.replace(self._part.cluster, path_mode=mode)  # type: ignore[arg-type]  # checked before
+        self._part = msgspec.structs.replace(self._part, cluster=cluster)
         if self.process is None or self.info is None:
             return None
         answer = await self._question(UseMode(number, mode), _MODE_SECONDS)
@@ -141,8 +142,9 @@ class Member:
         match message:
             case Ready(info, stats):
                 self.info, self.stats = info, stats
-                if self._part.mode != self._started_mode:  # it was told meanwhile, and the process was not there yet
-                    self.send(UseMode(-1, self._part.mode))
+                mode = self._part.cluster.path_mode
+                if mode != self._started_mode:  # it was told meanwhile, and the process was not there yet
+                    self.send(UseMode(-1, mode))
             case AgentAt(address):
                 first, self.agent = self.agent is None, address
                 if first:
@@ -290,7 +292,7 @@ class ClusterProcess(asyncio.Protocol):
             Member(
                 number,
                 of_role[role],
-                ClusterPart(role, cluster, cluster.path_mode, cards.of(_name(role, number))),
+                ClusterPart(role, cluster, cards.of(_name(role, number))),
                 self,
             )
             for number, role in enumerate(roles)

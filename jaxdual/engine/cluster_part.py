@@ -14,12 +14,10 @@ class ClusterPart(msgspec.Struct, frozen=True):
 
     Attributes:
       role: what it does.
-      cluster: settings of all.
-      mode: path mode, that of `cluster` or another one that it was told since.
+      cluster: settings of all, with the path mode of the moment.
       cards: of its node.
     """
 
     role: Role
     cluster: ClusterConfig
-    mode: str
     cards: CardPlaces

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from jaxdual.engine.request import Hits, Request, Target, TokenEvent, TokenLogprobs
 from jaxdual.engine.runner import Launch, Runner, ScoreTargets, StepResult
-from jaxdual.engine.sampler import SlotSampling, slot_sampling, stop_tokens
+from jaxdual.engine.sampler import SlotSampling, seed_of, slot_sampling, stop_tokens
 from jaxdual.engine.slot_sampler import SlotBinding
 from jaxdual.errors import EngineDeadError
 from jaxdual.kv.keys import KeyChain, root_key
@@ -188,7 +188,7 @@ class Engine:
         if not request.prompt_token_ids or max_output is None:
             raise ValueError("a request needs at least one prompt token and a limit of output tokens")
         root = root_key(self._fingerprint, self.runner.layout.fingerprint(), request.salt)
-        base_seed = self._random.getrandbits(64) if params.seed is None else params.seed % 2**64
+        base_seed = seed_of(params, self._random)
         stops = stop_tokens(params, self._eos)
         given = [tokens if tokens is None else list(tokens) for tokens in request.resumed or [()] * params.n]
         if len(given) != params.n or all(tokens is None or len(tokens) >= max_output for tokens in given):

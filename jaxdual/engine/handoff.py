@@ -17,6 +17,7 @@ from jaxdual.agent.wire import AwaitGone, Disconnect, Done, GroupSlots, Load, Pe
 from jaxdual.engine.agent_link import AgentLink
 from jaxdual.engine.departures import Departure, Departures
 from jaxdual.engine.request import Target
+from jaxdual.engine.wire import ArrivalLost, Granted, HandedOff, HitsRead
 from jaxdual.kv.keys import BlockKey
 from jaxdual.kv.layout import first_block
 from jaxdual.kv.lease import Lease
@@ -54,7 +55,7 @@ class Exports:
         self._link, self._departures, self._places = link, departures, places
         self._wanted: dict[int, _Export] = {}  # by sequence: those that are not computed yet
         self._leaving: list[_Export] = []
-        self._over: list[tuple[str, bool, bool]] = []
+        self._over: list[HandedOff] = []
         link.on_death(self._agent_died)
 
     def want(self, seq_id: int, request_id: str, target: Target) -> None:
@@ -77,7 +78,7 @@ class Exports:
             return
         attached = self._link.attached
         if attached is None or attached.address != export.target.peer:
-            self._over.append((export.request_id, False, False))  # granted to an agent that has died
+            self._over.append(HandedOff(export.request_id, False))  # granted to an agent that has died
             return
         self._leaving.append(export)
         parts = []
@@ -93,18 +94,16 @@ class Exports:
         """A sequence has ended before its prompt was computed."""
         export = self._wanted.pop(seq_id, None)
         if export is not None:
-            self._over.append((export.request_id, False, False))
+            self._over.append(HandedOff(export.request_id, False))
 
     def cancel(self, request_id: str) -> None:
-        """What has left is not wanted any more; `take_over` says when nothing of it is under way."""
+        """What has left is not wanted any more; `take_messages` says when nothing of it is under way."""
         for export in self._leaving:
             if export.request_id == request_id:
                 export.failed = True
 
-    def take_over(self) -> list[tuple[str, bool, bool]]:
-        """Requests for which nothing will be written any more, whether all of their blocks have been, and whether a
-        write has not ended well.
-        """
+    def take_messages(self) -> list[HandedOff]:
+        """One for each request for which nothing will be written any more."""
         over, self._over = self._over, []
         return over
 
@@ -128,7 +127,7 @@ class Exports:
             export.broken |= arrived is not None and not all(arrived)
             if not export.left:
                 self._leaving.remove(export)
-                self._over.append((export.request_id, not export.failed, export.broken))
+                self._over.append(HandedOff(export.request_id, not export.failed, export.broken))
 
         self._departures.add(
             Departure(group, len(pages), message, done, wanted=lambda: not export.failed, patient=True), pages
@@ -198,10 +197,8 @@ class Arrivals:
         self._queue: deque[_Arrival] = deque()
         self._arrivals: dict[str, _Arrival] = {}  # by request: those that are granted
         self._ended: dict[str, _Arrival] = {}  # those that are in quarantine
-        self._granted: list[tuple[str, Target | None]] = []
-        self._lost: list[tuple[str, bool]] = []
+        self._messages: list[Granted | HitsRead | ArrivalLost] = []
         self._draining: list[_Arrival] = []  # settled, but for what may still be on its way
-        self._hits_read: list[tuple[str, int]] = []
         self._dying: set[str] = set()
         link.on_death(self._agent_died)
         link.on_news(self._news)
@@ -214,11 +211,11 @@ class Arrivals:
     def expect(
         self, request_id: str, tokens: int, peer: str, keys: Sequence[BlockKey] = (), first_read: int = 0
     ) -> None:
-        """Reserves staging pages for a prompt, in the order of calls; `take_granted` says when they are there.
+        """Reserves staging pages for a prompt, in the order of calls; `take_messages` says when they are there.
 
         Args:
-          keys: of blocks of an only layer group, which are read from the store then; `take_hits_read` says when they
-            are there.
+          keys: of blocks of an only layer group, which are read from the store then; `take_messages` says when they are
+            there.
           first_read: number of the first of these.
         """
         firsts = tuple(first_block(pages.window, tokens, self._page_size) for pages in self._memory)
@@ -229,31 +226,21 @@ class Arrivals:
         """Whether stored blocks are read that must come in time."""
         return any(arrival.deadline is not None for arrival in self._arrivals.values())
 
-    def take_granted(self) -> list[tuple[str, Target | None]]:
-        """Prompts that may be written now, and where; None for one that can't be taken here."""
+    def take_messages(self) -> list[Granted | HitsRead | ArrivalLost]:
+        """What has become of prompts since the last call, in order; grants those for which there are pages now, and
+        gives up those whose stored blocks are too late.
+        """
         while self._queue and self._grant(self._queue[0]):
             self._queue.popleft()
-        granted, self._granted = self._granted, []
-        return granted
-
-    def take_hits_read(self) -> list[tuple[str, int]]:
-        """Prompts of which no more stored blocks are read, and how many leading ones of those that were to be read are
-        there.
-        """
-        read, self._hits_read = self._hits_read, []
-        return read
-
-    def take_lost(self) -> list[tuple[str, bool]]:
-        """Prompts that were granted and will never be complete here, and whether it is for reads that came too late."""
         now = self._clock()
         for request_id, arrival in list(self._arrivals.items()):
             if arrival.deadline is not None and now > arrival.deadline:
                 # What is still read would overwrite what is computed instead: these pages are of no use.
                 self.timeouts += 1
                 self.forget(request_id)
-                self._lost.append((request_id, True))
-        lost, self._lost = self._lost, []
-        return lost
+                self._messages.append(ArrivalLost(request_id, slow=True))
+        messages, self._messages = self._messages, []
+        return messages
 
     def adopt(self, request_id: str, seq_id: int, *, stored: int) -> bool:
         """All blocks of a prompt have been written, and none will be any more: a sequence goes on from them.
@@ -328,7 +315,7 @@ class Arrivals:
         if attached is None or any(
             count > capacity for count, capacity in zip(counts, self._staging.capacity, strict=True)
         ):
-            self._granted.append((arrival.request_id, None))
+            self._messages.append(Granted(arrival.request_id, None))
             return True
         lease = self._staging.reserve(counts)
         if lease is None:
@@ -341,7 +328,7 @@ class Arrivals:
             for place, slots in zip(self._places, lease.slots, strict=True)
         )
         target = Target(arrival.peer, attached.address, attached.descriptor, arrival.firsts, offsets)
-        self._granted.append((arrival.request_id, target))
+        self._messages.append(Granted(arrival.request_id, target))
         if arrival.keys:
             self._load(arrival, lease)
         return True
@@ -358,7 +345,7 @@ class Arrivals:
             self.failed += len(done.whole) - sum(done.whole)
             if leases.operation_over(lease.number, era) is not None:
                 arrival.deadline = None
-                self._hits_read.append((arrival.request_id, [*done.whole, False].index(False)))
+                self._messages.append(HitsRead(arrival.request_id, done.leading))
 
         self._link.ask(lambda number: Load(number, 0, list(arrival.keys), slots), answered)
 
@@ -385,7 +372,7 @@ class Arrivals:
         for request_id, arrival in list(self._arrivals.items()):
             if peer in (None, arrival.peer):
                 self.forget(request_id)
-                self._lost.append((request_id, False))
+                self._messages.append(ArrivalLost(request_id))
 
     def _agent_died(self) -> None:
         # Whoever wrote for another one has ended with it.

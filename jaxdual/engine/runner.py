@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from jaxdual.engine.paged import GroupTable
 from jaxdual.engine.request import TokenLogprobs
 from jaxdual.engine.slot_sampler import SampleBatch, Sampled, SampleRow, SlotBinding, SlotSampler
 from jaxdual.engine.steps import Programs
+from jaxdual.engine.warm_up import timed
 from jaxdual.kv.layout import KVLayout, most_blocks
 from jaxdual.kv.manager import GroupPages, PageCopy, TableChange
 from jaxdual.kv.slots import IntegrityError
@@ -187,14 +187,7 @@ class Runner:
 
         Further calls of a shape that is compiled already, by a request or before, take next to nothing.
         """
-
-        def timed(run: Callable[[], object]) -> float:
-            start = time.perf_counter()
-            jax.block_until_ready(run())
-            return time.perf_counter() - start
-
-        for name, run in self._warm_up_runs():
-            yield name, partial(timed, run)
+        return timed(self._warm_up_runs())
 
     def gather(self, group: int, pages: Sequence[int]) -> jax.Array:
         """Starts a copy of up to `COPY_PAGES` pages of a group off the device: the first blocks of the result."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -100,6 +101,11 @@ def stop_tokens(params: SamplingParams, eos_token_ids: Sequence[int]) -> frozens
             f"{len(stops)} tokens end this request, the model's own included; at most {MAX_SUPPRESSED} can"
         )
     return stops
+
+
+def seed_of(params: SamplingParams, draw: random.Random) -> int:
+    """The seed of a request, of 64 bits: its own, or one that is drawn."""
+    return draw.getrandbits(64) if params.seed is None else params.seed % 2**64
 
 
 def slot_sampling(params: SamplingParams, seed: int, index: int, stops: frozenset[int]) -> SlotSampling:

@@ -17,7 +17,7 @@ from jaxdual.engine.agent_link import Agent, AgentLink
 from jaxdual.engine.departures import Departure, Departures
 from jaxdual.engine.handoff import Arrivals, Exports
 from jaxdual.engine.store_reader import StoreReader
-from jaxdual.engine.wire import AgentAt, ArrivalLost, Expect, Forget, Granted, HandedOff, HitsRead, PeerDied, Settled
+from jaxdual.engine.wire import AgentAt, Expect, Forget, PeerDied, Settled
 from jaxdual.frames import Message
 from jaxdual.kv.lease import Lease, LeaseState
 from jaxdual.kv.manager import GroupPages, KVManager, PublishedBlock
@@ -213,10 +213,8 @@ class Transfers:
         return [
             # Before what comes of it: else the next attempts would be made with the old one, too.
             *([] if address is None else [AgentAt(address)]),
-            *(Granted(request_id, target) for request_id, target in self.arrivals.take_granted()),
-            *(HitsRead(request_id, blocks) for request_id, blocks in self.arrivals.take_hits_read()),
-            *(ArrivalLost(request_id, slow) for request_id, slow in self.arrivals.take_lost()),
-            *(HandedOff(*over) for over in self.exports.take_over()),
+            *self.arrivals.take_messages(),
+            *self.exports.take_messages(),
         ]
 
     def _agent_died(self) -> None:

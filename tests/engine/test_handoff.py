@@ -12,6 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from jaxdual.agent.wire import AwaitGone, Disconnect, Done, GroupSlots, Load, PeerGone
 from jaxdual.engine.handoff import Arrivals
+from jaxdual.engine.wire import ArrivalLost, Granted, HitsRead
 from jaxdual.kv.group import GroupPages
 from jaxdual.kv.lease import Lease, LeaseState
 from jaxdual.kv.staging import Staging
@@ -97,19 +98,22 @@ class ArrivalMachine(RuleBasedStateMachine):
 
     @rule()
     def tell(self) -> None:
-        for name, target in self.arrivals.take_granted():
-            peer = self.expected.pop(name)
-            if target is None:
-                self.reading.discard(name)
-            else:
-                assert target.peer == peer
-                self.granted[name] = peer
-        for name, _ in self.arrivals.take_hits_read():
-            self.reading.discard(name)
-        for name, _ in self.arrivals.take_lost():
-            self.reading.discard(name)
-            if name in self.granted:
-                self.forgotten[name] = self.granted.pop(name)
+        for message in self.arrivals.take_messages():
+            name = message.request_id
+            match message:
+                case Granted(_, None):
+                    del self.expected[name]
+                    self.reading.discard(name)
+                case Granted(_, target):
+                    self.granted[name] = self.expected.pop(name)
+                    assert target is not None
+                    assert target.peer == self.granted[name]
+                case HitsRead():
+                    self.reading.discard(name)
+                case ArrivalLost():
+                    self.reading.discard(name)
+                    if name in self.granted:
+                        self.forgotten[name] = self.granted.pop(name)
 
     @precondition(lambda self: self.granted)
     @rule(data=st.data())
@@ -204,7 +208,7 @@ class ArrivalMachine(RuleBasedStateMachine):
         while self.link.asked:
             message, answer = self.link.asked.pop()
             answer(Done(0, [True] * len(getattr(message, "keys", [0])), 0.0))
-        self.arrivals.take_granted()
+        self.arrivals.take_messages()
         assert self.staging.num_free == (PAGES,)
 
 

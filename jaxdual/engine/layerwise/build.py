@@ -63,7 +63,7 @@ def prefill_engine_of(loaded: LoadedModel, config: EngineConfig, part: ClusterPa
             return Stages.layerwise(layout.num_layers, layer_bytes, part.cluster.prefill_layer_slots)
         return Stages.whole(layout.num_layers, layer_bytes)
 
-    mode = MODES[part.mode]
+    mode = MODES[part.cluster.path_mode]
     runner = LayerRunner(
         model,
         layout,

@@ -5,20 +5,21 @@ from __future__ import annotations
 import itertools
 import random
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from jaxdual.agent.wire import Done, GroupSlots, Load
+from jaxdual.agent.wire import GroupSlots
 from jaxdual.engine.agent_link import AgentLink
 from jaxdual.engine.layerwise.cost import measure_cost
 from jaxdual.engine.layerwise.forward import Forward, Pace, Part
 from jaxdual.engine.layerwise.job import Job, Place
+from jaxdual.engine.layerwise.reads import JobReads
 from jaxdual.engine.layerwise.ring import Ring
 from jaxdual.engine.layerwise.runner import LayerRunner
 from jaxdual.engine.layerwise.stages import Stages
 from jaxdual.engine.request import Hits, Request, Target, TokenEvent
-from jaxdual.engine.sampler import slot_sampling, stop_tokens
+from jaxdual.engine.sampler import seed_of, slot_sampling, stop_tokens
 from jaxdual.engine.slot_sampler import Sampled, SlotBinding
 from jaxdual.engine.wire import AgentAt, HandedOff, HitsRead
 from jaxdual.errors import EngineDeadError
@@ -90,7 +91,8 @@ class PrefillEngine:
         self._quota_seconds, self._mode, self._stages_of = quota_seconds, mode, stages_of
         self._max_model_len = max_model_len
         self._unmeasured = False
-        self._link, self._staging, self._places = link, staging, places
+        self._link = link
+        self._reads = JobReads(link, staging, places, timeout=load_timeout, clock=clock, on_over=self._read_over)
         self._landing, self._leaving, self._pace = landing, leaving, pace
         # A piece costs all that comes before it again: it is not worth while for a page.
         self._rules = ChunkRules(
@@ -99,12 +101,11 @@ class PrefillEngine:
             max_tokens=max_num_batched_tokens,
         )
         self._eos, self._fingerprint = tuple(eos_token_ids), model_fingerprint
-        self._load_timeout, self._clock = load_timeout, clock
+        self._clock = clock
         self._random = random.Random(seed)
         self._numbers = itertools.count()
         self._jobs: dict[int, Job] = {}  # in the order in which they came
         self._names: dict[str, Job] = {}
-        self._unread: deque[Job] = deque()  # those that wait for staging pages
         self._passes: deque[Forward] = deque()
         self._told: set[Forward] = set()  # those whose tokens were taken
         self._pages = SlotPool(runner.num_pages)
@@ -112,21 +113,8 @@ class PrefillEngine:
         self._events: list[TokenEvent] = []
         self._messages: list[Message] = []
         self._dead: str | None = None
-        self._counts: dict[str, Any] = dict.fromkeys(
-            (
-                "prompt_tokens",
-                "generation_tokens",
-                "computed_prompt_tokens",
-                "prefix_cache_queries",
-                "prefix_cache_hits",
-                "store_cache_hits",
-                "steps",
-                "store_blocks_read",
-                "store_blocks_failed",
-                "store_timeouts",
-            ),
-            0,
-        ) | {"store_wait_seconds": 0.0}
+        self._counts: Counter[str] = Counter()
+        self._store_wait_seconds = 0.0
         link.on_death(self._agent_died)
 
     # What the engine's process asks.
@@ -195,9 +183,8 @@ class PrefillEngine:
             raise ValueError("a prompt and one token more are what this engine computes")
         tokens = [*request.prompt_token_ids, *before]
         stops = stop_tokens(params, self._eos)
-        seed = self._random.getrandbits(64) if params.seed is None else params.seed % 2**64
         root = root_key(self._fingerprint, self.runner.layout.fingerprint(), request.salt)
-        here = min(hits.here, *self._staging.capacity)
+        here = min(hits.here, self._reads.most_blocks)
         job = Job(
             number=next(self._numbers),
             request=request,
@@ -206,7 +193,7 @@ class PrefillEngine:
             moves=moves,
             tokens=tokens,
             keys=KeyChain(root, self.runner.layout.page_size).upto(tokens, here) if moves else [],
-            sampling=slot_sampling(params, seed, 0, stops),
+            sampling=slot_sampling(params, seed_of(params, self._random), 0, stops),
             stop_token_ids=stops,
             added=self._clock(),
             read_here=None if hits.here and moves else hits.here,
@@ -218,7 +205,7 @@ class PrefillEngine:
         if moves and (attached is None or attached.address != target.peer):
             job.failed = True  # granted to an agent that has died
         elif job.read_here is None:
-            self._unread.append(job)
+            self._reads.add(job)
         self._note_ready(job)
 
     def handle(self, message: object) -> None:
@@ -241,7 +228,7 @@ class PrefillEngine:
             self._link.poll()
             if not self._link.alive:
                 raise EngineDeadError("there is no KV agent any more")
-            self._read()
+            self._reads.go_on()
             self._advance()
             self._settle()
             if self._unmeasured:
@@ -272,28 +259,29 @@ class PrefillEngine:
     def stats(self) -> dict[str, Any]:
         """Counters and figures, named as in `EngineStats`."""
         passing = sum(job.passing for job in self._jobs.values())
-        return self._counts | {
+        return {
+            **self._counts,
+            "store_blocks_read": self._reads.read,
+            "store_blocks_failed": self._reads.failed,
+            "store_timeouts": self._reads.timeouts,
+            "store_wait_seconds": self._store_wait_seconds,
             "num_running": passing,
             "num_waiting": len(self._jobs) - passing,
             "kv_blocks": self.runner.num_pages,
             "kv_blocks_available": self._pages.num_free,
             "kv_agent_restarts": self._link.restarts,
-            "kv_staging_blocks_used": self._staging.num_used,
+            "kv_staging_blocks_used": self._reads.num_used,
         }
 
     def check_integrity(self) -> None:
         """Raises `IntegrityError` if memory and jobs contradict each other."""
         self.runner.check_arena()
-        self._staging.check_integrity()
+        self._reads.check_integrity(self._jobs.values())
         held = [
             page for forward in self._passes if not forward.computed for part in forward.parts for page in part.pages
         ]
         self._pages.check(held)
         self._slots.check(job.slot for job in self._jobs.values() if job.slot >= 0)
-        leases = {job.lease.number for job in self._jobs.values() if job.lease is not None}
-        quarantined = self._staging.leases.num_quarantined
-        if len(leases) + quarantined != len(self._staging.leases):
-            raise IntegrityError(f"{len(self._staging.leases)} leases, {len(leases)} of jobs, {quarantined} ended")
         if not self._jobs and (self._landing.num_lent or self._leaving.num_lent):
             raise IntegrityError(
                 f"{self._landing.num_lent}, {self._leaving.num_lent} pieces are lent, and nothing runs"
@@ -304,61 +292,10 @@ class PrefillEngine:
         self._dead = self._dead or "the engine is closed"
         self._link.close(1.0)
 
-    # Reads.
-
-    def _read(self) -> None:
-        """Begins reads in the order in which jobs came, as far as there are staging pages."""
-        now = self._clock()
-        for job in self._jobs.values():
-            if job.read_deadline is not None and now > job.read_deadline:
-                self._counts["store_timeouts"] += 1
-                self._read_over(job, 0)
-        while self._unread:
-            job = self._unread[0]
-            if not job.failed:
-                job.lease = self._staging.reserve([len(job.keys)])
-                if job.lease is None:
-                    return
-                job.read_deadline = now + self._load_timeout
-                self._load(job)
-            self._unread.popleft()
-
-    def _load(self, job: Job) -> None:
-        lease, era, leases = job.lease, self._link.era, self._staging.leases
-        if lease is None:
-            return
-        leases.begin_load(lease, era, 1)
-
-        def answered(done: Done) -> None:
-            self._counts["store_blocks_read"] += sum(done.whole)
-            self._counts["store_blocks_failed"] += len(done.whole) - sum(done.whole)
-            if leases.operation_over(lease.number, era) is not None:
-                self._read_over(job, [*done.whole, False].index(False))
-
-        self._link.ask(lambda number: Load(number, 0, job.keys, list(lease.slots[0])), answered)
-
     def _read_over(self, job: Job, blocks: int) -> None:
         """This engine has read so many leading blocks of a job, and reads no more."""
-        job.read_here, job.read_deadline = blocks, None
         self._note_ready(job)
         self._messages.append(HitsRead(job.request.request_id, blocks))
-        if not blocks:
-            self._end_lease(job)
-
-    def _end_lease(self, job: Job) -> None:
-        if job.lease is not None:
-            self._staging.leases.end(job.lease)
-            job.lease = None
-
-    def _own_blocks(self, job: Job) -> list[Place]:
-        attached = self._link.attached
-        if job.lease is None:
-            return []
-        places = self._places
-        return [
-            Place(attached.address, attached.descriptor, places.offset + slot * places.slot_bytes)
-            for slot in job.lease.slots[0][: job.read_here]
-        ]
 
     # Passes.
 
@@ -432,7 +369,7 @@ class PrefillEngine:
         self._counts["prefix_cache_queries"] += len(job.tokens)
         self._counts["prefix_cache_hits"] += job.cached
         self._counts["store_cache_hits"] += job.cached
-        self._counts["store_wait_seconds"] += now - job.added if job.hits.here or job.hits.there else 0.0
+        self._store_wait_seconds += now - job.added if job.hits.here or job.hits.there else 0.0
 
     def _part(self, job: Job, count: int) -> Part:
         page_size = self.runner.layout.page_size
@@ -447,7 +384,7 @@ class PrefillEngine:
         comes: list[tuple[int, Place]] = []
         goes: list[int] = []
         if job.moves:
-            own = self._own_blocks(job)
+            own = self._reads.blocks_of(job)
             comes = [(block, job.place(block, own)) for block in range(self.runner.layout.pages_for(start))]
             first = start // page_size
             # What this engine has read itself goes with the first pass.
@@ -513,7 +450,7 @@ class PrefillEngine:
         for job in [job for job in self._jobs.values() if job.over]:
             del self._jobs[job.number]
             del self._names[job.request.request_id]
-            self._end_lease(job)
+            self._reads.end(job)
             self._messages.append(HandedOff(job.request.request_id, not job.failed, job.broken))
 
     def _agent_died(self) -> None:

@@ -18,6 +18,7 @@ from jaxdual.engine.layerwise.stages import Stages
 from jaxdual.engine.paged import Arena, GroupTable
 from jaxdual.engine.slot_sampler import SampleBatch, SampleRow, SlotSampler
 from jaxdual.engine.steps import Programs
+from jaxdual.engine.warm_up import timed
 from jaxdual.kv.layout import KVLayout
 from jaxdual.kv.slots import IntegrityError
 from models import Decoder
@@ -48,7 +49,7 @@ class Stream:
 
 def _land(
     arena: Arena, ids: Int32[Array, " blocks"], blocks: Shaped[Array, "blocks rows page_size kv_heads head_dim"]
-) -> tuple[Arena, Int32[Array, 1]]:
+) -> tuple[Arena, Int32[Array, " one"]]:
     """The arena with blocks in their places, and something to wait for: the arena itself is donated further."""
     return scatter_blocks(arena, ids, blocks), ids[:1]
 
@@ -174,14 +175,7 @@ class LayerRunner:
 
     def warm_ups(self) -> Iterator[tuple[str, Callable[[], float]]]:
         """See `Runner.warm_ups`."""
-
-        def timed(run: Callable[[], object]) -> float:
-            start = time.perf_counter()
-            jax.block_until_ready(run())
-            return time.perf_counter() - start
-
-        for name, run in self._warm_up_runs():
-            yield name, partial(timed, run)
+        return timed(self._warm_up_runs())
 
     def _warm_up_runs(self) -> Iterator[tuple[str, Callable[[], object]]]:
         hidden: dict[int, jax.Array] = {}

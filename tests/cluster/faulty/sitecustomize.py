@@ -90,15 +90,15 @@ def _before(owner: type, name: str, point: _Point, request: Any, link: Any = lam
 def _plant_in_engine(folder: Path) -> None:
     from jaxdual.engine.departures import Departures
     from jaxdual.engine.handoff import Arrivals
-    from jaxdual.engine.layerwise.engine import PrefillEngine
     from jaxdual.engine.layerwise.forward import Forward
+    from jaxdual.engine.layerwise.reads import JobReads
     from jaxdual.engine.transfers import Transfers
 
     def point(name: str) -> _Point:
         return _Point(folder, name)
 
     _before(Arrivals, "_load", point("read there"), lambda self, arrival, lease: arrival.request_id)
-    _before(PrefillEngine, "_load", point("read here"), lambda self, job: job.request.request_id)
+    _before(JobReads, "_load", point("read here"), lambda self, job: job.request.request_id)
     _before(Forward, "_ask_for", point("coming"), lambda self, job, *rest: job.request.request_id)
     _before(Forward, "_push", point("pushed"), lambda self, going, piece: going.job.request.request_id)
     _before(Transfers, "adopt", point("ready"), lambda self, name, *rest, **options: name)

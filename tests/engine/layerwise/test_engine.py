@@ -58,7 +58,7 @@ class World:
         cluster = ClusterConfig(prefill=1, decode=1, path_mode=mode)  # type: ignore[arg-type]
         self.cards = ClusterCards(["prefill 0", "decode 1"], cluster, store.parent)
         loaded = load_model(self.config)
-        part = ClusterPart(Role.PREFILL, cluster, mode, self.cards.of("prefill 0"))
+        part = ClusterPart(Role.PREFILL, cluster, self.cards.of("prefill 0"))
         self.engine: PrefillEngine = prefill_engine_of(loaded, self.config, part).engine
         self.layout, self.identity = loaded.layout, loaded.identity
         self.block_bytes = self.layout.full_block_bytes()
@@ -218,7 +218,7 @@ def test_blocks_that_were_read_are_not_computed(world: World, alone: LLM, here: 
     assert world.read.get("a") == (here or None)
     nbytes = world.cards.nbytes()
     assert nbytes["prefill 0 storage write"] == here * world.block_bytes
-    assert world.engine._staging.num_free == world.engine._staging.capacity
+    assert world.engine.stats()["kv_staging_blocks_used"] == 0
 
 
 @pytest.mark.parametrize(("found", "read_there"), [(0, 4), (1, 4), (3, 0), (3, 2)])
@@ -246,7 +246,7 @@ def test_on_the_decode_path_nothing_that_was_hit_passes_memory_of_the_prefill_no
     world.engine.handle(HitsRead("a", 12))
     world.run("a")
     size, nbytes = world.block_bytes, world.cards.nbytes()
-    assert world.engine._staging.num_free == world.engine._staging.capacity
+    assert world.engine.stats()["kv_staging_blocks_used"] == 0
     assert nbytes["prefill 0 storage write"] == 0
     assert nbytes["prefill 0 compute write"] == 12 * size  # from there to the device
     assert nbytes["decode 1 compute read"] == 12 * size
