@@ -47,6 +47,7 @@ QUICK = {
 CELLS = [(point, kind) for point in POINTS for kind in (*SIGNALS, *QUICK[point])]
 SIGNALS_FROM = 60  # faults that are signals at least, in a campaign of 2,000
 TAKEN_SECONDS = 3.0  # for somebody to come to the point of an order
+WARM_SECONDS = 120.0  # for a new cluster to have everything compiled, beside its requests
 PAUSE_SECONDS = 0.15  # between two faults, at most; longer after a process was killed, until something is answered
 
 
@@ -111,6 +112,10 @@ class Campaign:
                 continue
             if kind in SIGNALS:
                 await self._answered(2)
+                if (
+                    kind == "cluster killed"
+                ):  # five that end before all is compiled would be taken for one that can't run
+                    await asyncio.wait_for(self.llm.warmed_up(), WARM_SECONDS)
             else:
                 await asyncio.sleep(self.rng.uniform(0, PAUSE_SECONDS))
         self.over = True

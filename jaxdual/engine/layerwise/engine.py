@@ -313,7 +313,8 @@ class PrefillEngine:
                 if forward.sampled and forward not in self._told:
                     self._told.add(forward)
                     self._take_tokens(forward)
-            while self._passes and self._passes[0].over:
+            # Not before its tokens were taken: they may have come between the two looks.
+            while self._passes and self._passes[0] in self._told and self._passes[0].over:
                 self._retire(self._passes.popleft())
             if not self._begin_pass():
                 return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -20,8 +21,10 @@ from jaxdual.agent.wire import Attach, CardPlaces, GroupSlots
 from jaxdual.cluster.cards import ClusterCards
 from jaxdual.config import ClusterConfig
 from jaxdual.engine.cluster_part import ClusterPart
+from jaxdual.engine.layerwise import forward
 from jaxdual.engine.layerwise.build import prefill_engine_of
 from jaxdual.engine.layerwise.engine import PrefillEngine
+from jaxdual.engine.layerwise.runner import is_ready
 from jaxdual.engine.loading import load_model
 from jaxdual.engine.paged import GroupTable
 from jaxdual.engine.request import Hits, Request, Target, TokenEvent
@@ -195,6 +198,20 @@ def test_whole_prompts_reach_their_target_in_any_number_of_passes(world: World, 
         assert world.over[name]
         assert world.token_of(name) == token
         check_blocks(world.blocks(targets[name]), want, len(prompt))
+
+
+def test_no_token_is_lost_whenever_the_device_is_seen_to_be_done(
+    world: World, alone: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = random.Random(4)
+    monkeypatch.setattr(forward, "is_ready", lambda array: is_ready(array) and seen.random() < 0.3)
+    prompts = {f"{number}": prompt_of(20 + number, number) for number in range(30)}
+    for name, prompt in prompts.items():
+        world.ask(name, prompt)
+    world.run(*prompts)
+    assert {name: world.token_of(name) for name in prompts} == {
+        name: computed(alone, prompt)[1] for name, prompt in prompts.items()
+    }
 
 
 @pytest.mark.parametrize("here", [0, 2, 5])
