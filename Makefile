@@ -4,10 +4,11 @@ VENV := .venv
 PY := $(VENV)/bin/python
 # The version that the GPU machines carry; `make test-newest` takes the newest release.
 JAX_VERSION ?= 0.11.2
+EXTRAS := test,dev
 STAMP := $(VENV)/.installed
 AOT := $(CURDIR)/$(VENV:.venv%=.aot%)
 
-.PHONY: help setup demo test test-fast test-kernels test-faults test-rdma aot test-newest lint proto clean
+.PHONY: help setup demo test test-fast test-kernels test-faults test-rdma test-ray aot run-test-ray test-newest lint proto clean
 help:
 	@echo "make demo         run a real batch file through the shipped model"
 	@echo "make test         lint, types and all tests"
@@ -15,6 +16,7 @@ help:
 	@echo "make test-kernels GPU kernels, on a machine without a GPU"
 	@echo "make test-faults  clusters whose processes are killed at work"
 	@echo "make test-rdma    RDMA verbs, in an emulated machine with soft-RoCE"
+	@echo "make test-ray     clusters whose engines Ray places, in .venv-ray/"
 	@echo "make aot          what the GPU compiler makes of the kernels, without a GPU"
 	@echo "make test-newest  all tests with the newest JAX, in .venv-newest/"
 	@echo "make lint         ruff and mypy"
@@ -39,17 +41,17 @@ $(STAMP): pyproject.toml
 	$$found -m venv $(VENV); \
 	$(PY) -m pip install --quiet --disable-pip-version-check --upgrade pip; \
 	if [ "$(JAX_VERSION)" = newest ]; then jax=jax; else jax="jax==$(JAX_VERSION)"; fi; \
-	$(PY) -m pip install --quiet --disable-pip-version-check "$$jax" -e '.[test,dev]'
+	$(PY) -m pip install --quiet --disable-pip-version-check "$$jax" -e '.[$(EXTRAS)]'
 	@touch $@
 
 demo: $(STAMP)
 	$(PY) -m jaxdual.offline -i examples/batch.jsonl -o build/demo.jsonl --report build/demo-report.json --overwrite --show
 
 test: lint
-	$(PY) -m pytest -m "not kernels and not faults and not rdma"
+	$(PY) -m pytest -m "not kernels and not faults and not rdma and not ray"
 
 test-fast: $(STAMP)
-	$(PY) -m pytest -m "not slow and not kernels and not faults and not rdma"
+	$(PY) -m pytest -m "not slow and not kernels and not faults and not rdma and not ray"
 
 # JAX's CUDA plugin alone, beside the environment: enough to compile with the tools of a CUDA installation.
 $(AOT)/.installed: $(STAMP)
@@ -65,6 +67,13 @@ test-faults: $(STAMP)
 # RDMA by soft-RoCE in an emulated machine, which is made in .rdma/ at first; two to four minutes.
 test-rdma: $(STAMP)
 	timeout --foreground -k 10 300 tests/rdma/run.sh $(PY)
+
+# Ray has an environment of its own: it brings many packages.
+test-ray:
+	$(MAKE) run-test-ray VENV=.venv-ray EXTRAS=test,dev,ray
+
+run-test-ray: $(STAMP)
+	$(PY) -m pytest -m ray
 
 aot: $(AOT)/.installed
 	mkdir -p build

@@ -47,8 +47,9 @@ class EngineConfig:
       kv_staging_bytes: bytes of host memory that blocks come through on their way from and to the store; None for what
         two sequences of full length need, at least 64 MiB.
       kv_transport: carrier of KV blocks between the engines of a cluster: "shm" on one machine, "tcp" anywhere, "verbs"
-        by RDMA; None for "shm" in a cluster, and for none in an engine by itself.
-      kv_host: address at which engines take blocks over "tcp" and "verbs".
+        by RDMA; None for "shm" in a cluster on one machine, "tcp" in a Ray cluster, and none in an engine by itself.
+      kv_host: address at which engines take blocks over "tcp" and "verbs"; None for that of the host in a Ray cluster,
+        else 127.0.0.1.
       kv_secret: what engines must know to write blocks into each other's memory over these, 16 characters or more; None
         for one that the cluster draws.
       kv_store_read_only: reads blocks of the store and adds none, as prefill engines of a cluster do, since the engines
@@ -80,7 +81,7 @@ class EngineConfig:
     kv_store_capacity_bytes: int | None = None
     kv_staging_bytes: int | None = None
     kv_transport: Literal["shm", "tcp", "verbs"] | None = None
-    kv_host: str = "127.0.0.1"
+    kv_host: str | None = None
     kv_secret: str | None = None
     kv_store_read_only: bool = False
     kv_load_timeout: float = 10.0
@@ -155,6 +156,7 @@ class ClusterConfig:
     Attributes:
       prefill: engines that compute prompts; 0 for one engine that does everything.
       decode: engines that go on from them; 0 together with `prefill`.
+      cluster: where the engines run: "local" for this machine, "ray" for the hosts of a Ray cluster.
       path_mode: how a cluster with a store that its engines share moves stored blocks, as DualPath's paper compares it:
         "full" reads on the side with the shorter queue, "split" on both sides at once, "roundrobin" on either in turn,
         "layerwise" and "basic" on the prefill engine's, the latter without overlapping anything; "oracle" moves
@@ -173,6 +175,7 @@ class ClusterConfig:
 
     prefill: int = 0
     decode: int = 0
+    cluster: Literal["local", "ray"] = "local"
     path_mode: Literal["basic", "layerwise", "roundrobin", "full", "split", "oracle"] = "full"
     prefill_layer_slots: int = 3
     prefill_kv_blocks: int | None = None
@@ -198,6 +201,12 @@ class ClusterConfig:
             raise ConfigError(f"least_layer_seconds={self.least_layer_seconds} must be at least 0")
         if bool(self.prefill) != bool(self.decode):
             raise ConfigError(f"prefill={self.prefill} and decode={self.decode} must both be at least 1, or both 0")
+        if self.cluster == "ray":
+            if not self:
+                raise ConfigError("cluster='ray' needs prefill and decode: it says where these engines run")
+            for name in ("storage_nic_rate", "compute_nic_rate"):
+                if getattr(self, name) is not None:
+                    raise ConfigError(f"{name} plays network cards on one machine, and has no place in cluster='ray'")
 
     def __bool__(self) -> bool:
         """Whether there is more than one engine."""

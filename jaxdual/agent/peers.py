@@ -109,24 +109,13 @@ class Peers:
             await asyncio.sleep(_GONE_SECONDS)
 
     async def gone(self, address: str) -> None:
-        """Returns when a peer whose process has died, or is about to, can write here no more.
+        """Ends for good what a peer has here whose process has died, or is about to; see `disconnect`.
 
-        That is, when it has no connection left and nobody answers at its address. A process that is stopped keeps its
-        memory here.
+        Its host may be gone with it, and need not answer. Over shared memory, a process that is stopped keeps its
+        memory here for as long as it is.
         """
-        while True:
-            for peer in self._of(address):
-                self._transport.disconnect(peer)
-            if not self._of(address):
-                try:
-                    channel = await asyncio.to_thread(self._transport.connect, address, TrafficClass.KV)
-                except (ConnectionRefusedError, FileNotFoundError):
-                    return
-                except OSError:
-                    pass
-                else:
-                    await asyncio.to_thread(channel.close)
-            await asyncio.sleep(_GONE_SECONDS)
+        self._transport.refuse(address)
+        await self.disconnect(address)
 
     async def close(self) -> None:
         """Ends all connections, and answers nobody any more: from then on nothing is written to peers."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
-import os
 import secrets
 import signal
 import socket
@@ -22,9 +21,9 @@ import msgspec
 
 from jaxdual.cluster.cards import ClusterCards
 from jaxdual.cluster.cluster import Cluster
-from jaxdual.cluster.devices import device_of
+from jaxdual.cluster.hosts import Hosts, LocalHost
 from jaxdual.cluster.lookups import StoreLookups
-from jaxdual.config import ClusterConfig, EngineConfig
+from jaxdual.config import ClusterConfig, ConfigError, EngineConfig
 from jaxdual.engine.client import EngineProcess
 from jaxdual.engine.cluster_part import ClusterPart
 from jaxdual.engine.request import TokenEvent
@@ -98,12 +97,8 @@ class Member:
         self.warm = self._proved = False
         try:
             self._started_mode = self._part.cluster.path_mode
-            self.process = await EngineProcess.launch(
-                self._config,
-                self._on_message,
-                self._on_death,
-                part=self._part,
-                environment=device_of(self.number, os.environ),
+            self.process = await self._host.hosts.launch(
+                self.number, self._config, self._part, self._on_message, self._on_death
             )
         except OSError as error:
             self._on_death(f"{self.name} can't be started: {error}")
@@ -196,10 +191,12 @@ class ClusterProcess(asyncio.Protocol):
 
     Attributes:
       over: set when there is nothing more to do.
+      hosts: where the engines run.
     """
 
     def __init__(self) -> None:
         self.over = asyncio.Event()
+        self.hosts: Hosts = LocalHost()
         self._frames = Frames(ToEngine)
         self._front: asyncio.WriteTransport | None = None
         self._members: list[Member] = []
@@ -218,6 +215,7 @@ class ClusterProcess(asyncio.Protocol):
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*(member.process.stop() for member in self._members if member.process is not None))
+        await self.hosts.close()
         if self._lookups is not None:
             await self._lookups.close()
         if self._cards is not None:
@@ -242,7 +240,7 @@ class ClusterProcess(asyncio.Protocol):
     def _handle(self, message: Any) -> None:
         match message:
             case Start(config, cluster):
-                self._start(config, cluster)
+                self._later(self._start(config, cluster))
             case Stop():
                 self.over.set()
             case Ask(number, check_integrity):
@@ -275,10 +273,11 @@ class ClusterProcess(asyncio.Protocol):
         else:
             self.give_up(f"{type(error).__name__}: {error}")
 
-    def _start(self, config: EngineConfig, cluster: ClusterConfig) -> None:
+    async def _start(self, config: EngineConfig, cluster: ClusterConfig) -> None:
+        self.hosts = hosts_of(config, cluster)
         config = dataclasses.replace(
             config,
-            kv_transport=config.kv_transport or "shm",
+            kv_transport=config.kv_transport or self.hosts.carrier,
             kv_secret=config.kv_secret or secrets.token_hex(),
         )
         self._config, self._settings = config, cluster
@@ -287,12 +286,14 @@ class ClusterProcess(asyncio.Protocol):
             Role.PREFILL: dataclasses.replace(config, kv_store_read_only=True),
             Role.DECODE: config,
         }
-        cards = self._cards = ClusterCards([_name(role, number) for number, role in enumerate(roles)], cluster)
+        if cluster.cluster == "local":
+            self._cards = ClusterCards([_name(role, number) for number, role in enumerate(roles)], cluster)
+        await self.hosts.open(len(roles))
         self._members = [
             Member(
                 number,
                 of_role[role],
-                ClusterPart(role, cluster, cards.of(_name(role, number))),
+                ClusterPart(role, cluster, None if self._cards is None else self._cards.of(_name(role, number))),
                 self,
             )
             for number, role in enumerate(roles)
@@ -446,6 +447,23 @@ class ClusterProcess(asyncio.Protocol):
             except IntegrityError as error:
                 errors.append(str(error))
         self._send(Answer(number, self._stats(), "; ".join(errors) if check_integrity and errors else None))
+
+
+def hosts_of(config: EngineConfig, cluster: ClusterConfig) -> Hosts:
+    """Where a cluster's engines run.
+
+    Raises:
+      ConfigError: they can't run there.
+    """
+    if cluster.cluster == "local":
+        return LocalHost()
+    if config.kv_transport == "shm":
+        raise ConfigError("kv_transport='shm' reaches one machine only; cluster='ray' needs 'tcp' or 'verbs'")
+    try:
+        from jaxdual.cluster.ray_hosts import RayHosts
+    except ImportError as error:
+        raise ConfigError(f"cluster='ray' needs Ray, as by pip install 'jaxdual[ray]' ({error})") from error
+    return RayHosts()
 
 
 def sum_of(stats: Sequence[EngineStats]) -> EngineStats:

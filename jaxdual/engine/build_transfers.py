@@ -99,7 +99,7 @@ def attach_message(config: EngineConfig, part: ClusterPart | None, groups: list[
         config.kv_store_capacity_bytes or 0,
         groups,
         config.kv_transport or "",
-        config.kv_host,
+        config.kv_host or "127.0.0.1",
         (config.kv_secret or "").encode(),
         None if part is None else part.cards,
     )

@@ -1,4 +1,4 @@
-"""The front's end of an engine process: starts it, speaks to it, and notices its death."""
+"""The end of an engine process of those that it serves: starts it, speaks to it, and notices its death."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 from jaxdual.config import ClusterConfig, EngineConfig
 from jaxdual.engine.cluster_part import ClusterPart
@@ -22,18 +22,29 @@ _KILL_SECONDS = 5.0  # from asking an engine to stop until it is killed: it may 
 _POLL_SECONDS = 0.01
 
 
+class Child(Protocol):
+    """A process that somebody started: a child of this one, or of another host."""
+
+    @property
+    def pid(self) -> int: ...
+
+    def poll(self) -> int | None:
+        """Its exit status, or less than 0 for the signal that ended it; None while it runs."""
+
+    def kill(self) -> None:
+        """Ends it at once."""
+
+
 class EngineProcess(asyncio.Protocol):
-    """One engine process. Made by `launch`; everything is called on the loop that launched it.
+    """One engine process. Made by `launch` or `connect`; everything is called on the loop that did.
 
     Args:
-      process: the child.
+      process: it.
       on_message: called with each message but `Died`.
       on_death: called once, after the last message, with the reason.
     """
 
-    def __init__(
-        self, process: subprocess.Popen[bytes], on_message: Callable[[Any], None], on_death: Callable[[str], None]
-    ) -> None:
+    def __init__(self, process: Child, on_message: Callable[[Any], None], on_death: Callable[[str], None]) -> None:
         self._process = process
         self._on_message = on_message
         self._on_death = on_death
@@ -53,7 +64,7 @@ class EngineProcess(asyncio.Protocol):
         part: ClusterPart | None = None,
         environment: Mapping[str, str] | None = None,
     ) -> EngineProcess:
-        """Starts an engine; the first message is `Ready` or `StartFailed`.
+        """Starts an engine on this machine; the first message is `Ready` or `StartFailed`.
 
         Args:
           config: of the engine.
@@ -76,15 +87,39 @@ class EngineProcess(asyncio.Protocol):
                 process_group=0,
                 env={**os.environ, **(environment or {})},
             )
-        engine = cls(process, on_message, on_death)
         try:
-            await asyncio.get_running_loop().create_connection(lambda: engine, sock=ours)
+            return await cls.connect(
+                process, ours, Start(config, cluster or ClusterConfig(), part), on_message, on_death
+            )
         except BaseException:  # cancelled, most likely: nobody else knows the process
-            ours.close()
             process.kill()
             process.wait()
             raise
-        engine.send(Start(config, cluster or ClusterConfig(), part))
+
+    @classmethod
+    async def connect(
+        cls,
+        process: Child,
+        ours: socket.socket,
+        start: Start,
+        on_message: Callable[[Any], None],
+        on_death: Callable[[str], None],
+    ) -> EngineProcess:
+        """Takes up an engine that runs already, and waits for its `Start`.
+
+        Args:
+          process: it.
+          ours: the other end of its socket; the engine's from now on.
+          start: what it is told.
+          on_message, on_death: see the class.
+        """
+        engine = cls(process, on_message, on_death)
+        try:
+            await asyncio.get_running_loop().create_connection(lambda: engine, sock=ours)
+        except BaseException:
+            ours.close()
+            raise
+        engine.send(start)
         return engine
 
     @property

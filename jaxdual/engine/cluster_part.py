@@ -15,9 +15,9 @@ class ClusterPart(msgspec.Struct, frozen=True):
     Attributes:
       role: what it does.
       cluster: settings of all, with the path mode of the moment.
-      cards: of its node.
+      cards: of its node; None where they are not counted.
     """
 
     role: Role
     cluster: ClusterConfig
-    cards: CardPlaces
+    cards: CardPlaces | None

@@ -248,6 +248,10 @@ class Transport(abc.ABC):
         """Starts to end a peer's channel to here; `PeerLost(peer)` says when it has. Unknown peers are ignored."""
 
     @abc.abstractmethod
+    def refuse(self, address: str) -> None:
+        """Takes no channel of this transport any more; those that it has stay. No other one ever has its address."""
+
+    @abc.abstractmethod
     def poll(self) -> list[Event]:
         """What has happened since the last call; does not wait."""
 

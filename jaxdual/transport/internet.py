@@ -1,7 +1,11 @@
-"""Addresses of the carriers that speak over TCP, HOST:PORT, and the sockets behind them."""
+"""Addresses of the carriers that speak over TCP, and the sockets behind them.
+
+They are HOST:PORT#NUMBER: a random number tells a listener from an earlier one that had the same port.
+"""
 
 from __future__ import annotations
 
+import secrets
 import socket
 from typing import Any
 
@@ -26,7 +30,7 @@ def listen(host: str, port: int) -> tuple[socket.socket, str]:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.create_server((host, port), family=family, backlog=128)
     bound = listener.getsockname()[1]
-    return listener, f"[{host}]:{bound}" if ":" in host else f"{host}:{bound}"
+    return listener, f"{f'[{host}]' if ':' in host else host}:{bound}#{secrets.token_hex(4)}"
 
 
 def socket_to(address: str) -> tuple[socket.socket, Any]:
@@ -36,7 +40,7 @@ def socket_to(address: str) -> tuple[socket.socket, Any]:
       ValueError: not an address.
       OSError: no such host.
     """
-    host, _, port = address.rpartition(":")
+    host, _, port = address.partition("#")[0].rpartition(":")
     if not host or not port.isdecimal() or int(port) > 65535:
         raise ValueError(f"{address!r} is not HOST:PORT")
     family, kind, protocol, _, target = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)[0]

@@ -108,6 +108,9 @@ class ShapedTransport(Transport):
     def disconnect(self, peer: Peer) -> None:
         self._inner.disconnect(peer)
 
+    def refuse(self, address: str) -> None:
+        self._inner.refuse(address)
+
     def poll(self) -> list[Event]:
         return self._events.take()
 

@@ -214,6 +214,7 @@ class SocketTransport(Transport):
         self._regions: dict[int, Shared] = {}
         self._channels: set[SocketChannel] = set()
         self._servings: set[Serving] = set()
+        self._refused: set[str] = set()  # addresses
         self._peers = 0
         self._acceptor = threading.Thread(target=self._accept, name=f"{self.carrier}-accept", daemon=True)
 
@@ -253,6 +254,10 @@ class SocketTransport(Transport):
             found = [serving for serving in self._servings if serving.peer == peer]
         for serving in found:
             self._hang_up(serving)
+
+    def refuse(self, address: str) -> None:
+        with self._lock:
+            self._refused.add(address)
 
     def poll(self) -> list[Event]:
         return self.events.take()
@@ -350,6 +355,8 @@ class SocketTransport(Transport):
         try:
             address, traffic = self._greet(serving.socket)
             with self._lock:
+                if address in self._refused:
+                    raise ProtocolError(f"{address} is refused")
                 self._peers += 1
                 serving.peer = Peer(self._peers, address, traffic)
             self._serve(serving.peer, serving.socket)

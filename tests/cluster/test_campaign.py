@@ -112,9 +112,8 @@ class Campaign:
                 continue
             if kind in SIGNALS:
                 await self._answered(2)
-                if (
-                    kind == "cluster killed"
-                ):  # five that end before all is compiled would be taken for one that can't run
+                if kind == "cluster killed":
+                    # Five that end before all is compiled would be taken for one that can't run.
                     await asyncio.wait_for(self.llm.warmed_up(), WARM_SECONDS)
             else:
                 await asyncio.sleep(self.rng.uniform(0, PAUSE_SECONDS))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import gc
 import os
@@ -170,6 +171,26 @@ def test_both_directions_classes_and_channels_at_once(node: NodeMaker) -> None:
             at = (round_number * 4 + index) * 256 * 1024
             landed = there.memory[4 * MIB + at : 4 * MIB + at + 256 * 1024]
             np.testing.assert_array_equal(landed, here.memory[at : at + 256 * 1024])
+
+
+def test_who_is_refused_keeps_its_channels_and_gets_no_others(node: NodeMaker) -> None:
+    a, b, c = node(), node(), node()
+    fill(a, 1)
+    fill(b, 2)
+    channel = a.connect(b)
+    b.wait(b.transport.peers)
+    b.transport.refuse(a.address)
+    assert a.status(channel.write(a.region, a.remote(b), [Op(0, 0, 100)])) is Status.OK
+    want = b.memory.copy()
+    for peer in b.transport.peers():
+        b.transport.disconnect(peer)
+    b.wait(b.lost, "PeerLost")
+    with contextlib.suppress(OSError):  # the end may also come just after the beginning
+        again = a.connect(b)
+        assert a.status(again.write(a.region, a.remote(b), [Op(0, 200, 100)])) is Status.BROKEN
+    assert not b.transport.peers()
+    np.testing.assert_array_equal(b.memory, want)
+    assert c.status(c.connect(b).write(c.region, c.remote(b), [Op(0, 0, 100)])) is Status.OK
 
 
 @pytest.mark.parametrize("size", [10, 1 * MIB])

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from jaxdual.transport import Op, Status, TcpSettings, TcpTransport, TrafficClass
 from jaxdual.transport import frames as wire
+from jaxdual.transport.internet import socket_to
 from tests.transport.nodes import MIB, SECRET, Node, Process
 
 KV, MODEL = TrafficClass.KV, TrafficClass.MODEL
@@ -32,8 +33,14 @@ def node(tmp_path: Path) -> Iterator[Node]:
 
 
 def dial(node: Node) -> socket.socket:
-    host, _, port = node.address.rpartition(":")
-    return socket.create_connection((host, int(port)), timeout=10)
+    return dial_address(node.address)
+
+
+def dial_address(address: str) -> socket.socket:
+    sock, target = socket_to(address)
+    sock.settimeout(10)
+    sock.connect(target)
+    return sock
 
 
 def let_in(node: Node) -> socket.socket:
@@ -88,9 +95,8 @@ def test_the_secret_never_crosses_the_wire_and_answers_cant_be_replayed(node: No
 
 def test_who_says_nothing_is_dropped_in_time(tmp_path: Path) -> None:
     transport = TcpTransport(SECRET, settings=TcpSettings(connect_seconds=0.2))
-    host, _, port = transport.address.rpartition(":")
     started = time.monotonic()
-    with socket.create_connection((host, int(port)), timeout=10) as sock:
+    with dial_address(transport.address) as sock:
         sock.sendall(b"j")
         assert closed(sock)
     assert time.monotonic() - started < 5

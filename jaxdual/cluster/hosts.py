@@ -1,0 +1,78 @@
+"""Where the engines of a cluster run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any, Literal, Protocol
+
+from jaxdual.cluster.devices import device_of
+from jaxdual.config import EngineConfig
+from jaxdual.engine.client import EngineProcess
+from jaxdual.engine.cluster_part import ClusterPart
+
+
+class Hosts(Protocol):
+    """Machines that engines are started on.
+
+    Attributes:
+      carrier: of KV blocks between them, unless the configuration names one.
+    """
+
+    carrier: Literal["shm", "tcp"]
+
+    async def open(self, engines: int) -> None:
+        """Must be called first.
+
+        Args:
+          engines: how many are going to run at once.
+
+        Raises:
+          ConfigError: so many can't.
+        """
+
+    async def launch(
+        self,
+        number: int,
+        config: EngineConfig,
+        part: ClusterPart,
+        on_message: Callable[[Any], None],
+        on_death: Callable[[str], None],
+    ) -> EngineProcess:
+        """Starts an engine.
+
+        Args:
+          number: of the engine in the cluster.
+          config, part, on_message, on_death: see `EngineProcess.launch`.
+
+        Raises:
+          OSError: it can't be started.
+        """
+
+    async def close(self) -> None:
+        """Called when all engines have ended."""
+
+
+class LocalHost:
+    """This machine: engines are children of this process, with a GPU each where there are as many."""
+
+    carrier: Literal["shm", "tcp"] = "shm"
+
+    async def open(self, engines: int) -> None:
+        """See `Hosts`."""
+
+    async def launch(
+        self,
+        number: int,
+        config: EngineConfig,
+        part: ClusterPart,
+        on_message: Callable[[Any], None],
+        on_death: Callable[[str], None],
+    ) -> EngineProcess:
+        """See `Hosts`."""
+        return await EngineProcess.launch(
+            config, on_message, on_death, part=part, environment=device_of(number, os.environ)
+        )
+
+    async def close(self) -> None:
+        """See `Hosts`."""
