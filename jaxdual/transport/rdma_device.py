@@ -14,9 +14,11 @@ import importlib
 import ipaddress
 import logging
 import os
+import socket
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -84,6 +86,27 @@ def device_names(pyverbs: SimpleNamespace | None = None) -> list[str]:
         return sorted(device.name.decode() for device in pyverbs.get_device_list())
     except pyverbs.PyverbsError as error:
         raise NotImplementedError(f"no RDMA devices: {error} (is the kernel module ib_uverbs loaded?)") from error
+
+
+def device_at(host: str, port: int = 1, devices: Path = Path("/sys/class/infiniband")) -> str | None:
+    """The device with a port that has an address of this host (RoCE); None if there is none, as with InfiniBand.
+
+    Args:
+      host: name or address.
+      port: of the device, counted from 1.
+      devices: where the kernel lists them.
+    """
+    try:
+        found = {ipaddress.ip_address(info[4][0].partition("%")[0]) for info in socket.getaddrinfo(host, None)}
+    except OSError:
+        return None
+    for table in sorted(devices.glob(f"*/ports/{port}/gids")):
+        for entry in table.iterdir():
+            with contextlib.suppress(OSError, ValueError):  # an empty entry can't be read
+                gid = ipaddress.IPv6Address(entry.read_text().strip())
+                if (gid.ipv4_mapped or gid) in found:
+                    return table.parts[-4]
+    return None
 
 
 class Device:

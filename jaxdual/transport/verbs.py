@@ -37,7 +37,7 @@ from jaxdual.transport.frames import greet_as_initiator, greet_as_target
 from jaxdual.transport.internet import check_secret, listen, socket_to
 from jaxdual.transport.lanes import DSCP, SERVICE_LEVEL
 from jaxdual.transport.queue_pair import Completion, Outcome, Path, QueuePair, SendRequest
-from jaxdual.transport.rdma_device import Device, Memory
+from jaxdual.transport.rdma_device import Device, Memory, device_at
 from jaxdual.transport.sockets import ProtocolError, SocketChannel, SocketTransport
 from jaxdual.transport.verbs_control import (
     MESSAGE_BYTES,
@@ -118,7 +118,7 @@ class VerbsTransport(SocketTransport):
       secret: that all peers share, at least 16 bytes.
       host: for the control connections: an address of this machine that peers can reach.
       port: likewise; 0 for a free one.
-      device: None for the first one.
+      device: None for the one that has the address of `host`, or else the first one.
       settings: limits.
 
     Raises:
@@ -143,6 +143,7 @@ class VerbsTransport(SocketTransport):
         self.settings = settings or VerbsSettings()
         self._memory: dict[int, Memory] = {}
         self._close_lock = threading.Lock()
+        device = device or device_at(host, self.settings.port)
         self._device = Device(device, self.settings.port, self.settings.gid_index)
         try:
             listener, address = listen(host, port)

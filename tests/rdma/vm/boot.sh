@@ -1,7 +1,9 @@
 #!/bin/bash
-# boot.sh COMMAND: boots the guest, runs the command in the repository and returns its exit status; 99 if the guest dies.
+# boot.sh [--site] COMMAND: boots the guest, with packages at /site, runs the command in the repository and returns its exit status; 99 if the guest dies.
 # RDMA_UNTIL: when it must be over, in seconds of the clock. The folder $cache/out is /mnt in the guest.
 . "$(dirname "$0")/common.sh"
+site=()
+[ "$1" != --site ] || { site=("$cache/site.ext4"); shift; }
 out=$cache/out
 limit=${RDMA_UNTIL:-$(($(date +%s) + 270))}
 mkdir -p "$out"
@@ -20,6 +22,7 @@ boot() {
   nice timeout -k 5 $left qemu-system-x86_64 -accel tcg,tb-size=256 -cpu max -smp 1 -m 2048 -M q35 \
     -nodefaults -no-user-config -display none -no-reboot -serial stdio -kernel "$cache/vmlinux" \
     -initrd "$cache/initramfs.img" -device virtio-rng-pci -drive "$(disk "$cache/rootfs.ext4")" \
+    ${site:+-drive "$(disk "$site")"} \
     -append "console=ttyS0 quiet panic=-1 mitigations=off nokaslr clocksource=hpet random.trust_cpu=on" \
     -virtfs "$(share "$repo" repo ,readonly=on)" -virtfs "$(share "$out" out)" </dev/null 2>&1 || true
 }

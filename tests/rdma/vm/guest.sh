@@ -5,7 +5,7 @@ say() { echo "[guest $(cut -d' ' -f1 /proc/uptime)s] $*"; }
 ip() { /bin/ip "$@"; } # the shell would take its own
 : >/mnt/started
 ulimit -l unlimited
-export PYTHONPYCACHEPREFIX=/tmp/pycache
+[ -z "$(ls /site)" ] || export PYTHONPATH=/site
 ip link set lo up
 ip link add veth0 type veth peer name veth1
 echo 0 >/proc/sys/net/ipv4/conf/all/rp_filter
@@ -20,7 +20,10 @@ rdma link add rxea type rxe netdev veth0
 rdma link add rxeb type rxe netdev veth1
 rdma link
 say "kernel $(uname -r), devices ready"
-cd /repo && sh /mnt/command.sh
+# In memory, where compiled modules can be written beside their sources.
+mkdir /tmp/repo
+for part in jaxdual models pallas_kernels tests pyproject.toml; do cp -r /repo/$part /tmp/repo/; done
+cd /tmp/repo && sh /mnt/command.sh
 status=$?
 say "exit status $status"
 echo $status >/mnt/status

@@ -15,6 +15,7 @@ for folder in proc sys dev; do mount -o move /$folder /guest/$folder; done
 mkdir -p /guest/dev/shm /guest/dev/pts
 mount -t tmpfs tmpfs /guest/dev/shm
 mount -t tmpfs tmpfs /guest/run
+[ ! -e /guest/dev/vdb ] || mount -t ext4 -o ro /guest/dev/vdb /guest/site
 mount -t 9p -o trans=virtio,version=9p2000.L,msize=512000,rw,cache=none out /guest/mnt
 mount -t 9p -o trans=virtio,version=9p2000.L,msize=512000,ro,cache=loose repo /guest/repo
 export PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/tmp

@@ -4,7 +4,7 @@
 prepare_apt
 root=$cache/rootfs
 rm -rf "$root" "$cache/debs"
-mkdir -p "$root"/{proc,sys,dev,tmp,run,mnt,root,host,repo,etc} "$root"/usr/{bin,sbin,lib,lib64}
+mkdir -p "$root"/{proc,sys,dev,tmp,run,mnt,root,host,repo,site,etc} "$root"/usr/{bin,sbin,lib,lib64}
 for folder in bin sbin lib lib64; do ln -s "usr/$folder" "$root/$folder"; done
 unused='^(systemd|udev|libsystemd-shared|libudev1|dpkg|tar|debconf|libdebconf.*|mount|passwd|login.defs|adduser|base-passwd'
 unused+='|libpam-.*|libsemanage.*|libsepol2|tzdata|openssl-provider-legacy|python3-numpy-dev|init-system-helpers'
@@ -19,7 +19,7 @@ for package in $packages; do
 done
 # numpy.testing imports one module of numpy's own tests; the rest of them are the larger half of the package.
 find "$root/usr/lib/python3/dist-packages/numpy" -path '*/tests/*' -type f ! -name __init__.py ! -name _natype.py -delete
-for name in sh cat cut ls mount umount sleep dmesg kill mkdir uname sync echo; do
+for name in sh cat cp cut ls mount umount sleep dmesg kill mkdir uname sync echo; do
   [ -e "$root/bin/$name" ] || ln -s busybox "$root/bin/$name"
 done
 lib=$root/usr/lib/x86_64-linux-gnu
@@ -32,4 +32,4 @@ size=$(du -sm "$root" | cut -f1)
 mke2fs -q -t ext4 -O ^has_journal -m 0 -N 30000 -d "$root" "$cache/rootfs.new" $((size + 60))M >/dev/null
 mv "$cache/rootfs.new" "$cache/rootfs.ext4"
 say "root file system: $(wc -w <<<"$packages") packages, $size MB"
-rm -rf "$root" "$cache/debs"
+rm -rf "$cache/debs" # the root's folder stays: its interpreter compiles the guest's packages
