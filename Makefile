@@ -64,9 +64,9 @@ $(AOT)/.installed: $(STAMP)
 test-faults: $(STAMP)
 	$(PY) -m pytest -m faults
 
-# RDMA by soft-RoCE in an emulated machine, which is made in .rdma/ at first; two to four minutes.
+# RDMA by soft-RoCE in an emulated machine, which is made in .rdma/ at first; four to six minutes.
 test-rdma: $(STAMP)
-	timeout --foreground -k 10 300 tests/rdma/run.sh $(PY)
+	timeout --foreground -k 10 600 tests/rdma/run.sh $(PY)
 
 # Ray has an environment of its own: it brings many packages.
 test-ray:

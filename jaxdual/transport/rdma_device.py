@@ -97,7 +97,7 @@ def device_at(host: str, port: int = 1, devices: Path = Path("/sys/class/infinib
       devices: where the kernel lists them.
     """
     try:
-        found = {ipaddress.ip_address(info[4][0].partition("%")[0]) for info in socket.getaddrinfo(host, None)}
+        found = {ipaddress.ip_address(str(info[4][0]).partition("%")[0]) for info in socket.getaddrinfo(host, None)}
     except OSError:
         return None
     for table in sorted(devices.glob(f"*/ports/{port}/gids")):

@@ -1,4 +1,4 @@
-"""A prefill and a decode engine in the guest, whose KV agents speak verbs, give the tokens of one engine.
+"""A prefill and a decode engine in the guest, whose KV agents speak verbs, give the tokens of one engine on the host.
 
 python -m tests.rdma.cluster FOLDER   FOLDER/answers.json is of `tests.rdma.blocks record`
 """
@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-from jaxdual import LLM, AsyncLLM, EngineConfig, SamplingParams
+from jaxdual import AsyncLLM, EngineConfig, SamplingParams
 from jaxdual.config import ClusterConfig
 from tests.rdma.blocks import BLOCK, MODEL
 
@@ -27,22 +27,11 @@ SETTINGS = {
 GREEDY = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True)
 
 
-def alone(prompt: list[int]) -> list[int]:
-    """What one engine gives, after it has compiled what the others read from the cache."""
-    llm = LLM(**SETTINGS)
-    llm.warmup()
-    (output,) = llm.generate([{"prompt_token_ids": prompt}], GREEDY)
-    return list(output.outputs[0].token_ids)
-
-
 async def together(prompt: list[int]) -> list[int]:
     """What two engines give, of which one computes the prompt and the other goes on from the blocks that came."""
     config = EngineConfig(**SETTINGS, kv_transport="verbs", kv_host="10.9.1.1")
     async with AsyncLLM.from_config(config, cluster=ClusterConfig(prefill=1, decode=1)) as llm:
-        output = None
-        async for output in llm.generate({"prompt_token_ids": prompt}, GREEDY):
-            pass
-        assert output is not None
+        output = [output async for output in llm.generate({"prompt_token_ids": prompt}, GREEDY)][-1]
         stats = await llm.stats()
         assert stats.computed_prompt_tokens == len(prompt), "a block was computed again instead of sent"
         assert stats.store_cache_hits == len(prompt), "not all of the prompt came"
@@ -52,13 +41,13 @@ async def together(prompt: list[int]) -> list[int]:
 
 def main() -> None:
     begin = time.monotonic()
-    (prompt, recorded), *_ = json.loads((Path(sys.argv[1]) / "answers.json").read_text())
-    want = alone(prompt)
-    print(f"one engine: {len(want)} tokens, {time.monotonic() - begin:.0f} s", flush=True)
+    (prompt, want), *_ = json.loads((Path(sys.argv[1]) / "answers.json").read_text())
     got = asyncio.run(together(prompt))
-    assert got == want, f"{got} by two engines, {want} by one"
-    assert got == recorded, f"{got} in the guest, {recorded} on the host"
-    print(f"two engines over verbs: a prompt of {len(prompt)} tokens, the same {len(got)}, {time.monotonic() - begin:.0f} s")
+    assert got == want, f"{got} by two engines here, {want} by one on the host"
+    print(
+        f"two engines that speak verbs have given the host's {len(want)} tokens for a prompt of {len(prompt)}, "
+        f"in {time.monotonic() - begin:.0f} s"
+    )
 
 
 if __name__ == "__main__":

@@ -3,23 +3,44 @@
 # Exit status of the tests. What can't be had here (no network, no package) is no failure, but is said loudly.
 . "$(dirname "$0")/vm/common.sh"
 host_python=$1
-export RDMA_UNTIL=$(($(date +%s) + 280)) # the emulator is never left behind
 blocks=$cache/out/blocks
+
+# The emulator is never left behind.
+boot() { RDMA_UNTIL=$(($(date +%s) + 240)) "$vm/boot.sh" "$@"; }
+
+skipped() {
+  echo "===================================================="
+  echo "SKIPPED: $1 NOT tested, for the reason above."
+  echo "===================================================="
+}
 
 exec 9>"$cache/lock"
 flock -w 240 9 || { say "another run in this tree does not end"; exit 1; }
-status=0
+cd "$repo"
+mkdir -p "$cache/out"
+"$host_python" -m tests.rdma.blocks record "$blocks" &
+recorded=$! status=0
 "$vm/prepare.sh" || status=$?
+wait $recorded
 if [ $status -eq $NO_NETWORK ]; then
-  echo "===================================================="
-  echo "SKIPPED: RDMA was NOT tested, for the reason above."
-  echo "===================================================="
+  skipped "RDMA was"
   exit 0
 fi
 [ $status -eq 0 ] || exit $status
-cd "$repo"
-"$host_python" -m tests.rdma.blocks record "$blocks"
-"$vm/boot.sh" 'JAXDUAL_RDMA_BLOCKS=/mnt/blocks /usr/bin/python3 -m pytest --noconftest --color=no -m rdma -rs \
-  -k "not (killed_target and verbs-1)" tests/transport/test_contract.py tests/rdma' || status=$?
-[ $status -eq 0 ] || exit $status
+
+"$vm/site.sh" "$host_python" & # beside the first guest, which has one processor
+packages=$!
+boot 'JAXDUAL_RDMA_BLOCKS=/mnt/blocks /usr/bin/python3 -m pytest --noconftest --color=no -m rdma -rs \
+  -k "not (killed_target and verbs-1)" tests/transport/test_contract.py tests/rdma' || exit
 "$host_python" -m tests.rdma.blocks check "$blocks"
+
+wait $packages || status=$?
+if [ $status -eq $NO_NETWORK ]; then
+  skipped "engines over RDMA were"
+  exit 0
+fi
+[ $status -eq 0 ] || exit $status
+# Compiled as fast as can be: the emulator is slow, and the programs run a few times.
+boot --site 'export JAX_PLATFORMS=cpu NO_COLOR=1
+  export XLA_FLAGS="--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+  /usr/bin/python3 -m tests.rdma.cluster /mnt/blocks'

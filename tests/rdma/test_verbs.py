@@ -71,6 +71,14 @@ def test_each_class_has_its_mark_on_the_wire(pair: tuple[Node, Node]) -> None:
     assert min(sum(one.values()) for one in seen) > 10
 
 
+@pytest.mark.skipif("rxeb" not in RDMA_DEVICES, reason="not the guest's addresses")
+@pytest.mark.parametrize(("host", "device"), [("10.9.1.1", "rxea"), ("10.9.1.2", "rxeb"), ("127.0.0.1", "rxea")])
+def test_the_device_is_that_of_the_address(host: str, device: str) -> None:
+    transport = VerbsTransport(SECRET, host)
+    assert transport._device.name == device
+    transport.close()
+
+
 @pytest.mark.parametrize("forged", [{"remote_key": 0x5A5A5A}, {"length": 1 << 40}, {"address": 4096}])
 def test_the_device_refuses_what_was_not_granted(pair: tuple[Node, Node], forged: dict[str, int]) -> None:
     """And the channel is broken then: one ticket says why, and each of the others ends once."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ipaddress
 import select
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +18,7 @@ import pytest
 
 from jaxdual.transport import Completed, Event, Op, PeerLost, Received, Status, TrafficClass
 from jaxdual.transport import queue_pair as queue_pair_module
-from jaxdual.transport.rdma_device import Device, device_names
+from jaxdual.transport.rdma_device import Device, device_at, device_names
 from jaxdual.transport.verbs import VerbsSettings, VerbsTransport
 from tests.transport.nodes import ROOT
 from tests.transport.recorded_verbs import ENUMS, MR, QP, Fabric, PyverbsError, install
@@ -399,3 +401,16 @@ def test_a_stranger_gets_no_queue_pair(fabric: Fabric, pair: tuple[End, End]) ->
     stranger.close()
     assert not fabric.pairs
     assert not any(isinstance(one, QP) for one in fabric.open)
+
+
+def test_a_device_is_found_by_the_address_of_its_port(tmp_path: Path) -> None:
+    for name, gids in {"mlx5_0": ["fe80::1", "::ffff:10.0.0.1"], "mlx5_1": ["::ffff:10.0.0.2", "fd00::2"]}.items():
+        table = tmp_path / name / "ports" / "1" / "gids"
+        table.mkdir(parents=True)
+        for index, gid in enumerate([*gids, "::"]):
+            (table / str(index)).write_text(ipaddress.IPv6Address(gid).exploded + "\n")
+        (table / "9").write_text("")  # as an entry that nothing is in
+    found = [device_at(host, devices=tmp_path) for host in ("10.0.0.1", "10.0.0.2", "fd00::2", "10.0.0.3")]
+    assert found == ["mlx5_0", "mlx5_1", "mlx5_1", None]
+    assert device_at("10.0.0.1", 2, tmp_path) is None
+    assert device_at("no.such.host.invalid", devices=tmp_path) is None
