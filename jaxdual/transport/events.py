@@ -99,8 +99,13 @@ class Ledger:
     def outstanding_bytes(self) -> int:
         return self._bytes
 
-    def post(self, nbytes: int, start: Callable[[Ticket], None]) -> Ticket:
-        """A new ticket; `start` is called with it, in the order of tickets, unless the channel has ended.
+    def post(self, nbytes: int, start: Callable[[Ticket], Status | None]) -> Ticket:
+        """A new ticket.
+
+        Args:
+          nbytes: that it stands for.
+          start: called with it, in the order of tickets, unless the channel has ended. If it is the only one that is
+            outstanding (`idle_but_for`), it may be done with it at once, and returns how it ended.
 
         Raises:
           ValueError: the channel was closed.
@@ -112,11 +117,14 @@ class Ledger:
             self._posted += 1
             self._outstanding.append(ticket)
             self._bytes += nbytes
-            if self._end is None:
-                start(ticket)
-            else:
-                self._pop(self._end)
+            status = self._end if self._end is not None else start(ticket)
+            if status is not None:
+                self._pop(status)
             return ticket
+
+    def idle_but_for(self, ticket: Ticket) -> bool:
+        """Whether no other ticket is outstanding than one that is being posted; called by its `start`."""
+        return self._outstanding[0] is ticket
 
     def complete(self, number: int, status: Status) -> None:
         """Reports the oldest ticket.

@@ -221,12 +221,13 @@ class _ShapedChannel(Channel):
         nbytes = check_transfer(region, ops, write=write, immediate=immediate)
         runs = joined(ops)
 
-        def start(ticket: Ticket) -> None:
+        def start(ticket: Ticket) -> Status | None:
             transfer = Transfer(ticket, write, region, remote, runs, immediate)
             if self._thread is None:
                 self._move(transfer, [runs])
             else:
                 self._transfers.put(transfer)
+            return None
 
         with self._changed:  # before the ledger's lock, as everywhere
             return self._ledger.post(nbytes, start)

@@ -21,6 +21,7 @@ import queue
 import secrets
 import socket
 import struct
+import threading
 from collections.abc import Buffer
 from typing import ClassVar
 
@@ -36,7 +37,10 @@ _VERSION = b"jaxdual shm 1\n"
 _MOST_MESSAGE = 512
 _READABLE = 1
 _WRITABLE = 2
-_COPY_BYTES = 4 << 20  # between two looks at whether to stop
+# Between two looks at whether to stop. Large, since memcpy goes past the caches for more than they hold, twice as fast.
+_COPY_BYTES = 64 << 20
+_LITTLE_BYTES = 1 << 20  # copied by whoever posts it, if the copying thread is idle: waking it up costs as much
+_FEW_OPS = 256
 _SEND_SECONDS = 0.05  # likewise, while the peer's socket is full
 
 
@@ -178,17 +182,33 @@ class ShmChannel(SocketChannel):
         self._answers: queue.SimpleQueue[tuple[tuple[int, ...], int] | None] = queue.SimpleQueue()
         self._granted: dict[int, _Granted] = {}
         self._mapped: dict[tuple[int, bool], mmap.mmap] = {}  # by slab, and whether writable
+        self._turn = threading.Lock()  # of whoever copies for the one that posts, and of the end of all copying
+        self._over = False
         _give_up_sending(sock)
 
     def _interrupt(self) -> None:
         self._answers.put(None)
 
+    def _start(self, transfer: Transfer) -> Status | None:
+        little = transfer.ticket.nbytes <= _LITTLE_BYTES and len(transfer.ops) <= _FEW_OPS
+        waits = transfer.immediate is not None or transfer.remote.key not in self._granted
+        if little and not waits and self._ledger.idle_but_for(transfer.ticket):
+            with self._turn:
+                status = None if self._over else self._copy(transfer)
+            if status is not None:
+                return status
+        return super()._start(transfer)
+
     def _move_all(self) -> None:
-        while (transfer := self._transfers.get()) is not None and not self._stopping:
-            status = self._copy(transfer)
-            if status is None:
-                return
-            self._ledger.complete(transfer.ticket.number, status)
+        try:
+            while (transfer := self._transfers.get()) is not None and not self._stopping:
+                status = self._copy(transfer)
+                if status is None:
+                    return
+                self._ledger.complete(transfer.ticket.number, status)
+        finally:
+            with self._turn:
+                self._over = True
 
     def _copy(self, transfer: Transfer) -> Status | None:
         """Moves a transfer; None if it was interrupted."""

@@ -98,8 +98,8 @@ class SocketChannel(Channel):
         nbytes = check_transfer(region, ops, write=write, immediate=immediate)
         runs = joined(ops)
 
-        def start(ticket: Ticket) -> None:
-            self._start(Transfer(ticket, write, region, remote, runs, immediate))
+        def start(ticket: Ticket) -> Status | None:
+            return self._start(Transfer(ticket, write, region, remote, runs, immediate))
 
         return self._ledger.post(nbytes, start)
 
@@ -164,9 +164,10 @@ class SocketChannel(Channel):
             _LOG.exception("channel to %s", self.peer_address)
             self._break(repr(error))
 
-    def _start(self, transfer: Transfer) -> None:
-        """Takes a posted transfer; one at a time, in the order of tickets."""
+    def _start(self, transfer: Transfer) -> Status | None:
+        """Takes a posted transfer, one at a time, in the order of tickets; how it ended, if it is over already."""
         self._transfers.put(transfer)
+        return None
 
     @abc.abstractmethod
     def _move_all(self) -> None:

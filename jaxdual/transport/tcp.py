@@ -158,7 +158,7 @@ class TcpChannel(SocketChannel):
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
 
-    def _start(self, transfer: Transfer) -> None:
+    def _start(self, transfer: Transfer) -> Status | None:
         # A thread less to wake up, for a transfer that costs about as much as that.
         little = len(transfer.ops) <= _FEW_OPS and (not transfer.write or transfer.ticket.nbytes <= _LITTLE_BYTES)
         with self._turn:
@@ -166,9 +166,9 @@ class TcpChannel(SocketChannel):
                 self._sent.put(transfer)
                 self._rest = self._line.send_now(_request(transfer, transfer.ops, True))
                 if not self._rest:
-                    return
+                    return None
             self._queued += 1
-        self._transfers.put(transfer)
+        return super()._start(transfer)
 
     def _move_all(self) -> None:
         alive = REQUEST.pack(Request.ALIVE, 0, 0, 0, 0, 0, 0, 0)

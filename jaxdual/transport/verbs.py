@@ -248,9 +248,10 @@ class VerbsChannel(SocketChannel):
         self._done = 0  # all work requests up to it have ended well
         self._failure: Completion | None = None
 
-    def _start(self, transfer: Transfer) -> None:
-        super()._start(transfer)
+    def _start(self, transfer: Transfer) -> Status | None:
+        status = super()._start(transfer)
         self._wake.set()
+        return status
 
     def _interrupt(self) -> None:
         self._wake.set()
