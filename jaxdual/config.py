@@ -55,6 +55,8 @@ class EngineConfig:
       kv_store_read_only: reads blocks of the store and adds none, as prefill engines of a cluster do, since the engines
         that go on from their prompts store these.
       kv_load_timeout: seconds that a request waits for stored blocks before it goes on without them.
+      kv_landing: how blocks come from host memory into KV memory: "scatter" by a program; "direct" by a copy straight
+        to its address, which is there on a CPU only, and faster.
       enable_prefix_caching: shares blocks of equal prefixes between requests.
       preemption_mode: "recompute" or "swap", for sequences that must give way.
       async_scheduling: plans the next step while the device works on this one; False is the plain loop that it must
@@ -85,6 +87,7 @@ class EngineConfig:
     kv_secret: str | None = None
     kv_store_read_only: bool = False
     kv_load_timeout: float = 10.0
+    kv_landing: Literal["scatter", "direct"] = "scatter"
     enable_prefix_caching: bool = True
     preemption_mode: Literal["recompute", "swap"] = "recompute"
     async_scheduling: bool = True

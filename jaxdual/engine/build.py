@@ -10,6 +10,7 @@ import jax
 from jaxdual.config import EngineConfig
 from jaxdual.engine.buckets import Buckets
 from jaxdual.engine.build_transfers import build_transfers, host_memory
+from jaxdual.engine.direct_landing import lands_directly
 from jaxdual.engine.engine import Engine
 from jaxdual.engine.loading import LoadedModel, load_model
 from jaxdual.engine.memory import check_host_memory, group_pages
@@ -94,6 +95,7 @@ def engine_of(loaded: LoadedModel, config: EngineConfig, part: ClusterPart | Non
         max_chunk=max_chunk,
         buckets=Buckets(config.max_num_seqs, max_chunk),
         host=host,
+        direct=lands_directly(config),
     )
     engine = Engine(
         runner,

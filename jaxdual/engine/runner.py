@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdual.engine.buckets import Buckets, PrefillBatch
+from jaxdual.engine.direct_landing import DirectLanding
 from jaxdual.engine.paged import GroupTable
 from jaxdual.engine.request import TokenLogprobs
 from jaxdual.engine.slot_sampler import SampleBatch, Sampled, SampleRow, SlotBinding, SlotSampler
@@ -107,6 +108,7 @@ class Runner:
       max_chunk: tokens of the longest chunk.
       buckets: padded shapes.
       host: host memory of each layer group, `[host_pages + staging_pages, *block]`.
+      direct: writes blocks straight into the arenas; see `DirectLanding`.
     """
 
     def __init__(
@@ -120,6 +122,7 @@ class Runner:
         max_chunk: int,
         buckets: Buckets,
         host: Sequence[np.ndarray],
+        direct: bool = False,
     ) -> None:
         self.buckets = buckets
         self.programs = Programs(model, layout)
@@ -140,6 +143,9 @@ class Runner:
         self._memory = tuple(memory)
         self._host = tuple(host)
         self._landing: deque[tuple[int, jax.Array, list[int]]] = deque()
+        self._direct: DirectLanding | None = None
+        if direct:
+            self._direct = DirectLanding([one.shape[1:] for one in host], self.check_arena)
 
     def dispatch(self, plan: StepPlan, bindings: Sequence[SlotBinding], targets: Mapping[int, ScoreTargets]) -> Launch:
         """Starts a step.
@@ -248,15 +254,18 @@ class Runner:
 
     def _copy(self, copies: Sequence[PageCopy]) -> None:
         for run in _runs(copies):
-            group, slots = run[0].group, [copy.slot for copy in run]
+            group, pages, slots = run[0].group, [copy.page for copy in run], [copy.slot for copy in run]
             host = self._host[group]
             if run[0].direction == "out":
-                self._landing.append((group, self.gather(group, [copy.page for copy in run]), slots))
+                self._landing.append((group, self.gather(group, pages), slots))
+                continue
+            self._land()
+            if self._direct is not None:
+                self._direct.land(self.arenas, group, pages, host, slots)
             else:
-                self._land()
                 blocks = np.zeros((COPY_PAGES, *host.shape[1:]), host.dtype)
                 blocks[: len(run)] = host[slots]
-                self._run_scatter(group, self._padded(group, [copy.page for copy in run]), blocks)
+                self._run_scatter(group, self._padded(group, pages), blocks)
 
     def _padded(self, group: int, pages: Sequence[int]) -> np.ndarray:
         """Pages of one program, and behind them one that the arena doesn't have: it is not moved."""
@@ -292,6 +301,8 @@ class Runner:
     def _run_gather(self, group: int, pages: np.ndarray) -> jax.Array:
         rows = self.layout.groups[group].rows_per_page
         blocks: jax.Array = self.programs.gather(self.arenas[group], pages, rows_per_block=rows)
+        if self._direct is not None:
+            self._direct.reads(blocks)
         return blocks
 
     def _run_scatter(self, group: int, pages: np.ndarray, blocks: np.ndarray) -> None:
@@ -328,7 +339,8 @@ class Runner:
         for group, host in enumerate(self._host):
             if len(host):
                 yield f"copy out group={group} pages={COPY_PAGES}", partial(copy_out, group)
-                yield f"copy in group={group} pages={COPY_PAGES}", partial(copy_in, group)
+                if self._direct is None:
+                    yield f"copy in group={group} pages={COPY_PAGES}", partial(copy_in, group)
 
 
 def _runs(copies: Sequence[PageCopy]) -> Iterator[list[PageCopy]]:

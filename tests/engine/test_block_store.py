@@ -96,15 +96,18 @@ def until(condition: Callable[[], bool], llm: LLM) -> None:
         llm._engine.poll()
 
 
-@pytest.mark.parametrize("name", ["qwen3", "mistral_mixed", "mistral"])
-def test_what_one_engine_computed_the_next_one_reads(stored: Callable[[str], Stored], name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "landing"),
+    [("qwen3", "scatter"), ("mistral_mixed", "scatter"), ("mistral", "direct"), ("qwen3", "direct")],
+)
+def test_what_one_engine_computed_the_next_one_reads(stored: Callable[[str], Stored], name: str, landing: str) -> None:
     pair = stored(name)
     prompts = make_prompts(6, seed=1)
     first = pair.engine()
     pair.check(first, prompts)
     first.close()
     assert first.stats().store_blocks_lost == 0
-    second = pair.engine()
+    second = pair.engine(kv_landing=landing)
     for prompt, output in zip(prompts, pair.check(second, prompts), strict=True):
         assert output.num_cached_tokens == (len(prompt) - 1) // BLOCK * BLOCK
     stats = second.stats()

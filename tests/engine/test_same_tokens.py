@@ -30,6 +30,7 @@ class Setting:
     prefix_caching: bool
     seqs: int = 6
     host_pages: int = 0
+    landing: str = "scatter"
 
 
 SETTINGS = [
@@ -39,6 +40,7 @@ SETTINGS = [
     Setting(overlap=True, pages=30, preemption="swap", chunk=24, prefix_caching=True, host_pages=64),
     Setting(overlap=False, pages=26, preemption="swap", chunk=40, prefix_caching=True, host_pages=12),
     Setting(overlap=True, pages=26, preemption="swap", chunk=7, prefix_caching=False, host_pages=40, seqs=4),
+    Setting(overlap=True, pages=30, preemption="swap", chunk=24, prefix_caching=True, host_pages=64, landing="direct"),
 ]
 
 
@@ -67,6 +69,7 @@ def engine(name: str, setting: Setting) -> LLM:
         preemption_mode=setting.preemption,
         enable_prefix_caching=setting.prefix_caching,
         async_scheduling=setting.overlap,
+        kv_landing=setting.landing,
     )
 
 
