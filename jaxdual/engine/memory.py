@@ -25,16 +25,28 @@ def _sequence_pages(layout: KVLayout, max_model_len: int, max_chunk: int) -> lis
 
 
 def group_pages(
-    config: EngineConfig, layout: KVLayout, max_model_len: int, max_chunk: int, model: ModelConfig
+    config: EngineConfig,
+    layout: KVLayout,
+    max_model_len: int,
+    max_chunk: int,
+    model: ModelConfig,
+    *,
+    blocks_setting: str = "num_kv_blocks",
 ) -> tuple[GroupPages, ...]:
     """Memory of each layer group: shares in proportion to what the longest sequence holds in it.
 
     `num_kv_blocks` counts pages of the first group, the one with full attention if there is one.
+
+    Args:
+      blocks_setting: what a user knows `num_kv_blocks` as.
+
+    Raises:
+      ConfigError: it is too little for one sequence.
     """
     needed = _sequence_pages(layout, max_model_len, max_chunk)
     sequence_bytes = sum(pages * layout.full_block_bytes(group) for group, pages in enumerate(needed))
     if config.num_kv_blocks is not None:
-        source = "num_kv_blocks"
+        source = blocks_setting
         num_pages = [config.num_kv_blocks, *(-(-config.num_kv_blocks * pages // needed[0]) for pages in needed[1:])]
     else:
         if config.kv_cache_memory_bytes is not None:
@@ -65,8 +77,17 @@ def group_pages(
     )
 
 
-def check_host_memory(config: EngineConfig, layout: KVLayout, memory: Sequence[GroupPages], model: ModelConfig) -> None:
-    """Refuses what this machine can't hold, before an allocation fails somewhere inside."""
+def check_host_memory(
+    config: EngineConfig, layout: KVLayout, memory: Sequence[GroupPages], model: ModelConfig, *, rings: int = 0
+) -> None:
+    """Refuses what this machine can't hold, before an allocation fails somewhere inside.
+
+    Args:
+      rings: bytes that blocks pass through beside the staging pages.
+
+    Raises:
+      ConfigError: this machine has less memory.
+    """
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     on_cpu = jax.default_backend() == "cpu"
     per_sequence = model.vocab_size * SAMPLER_BYTES_PER_TOKEN_ID
@@ -79,7 +100,7 @@ def check_host_memory(config: EngineConfig, layout: KVLayout, memory: Sequence[G
             f"KV memory of {sum(pages.num_pages for pages in memory)} pages of block_size={layout.page_size}",
         ),
         (host, f"host_cache_bytes={config.host_cache_bytes}"),
-        (staging, f"kv_staging_bytes={config.kv_staging_bytes}"),
+        (staging + rings, f"kv_staging_bytes={config.kv_staging_bytes}"),
         (config.max_num_seqs * per_sequence * on_cpu, f"max_num_seqs={config.max_num_seqs}"),
     ):
         if need > total:

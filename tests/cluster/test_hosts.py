@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -42,3 +43,14 @@ def test_ray_has_to_be_installed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_settings_are_checked(settings: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match="cluster="):
         ClusterConfig(**{"cluster": "ray", **settings})  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+def test_too_little_memory_is_told_by_the_name_of_its_setting(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="prefill_kv_blocks gives 2 KV pages"):
+        start(
+            ClusterConfig(prefill=1, decode=1, prefill_kv_blocks=2),
+            kv_store=str(tmp_path),
+            kv_store_capacity_bytes=1 << 28,
+            block_size=8,
+        )

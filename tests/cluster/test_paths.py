@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from jaxdual import AsyncLLM, EngineConfig, RequestOutput, SamplingParams
+from jaxdual import LLM, AsyncLLM, EngineConfig, RequestOutput, SamplingParams
 from jaxdual.config import ClusterConfig
 from tests.cluster.test_processes import SETTINGS, alone, complete, complete_all, settled, within
 from tests.engine.models import TieCounter, folder
@@ -79,6 +79,35 @@ def test_every_mode_gives_the_tokens_of_one_engine(
             assert after.store_blocks_read - before.store_blocks_read == hits
             assert after.store_blocks_failed == 0
         assert ties.ties <= 1
+
+    within(main())
+
+
+def test_outputs_of_all_kinds_are_those_of_one_engine(tmp_path: Path) -> None:
+    """Several of a prompt, one that ends with its first token, one that asks for one only: cold, and found stored."""
+    prompts = make_prompts(4, "kinds")
+    llm = LLM(folder("qwen3"), **SETTINGS)
+    asked = [{"prompt_token_ids": prompt} for prompt in prompts]
+    first = [output.outputs[0].token_ids[0] for output in llm.generate(asked, GREEDY)]
+    kinds = [
+        SamplingParams(max_tokens=9, temperature=1.0, seed=3, n=3, ignore_eos=True),
+        SamplingParams(max_tokens=9, temperature=0.0, stop_token_ids=[first[1]]),
+        SamplingParams(max_tokens=1, temperature=0.0),
+        SamplingParams(max_tokens=9, temperature=0.0, logprobs=2, ignore_eos=True),
+    ]
+
+    def told(output: RequestOutput) -> list[tuple[list[int], str | None]]:
+        return [(list(one.token_ids), one.finish_reason) for one in output.outputs]
+
+    want = [told(*llm.generate([one], params)) for one, params in zip(asked, kinds, strict=True)]
+    assert want[1] == [([first[1]], "stop")]
+
+    async def main() -> None:
+        async with on_paths(tmp_path, 1, 1) as cluster:
+            for _ in range(2):
+                work = (complete(cluster, prompt, params) for prompt, params in zip(prompts, kinds, strict=True))
+                assert [told(output) for output in await asyncio.gather(*work)] == want
+                await settled_cards(cluster)
 
     within(main())
 

@@ -38,17 +38,22 @@ def prefill_engine_of(loaded: LoadedModel, config: EngineConfig, part: ClusterPa
       ConfigError: settings that don't fit the model or the machine, or a store that can't be opened.
     """
     layout, model = loaded.layout, loaded.model
+    blocks_setting = "num_kv_blocks"
     if part.cluster.prefill_kv_blocks is not None:
         config = dataclasses.replace(config, num_kv_blocks=part.cluster.prefill_kv_blocks)
-    (memory,) = group_pages(config, layout, loaded.max_model_len, loaded.max_chunk, model.config)
-    check_host_memory(config, layout, [memory], model.config)
+        blocks_setting = "prefill_kv_blocks"
+    (memory,) = group_pages(
+        config, layout, loaded.max_model_len, loaded.max_chunk, model.config, blocks_setting=blocks_setting
+    )
     block_bytes = layout.full_block_bytes()
     places = GroupSlots(0, slot_bytes(layout, 0), block_bytes)
     # A piece holds the largest padded move of a layer, and the smallest of all layers.
     piece = max(MOVE_SIZES[-1] * block_bytes // layout.num_layers, MOVE_SIZES[0] * block_bytes)
     piece = -(-piece // _PAGE) * _PAGE
+    rings = 2 * _PIECES * piece
+    check_host_memory(config, layout, [memory], model.config, rings=rings)
     staged = memory.staging_pages * places.slot_bytes
-    slab = SharedSlab(staged + 2 * _PIECES * piece)
+    slab = SharedSlab(staged + rings)
     landing, leaving = (
         Ring(slab.array, offset=staged + number * _PIECES * piece, piece_bytes=piece, count=_PIECES)
         for number in range(2)
