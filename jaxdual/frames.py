@@ -104,7 +104,10 @@ class MessageSocket:
         if own not in select.select([own, *beside], [], [], timeout)[0]:
             return messages
         while not messages or select.select([own], [], [], 0)[0]:
-            data = self._sock.recv(_READ_BYTES)
+            try:
+                data = self._sock.recv(_READ_BYTES)
+            except OSError as error:  # also that its host doesn't answer
+                raise ConnectionError(f"{self._peer}: {error}") from error
             if not data:
                 raise ConnectionError(f"{self._peer} has closed the connection")
             messages += self._frames.feed(data)

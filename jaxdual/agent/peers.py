@@ -129,7 +129,7 @@ class Peers:
             task = self._channels[address] = asyncio.get_running_loop().create_task(connecting)
         try:
             return await asyncio.shield(task)
-        except OSError:
+        except Exception:
             self._channels.pop(address, None)
             raise
 

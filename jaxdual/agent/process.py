@@ -7,6 +7,7 @@ is gone, what it wanted stored is stored, and the process ends.
 from __future__ import annotations
 
 import asyncio
+import logging
 import signal
 import socket
 import sys
@@ -40,6 +41,8 @@ from jaxdual.kv.store import BlockStore, Outcome, open_store
 from jaxdual.transport import ShapedTransport
 from jaxdual.transport.slab import SharedSlab
 
+_log = logging.getLogger(__name__)
+
 
 class KVAgent(asyncio.Protocol):
     """Serves one engine, as the protocol of the connection to it.
@@ -48,7 +51,7 @@ class KVAgent(asyncio.Protocol):
       slab: memory that both have mapped.
 
     Attributes:
-      engine_gone: set when the connection is lost.
+      engine_gone: set when the connection is lost, or this agent has failed.
     """
 
     def __init__(self, slab: SharedSlab) -> None:
@@ -67,7 +70,10 @@ class KVAgent(asyncio.Protocol):
     async def finish(self) -> None:
         """Ends what goes to peers at once, waits for what goes to the store, and closes it."""
         if self._peers is not None:
-            await self._peers.close()
+            try:
+                await self._peers.close()
+            except TimeoutError as error:  # this process ends, and its mapping with it
+                _log.warning("%s", error)
         if self._cards is not None:
             self._cards.release()
         if self._saving:
@@ -91,10 +97,18 @@ class KVAgent(asyncio.Protocol):
         for message in self._frames.feed(data):
             task = asyncio.get_running_loop().create_task(self._handle(message))
             self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            task.add_done_callback(self._done)
             if isinstance(message, Save):
                 self._saving.add(task)
                 task.add_done_callback(self._saving.discard)
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        error = None if task.cancelled() else task.exception()
+        if error is not None:
+            # Nobody would ever be answered: the engine knows how to go on with another agent.
+            _log.error("the KV agent has failed", exc_info=error)
+            self.engine_gone.set()
 
     # What the engine asks for.
 

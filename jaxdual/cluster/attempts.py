@@ -27,6 +27,7 @@ class Live:
       number: for the scheduler.
       outputs: what the client has.
       attempts: times that it was given to engines.
+      failures: how many of them were lost.
       current: the present one; None while it waits for engines.
       keys: of its blocks that may be stored; None while nothing is known of the store.
       reads: whether stored blocks of it are read: not once they have kept it waiting in vain.
@@ -40,6 +41,7 @@ class Live:
     outputs: list[OutputState]
     added: float
     attempts: int = 0
+    failures: int = 0
     current: Attempt | None = None
     keys: Sequence[BlockKey] | None = None
     reads: bool = True

@@ -49,7 +49,7 @@ from jaxdual.scheduling.paths import PathScheduler, Placement
 from jaxdual.scheduling.prefill_placement import PrefillPlacement
 from jaxdual.scheduling.read_side import ReadSide
 
-MOST_ATTEMPTS = 6  # of one request, before it is taken for the cause of what happens to its engines
+MOST_FAILURES = 6  # of one request, before it is taken for the cause of what happens to its engines
 _GROUPS = {Role.PREFILL: 0, Role.DECODE: 1}
 
 
@@ -98,6 +98,7 @@ class Cluster:
         self._by_number: dict[int, Live] = {}
         self._attempts: dict[str, Attempt] = {}
         self._alone: list[Live] = []  # those that wait for a decode engine only
+        self._outgoing: list[TokenEvent] = []  # to be delivered, in order
 
     def __len__(self) -> int:
         """Requests that have not ended."""
@@ -169,10 +170,12 @@ class Cluster:
                     attempt.phase = Phase.VOID
                 elif attempt.phase is not Phase.VOID:
                     del self._attempts[attempt.name]
+                attempt.stores = False  # the next engine of that number knows nothing of it
                 lost.append(attempt)
         for attempt in lost:
             self._redo(attempt, "an engine of it was lost again and again")
         self._fetch()
+        self._deliver_outgoing()
 
     def message(self, number: int, message: object) -> None:
         """An engine has something to say."""
@@ -180,7 +183,7 @@ class Cluster:
             case Events(events, stats):
                 if stats is not None and number in self._members:
                     self._members[number].stats = stats
-                self._deliver_known(list(self._take(events)))
+                self._take(events)
             case AgentAt(address):
                 if number in self._members:
                     self._members[number].agent = address
@@ -199,7 +202,10 @@ class Cluster:
                     attempt.live.reads &= not slow
                     self._give_up(attempt)
                     self._redo(attempt, "its keys and values were lost again and again")
+                elif attempt is not None:
+                    attempt.stores = False
         self._fetch()
+        self._deliver_outgoing()
 
     def found(self, number: int, blocks: int) -> None:
         """So many leading blocks of a request's prompt are stored."""
@@ -394,7 +400,7 @@ class Cluster:
         if attempt.decode in self._members:
             self._send(attempt.decode, Settled(attempt.name, attempt.broken))
 
-    def _take(self, events: Iterable[TokenEvent]) -> Iterable[TokenEvent]:
+    def _take(self, events: Iterable[TokenEvent]) -> None:
         """What engines have given, as their requests' own."""
         for event in events:
             attempt = self._attempts.get(event.request_id)
@@ -429,7 +435,7 @@ class Cluster:
             if own.queue_seconds is not None:
                 own.queue_seconds += live.queue_seconds
                 own.allocation_seconds = live.allocation_seconds
-            yield own
+            self._outgoing.append(own)
             if all(one.ended for one in live.outputs):
                 if attempt.phase is Phase.PREFILL and self._key_chain is not None and self._scheduler.mode.transfers:
                     self._leave_to_store(attempt)
@@ -437,7 +443,8 @@ class Cluster:
             elif attempt.phase is Phase.PREFILL:
                 self._hand_over(attempt)
 
-    def _deliver_known(self, events: list[TokenEvent]) -> None:
+    def _deliver_outgoing(self) -> None:
+        events, self._outgoing = self._outgoing, []
         if events:
             self._deliver(events)
 
@@ -484,16 +491,16 @@ class Cluster:
         live.current = None
         self._leave_scheduler(attempt)
         self._scheduler.cancelled(live.number)
-        if live.attempts < MOST_ATTEMPTS:
+        live.failures += 1
+        if live.failures < MOST_FAILURES:
             self._place(live)
             return
-        events = [
+        self._outgoing += [
             TokenEvent(live.request.request_id, index, None, finish_reason="error", error=why)
             for index, output in enumerate(live.outputs)
             if not output.ended
         ]
         self._forget(live)
-        self._deliver_known(events)
 
     def _forget(self, live: Live, *, told: bool = False) -> None:
         """A request is over.

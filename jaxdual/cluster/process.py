@@ -343,7 +343,10 @@ class ClusterProcess(asyncio.Protocol):
 
     async def _serve(self) -> None:
         """All engines have started."""
-        info = next(info for member in self._members if member.role is Role.DECODE and (info := member.info))
+        info = next((info for member in self._members if member.role is Role.DECODE and (info := member.info)), None)
+        if info is None:  # it has died in this moment
+            self._serving = False
+            return
         self._info = info
         shares = self._config.shares_kv_store and info.full_attention
         if not shares and self._settings.path_mode != ClusterConfig().path_mode:

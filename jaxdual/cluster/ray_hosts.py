@@ -29,6 +29,7 @@ from jaxdual.engine.cluster_part import ClusterPart
 from jaxdual.engine.wire import Start
 
 _PLACE_SECONDS = 600.0  # for Ray to find a host: it may have to start one
+_WORD_SECONDS = 15.0  # between two words about that
 _CALL_SECONDS = 60.0  # for an engine's process to call back
 _TOKEN_BYTES = 32
 _SIGKILL = -9
@@ -82,10 +83,8 @@ class _RemoteProcess:
 
     def poll(self) -> int | None:
         """Exit status; that of a process that was killed, where its host is gone."""
-        if not ray.wait([self._exit], timeout=0)[0]:
-            return None
         try:
-            return int(ray.get(self._exit))
+            return int(ray.get(self._exit)) if ray.wait([self._exit], timeout=0)[0] else None
         except RayError:
             return _SIGKILL
 
@@ -138,22 +137,18 @@ class RayHosts:
         on_death: Callable[[str], None],
     ) -> EngineProcess:
         """See `Hosts`."""
-        launcher = (
-            ray.remote(_Launcher)
-            .options(
-                name=f"jaxdual {part.role.value} {number} {secrets.token_hex(4)}",
-                num_cpus=1,
-                num_gpus=self._gpus,
-                max_concurrency=2,  # `kill` beside `wait`
-                scheduling_strategy="SPREAD",
-            )
-            .remote()
+        actor = ray.remote(_Launcher).options(
+            num_cpus=1,
+            num_gpus=self._gpus,
+            max_concurrency=2,  # `kill` beside `wait`
+            scheduling_strategy="SPREAD",
         )
-        _logger.info("asking Ray for a host for %s %d", part.role.value, number)
+        engine = f"{part.role.value} {number}"
         token = secrets.token_bytes(_TOKEN_BYTES)
         call = self._calls[token] = asyncio.get_running_loop().create_future()
         try:
-            host = await asyncio.wait_for(_of(launcher.host.remote()), _PLACE_SECONDS)
+            launcher = await asyncio.to_thread(actor.remote)
+            host = await self._host_of(launcher, engine)
             port = 0 if self._socket is None else self._socket.getsockname()[1]
             pid, sock = await asyncio.wait_for(
                 asyncio.gather(_of(launcher.start.remote(self._host, port, token)), call), _CALL_SECONDS
@@ -162,7 +157,7 @@ class RayHosts:
             raise OSError(f"Ray has not started it: {str(error) or 'it takes too long'}") from error
         finally:
             del self._calls[token]
-        _logger.info("%s %d runs on %s", part.role.value, number, host)
+        _logger.info("%s runs on %s", engine, host)
         _keep_alive(sock)
         if config.kv_host is None:
             config = dataclasses.replace(config, kv_host=host)
@@ -177,11 +172,26 @@ class RayHosts:
             self._socket.close()
         await asyncio.to_thread(ray.shutdown)
 
+    async def _host_of(self, launcher: Any, engine: str) -> str:
+        """Where Ray has put a launcher; says so while it has not."""
+        asked = asyncio.ensure_future(_of(launcher.host.remote()))
+        for _ in range(int(_PLACE_SECONDS / _WORD_SECONDS)):
+            done, _ = await asyncio.wait([asked], timeout=_WORD_SECONDS)
+            if done:
+                return str(await asked)
+            _logger.warning("Ray has no host for %s yet: all CPUs or GPUs may be in use", engine)
+        asked.cancel()
+        raise TimeoutError(f"it has found no host in {_PLACE_SECONDS:.0f} s")
+
     async def _accept(self, listening: socket.socket) -> None:
         loop = asyncio.get_running_loop()
         greetings = set[asyncio.Task[None]]()
         while True:
-            sock, _ = await loop.sock_accept(listening)
+            try:
+                sock, _ = await loop.sock_accept(listening)
+            except OSError:  # no descriptor free, or the stranger is gone again
+                await asyncio.sleep(0.1)
+                continue
             task = loop.create_task(self._greet(sock))
             greetings.add(task)
             task.add_done_callback(greetings.discard)

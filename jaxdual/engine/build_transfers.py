@@ -86,6 +86,7 @@ def build_transfers(
         places=groups,
         reads=config.kv_store is not None,
         load_timeout=config.kv_load_timeout,
+        required=part is not None,
         clock=time.monotonic,
     )
 

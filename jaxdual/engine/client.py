@@ -17,7 +17,10 @@ from jaxdual.engine.cluster_part import ClusterPart
 from jaxdual.engine.wire import Died, Start, Stop, ToFront
 from jaxdual.frames import Frames, Message
 
-_KILL_SECONDS = 5.0  # from asking an engine to stop until it is killed: it may be compiling
+_KILL_SECONDS = 5.0  # from asking an engine to stop until it is killed: it may be compiling,
+_STORE_SECONDS = 12.0  # or storing what is full,
+_CLUSTER_SECONDS = 16.0  # or waiting for engines that are
+_GONE_SECONDS = 10.0  # from the end of its connection until it is taken for gone, whatever its host says of it
 
 _POLL_SECONDS = 0.01
 
@@ -42,12 +45,20 @@ class EngineProcess(asyncio.Protocol):
       process: it.
       on_message: called with each message but `Died`.
       on_death: called once, after the last message, with the reason.
+      stop_seconds: that it has to end when it is asked to.
     """
 
-    def __init__(self, process: Child, on_message: Callable[[Any], None], on_death: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        process: Child,
+        on_message: Callable[[Any], None],
+        on_death: Callable[[str], None],
+        stop_seconds: float = _KILL_SECONDS,
+    ) -> None:
         self._process = process
         self._on_message = on_message
         self._on_death = on_death
+        self._stop_seconds = stop_seconds
         self._frames = Frames(ToFront)
         self._transport: asyncio.WriteTransport | None = None
         self._last_words: str | None = None
@@ -113,7 +124,8 @@ class EngineProcess(asyncio.Protocol):
           start: what it is told.
           on_message, on_death: see the class.
         """
-        engine = cls(process, on_message, on_death)
+        stores = _STORE_SECONDS if start.config.needs_kv_agent else _KILL_SECONDS
+        engine = cls(process, on_message, on_death, _CLUSTER_SECONDS if start.cluster else stores)
         try:
             await asyncio.get_running_loop().create_connection(lambda: engine, sock=ours)
         except BaseException:
@@ -141,7 +153,7 @@ class EngineProcess(asyncio.Protocol):
         self._on_death = _ignore
         self.send(Stop())
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._ended.wait(), _KILL_SECONDS)
+            await asyncio.wait_for(self._ended.wait(), self._stop_seconds)
         self.kill()
         await self._ended.wait()
 
@@ -171,13 +183,17 @@ class EngineProcess(asyncio.Protocol):
         self._reaping = asyncio.get_running_loop().create_task(self._reap())
 
     async def _reap(self) -> None:
-        deadline = time.monotonic() + _KILL_SECONDS
-        while (status := self._process.poll()) is None:
-            if time.monotonic() > deadline:
+        began, killed = time.monotonic(), False
+        while (status := self._process.poll()) is None and time.monotonic() < began + _GONE_SECONDS:
+            if not killed and time.monotonic() > began + _KILL_SECONDS:
                 self._process.kill()
+                killed = True
             await asyncio.sleep(_POLL_SECONDS)
         self._ended.set()
-        ended = f"signal {-status}" if status < 0 else f"exit status {status}"
+        if status is None:
+            ended = "its host does not say how"
+        else:
+            ended = f"signal {-status}" if status < 0 else f"exit status {status}"
         self._on_death(self._last_words or f"the engine process has ended ({ended})")
 
 

@@ -18,6 +18,7 @@ from jaxdual.engine.departures import Departure, Departures
 from jaxdual.engine.handoff import Arrivals, Exports
 from jaxdual.engine.store_reader import StoreReader
 from jaxdual.engine.wire import AgentAt, Expect, Forget, PeerDied, Settled
+from jaxdual.errors import EngineDeadError
 from jaxdual.frames import Message
 from jaxdual.kv.lease import Lease, LeaseState
 from jaxdual.kv.manager import GroupPages, KVManager, PublishedBlock
@@ -41,6 +42,7 @@ class Transfers:
       places: where the staging pages of each group lie in the slab.
       reads: whether there is a block store to look into.
       load_timeout: seconds after which a sequence goes on without stored blocks that it waits for.
+      required: whether the engine is of no use without an agent, as in a cluster.
       clock: seconds, monotonic.
     """
 
@@ -56,9 +58,11 @@ class Transfers:
         places: Sequence[GroupSlots],
         reads: bool,
         load_timeout: float,
+        required: bool,
         clock: Callable[[], float],
     ) -> None:
         self._clock = clock
+        self._required = required
         self._reads = reads
         self._staging = Staging(memory)
         self._link = AgentLink(start_agent, self._staging.leases)
@@ -138,8 +142,13 @@ class Transfers:
 
         Args:
           timeout: seconds to wait for news of the agent, at most.
+
+        Raises:
+          EngineDeadError: there is no agent any more, and it is required.
         """
         self._link.poll(timeout)
+        if self._required and not self._link.alive:
+            raise EngineDeadError("there is no KV agent any more")
         self._departures.send()
         passed, self._passed = self._passed, []
         return [*((sequence, 0.0) for sequence in passed), *self._reader.take_ready()]

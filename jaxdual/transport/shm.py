@@ -41,7 +41,7 @@ _WRITABLE = 2
 _COPY_BYTES = 64 << 20
 _LITTLE_BYTES = 1 << 20  # copied by whoever posts it, if the copying thread is idle: waking it up costs as much
 _FEW_OPS = 256
-_SEND_SECONDS = 0.05  # likewise, while the peer's socket is full
+_SEND_SECONDS = 0.05  # between two looks at whether to stop, while the peer's socket is full
 
 
 class _Kind(enum.IntEnum):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import random
 import signal
 import socket
 import subprocess
@@ -147,15 +146,20 @@ def test_an_engine_that_dies_is_placed_again(hosts: tuple[Host, Host]) -> None:
     async def main() -> None:
         async with cluster(1, 1) as llm:
             ties = TieCounter("qwen3")
-            for _ in range(2):
+            engines = sorted(pid for host in hosts for pid in host.engines)
+            for pid in engines:
                 work = asyncio.create_task(complete_all(llm, prompts, GREEDY))
-                await asyncio.sleep(random.Random(1).uniform(0.05, 0.4))
-                os.kill(next(pid for host in hosts for pid in host.engines), signal.SIGKILL)
+                await asyncio.sleep(0.2)
+                assert not work.done()
+                os.kill(pid, signal.SIGKILL)
                 for prompt, (expected,), (got,) in zip(prompts, want, await work, strict=True):
                     ties.compare(prompt, expected, got)
             assert ties.ties <= 1
             await llm.warmed_up()
             await settled(llm)
+            now = [pid for host in hosts for pid in host.engines]
+            assert len(now) == 2
+            assert not set(now) & set(engines)
 
     within(main())
 
@@ -178,7 +182,8 @@ def test_a_host_that_is_lost_is_replaced(hosts: tuple[Host, Host]) -> None:
         async with cluster(1, 1) as llm:
             work = asyncio.create_task(complete_all(llm, prompts, GREEDY))
             await asyncio.sleep(0.2)
-            assert hosts[1].engines
+            assert sum(len(host.engines) for host in hosts) == 2
+            lost = hosts[1].engines
             hosts[1].kill()
             ties = TieCounter("qwen3")
             for prompt, (expected,), (got,) in zip(prompts, want, await work, strict=True):
@@ -186,6 +191,7 @@ def test_a_host_that_is_lost_is_replaced(hosts: tuple[Host, Host]) -> None:
             assert ties.ties <= 1
             await llm.warmed_up()
             assert len(hosts[0].engines) == 2
+            assert not set(lost) & set(hosts[0].engines)
             await settled(llm)
 
     within(main())

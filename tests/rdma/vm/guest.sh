@@ -19,6 +19,13 @@ done
 rdma link add rxea type rxe netdev veth0
 rdma link add rxeb type rxe netdev veth1
 rdma link
+if ! rdma link | grep -q 'rxea.*ACTIVE' || ! rdma link | grep -q 'rxeb.*ACTIVE'; then
+  say "a soft-RoCE device is missing"
+  echo 1 >/mnt/status
+  sync
+  echo o >/proc/sysrq-trigger
+  sleep 60
+fi
 say "kernel $(uname -r), devices ready"
 # In memory, where compiled modules can be written beside their sources.
 mkdir /tmp/repo

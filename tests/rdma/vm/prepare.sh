@@ -19,6 +19,7 @@ fi
 want=$(cat "$vm"/{common,kernel,rootfs,init}.sh "$vm/extract_kernel.py" | sha256sum)
 if [ "$want" != "$(cat "$cache/made" 2>/dev/null)" ]; then
   say "making the guest, once"
+  rm -f "$cache/apt/ready" # the archive drops what an old index names
   "$vm/kernel.sh"
   "$vm/rootfs.sh"
   echo "$want" >"$cache/made"

@@ -17,8 +17,13 @@ rm -rf "$site" "$wheels"
 mkdir -p "$site" "$wheels"
 platforms=(manylinux_2_28_x86_64 manylinux_2_27_x86_64 manylinux_2_17_x86_64 manylinux2014_x86_64)
 "$1" -m pip download --quiet --disable-pip-version-check --no-deps --dest "$wheels" --only-binary :all: \
-  --python-version "${python#python}" --implementation cp "${platforms[@]/#/--platform=}" $packages 2>"$cache/site.log" ||
-  no_network "the guest's packages can't be fetched: $(tail -n 1 "$cache/site.log")"
+  --python-version "${python#python}" --implementation cp "${platforms[@]/#/--platform=}" $packages 2>"$cache/site.log" || {
+  # Where the index answers and lacks a package, that is a failure.
+  grep -Eq "NewConnectionError|ConnectTimeout|ProxyError|Temporary failure|Connection.*(refused|reset)" "$cache/site.log" &&
+    no_network "the guest's packages can't be fetched: $(tail -n 1 "$cache/site.log")"
+  cat "$cache/site.log" >&2
+  exit 1
+}
 for wheel in "$wheels"/*.whl; do "$1" -m zipfile -e "$wheel" "$site"; done
 find "$site" -name tests -type d -prune -exec rm -rf {} +
 guest_python -m compileall -q -s "$site" -p /site "$site" >/dev/null 2>&1 || true # only faster
