@@ -207,6 +207,7 @@ class ClusterProcess(asyncio.Protocol):
         self._config, self._settings = EngineConfig(), ClusterConfig()
         self._serving = False
         self._stats_due = 0.0
+        self._stats_later: asyncio.TimerHandle | None = None
         self._stopping = False
 
     async def finish(self) -> None:
@@ -266,7 +267,7 @@ class ClusterProcess(asyncio.Protocol):
         error = None if task.cancelled() else task.exception()
         if error is None:
             return
-        _logger.error("the cluster has failed", exc_info=error)
+        _logger.error("the cluster has failed: %s", error, exc_info=None if isinstance(error, ConfigError) else error)
         if self._cluster is None:
             self._send(StartFailed(type(error).__name__, str(error)))
             self.over.set()
@@ -422,10 +423,18 @@ class ClusterProcess(asyncio.Protocol):
         self._send(Events(events, None))
 
     def _tell_stats(self) -> None:
+        """Sends figures, now or when the next ones are due: the last ones always reach the front."""
         now = time.monotonic()
-        if now >= self._stats_due or not self._cluster:
+        if now >= self._stats_due:
             self._stats_due = now + _STATS_SECONDS
             self._send(Events([], self._stats()))
+        elif self._stats_later is None:
+            loop = asyncio.get_running_loop()
+            self._stats_later = loop.call_later(self._stats_due - now, self._tell_stats_late)
+
+    def _tell_stats_late(self) -> None:
+        self._stats_later = None
+        self._tell_stats()
 
     # Figures.
 

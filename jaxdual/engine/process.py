@@ -70,6 +70,7 @@ class EngineLoop:
         self._next_warm_up = next(self._warm_ups, None)
         self._warm_up_due = 0.0
         self._stats_due = 0.0
+        self._busy = False
         self._stopping = False
 
     def run(self) -> None:
@@ -85,10 +86,14 @@ class EngineLoop:
             for message in self._channel.receive(timeout, self._engine.descriptors):
                 self._handle(message)
             if self._engine.has_work:
+                self._busy = True
                 self._send_events(self._engine.step())
             else:
                 self._engine.poll()
             self._tell()
+            if self._busy and not self._engine.has_work:
+                self._busy = False
+                self._channel.send(Events([], self._built.stats()))
             # Now and then also beside requests: else a server under steady load would never be ready.
             free = not self._engine.has_work or time.monotonic() >= self._warm_up_due
             if self._next_warm_up is not None and free and not self._stopping:
@@ -190,7 +195,8 @@ def _serve(channel: MessageSocket) -> int:
     except ConnectionError:
         raise
     except Exception as error:
-        traceback.print_exc()
+        if not isinstance(error.__cause__ or error, EngineDeadError):  # a defect, not what it said itself
+            traceback.print_exc()
         channel.send(Died(str(error) if isinstance(error, EngineDeadError) else f"{type(error).__name__}: {error}"))
         return 1
     return 0

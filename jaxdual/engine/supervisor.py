@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Sequence
 from jaxdual.config import ClusterConfig, ConfigError, EngineConfig
 from jaxdual.engine.client import EngineProcess
 from jaxdual.engine.request import Request, TokenEvent
-from jaxdual.engine.wire import Abort, Add, Answer, Ask, Compiled, Events, Ready, StartFailed, UseMode
+from jaxdual.engine.wire import Abort, Add, Answer, Ask, Compiled, Events, Ready, StartFailed, Stop, UseMode
 from jaxdual.errors import EngineDeadError, NotServingError
 from jaxdual.frames import Message
 from jaxdual.outputs import EngineInfo, EngineStats
@@ -298,7 +298,7 @@ class EngineSupervisor:
         self._set_state(EngineState.STOPPED)
         self._end_start(error)
         if self._process is not None:
-            self._process.kill()
+            self._process.send(Stop())  # a cluster has engines to end, and files to remove
         self._lose_all(str(error))
 
     def _end_start(self, error: Exception) -> None:
