@@ -126,11 +126,12 @@ class AgentLink:
         self.era += 1
         self.restarts += 1
         self._deaths += 1
+        _log.warning("the KV agent has died; another one is started")
         try:
             if self._deaths > _MAX_DEATHS:
                 raise OSError(f"{self._deaths} KV agents in a row have died")
             self._agent = self._start()
         except (OSError, ValueError) as error:
-            _log.error("the engine goes on without a KV agent: %s", error)
+            _log.error("there is no other KV agent: %s", error)
         for tell in self._on_death:
             tell()
