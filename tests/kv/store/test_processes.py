@@ -22,13 +22,16 @@ def writer(*arguments: object) -> subprocess.Popen[str]:
 def test_a_writer_killed_at_any_moment_leaves_whole_blocks_only(tmp_path: Path) -> None:
     folder, length, draw = tmp_path / "store", 1 << 19, random.Random(0)
     capacity, rounds, left, found = 24 * length, 0, 0, 0
-    while rounds < 5 or (left < 2 and rounds < 30):
+    while rounds < 6 or (left < 2 and rounds < 60):
         rounds += 1
         process = writer(folder, capacity, length, 60, rounds)
         assert process.stdout is not None
         for _ in range(draw.randrange(1, 6)):
             assert process.stdout.readline(), "the writer ended by itself"
         time.sleep(draw.random() / 100)  # not to wait for anything: a moment of its own for each round
+        until = time.monotonic() + 1.0
+        while rounds % 2 and not any(folder.rglob("*.tmp")) and time.monotonic() < until:
+            pass  # every other round in the middle of a write
         process.kill()
         process.wait()
         process.stdout.close()
