@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, Literal, Protocol
 
 from jaxdual.cluster.devices import device_of
-from jaxdual.config import EngineConfig
+from jaxdual.config import ClusterConfig, ConfigError, EngineConfig
 from jaxdual.engine.client import EngineProcess
 from jaxdual.engine.cluster_part import ClusterPart
 
@@ -76,3 +76,20 @@ class LocalHost:
 
     async def close(self) -> None:
         """See `Hosts`."""
+
+
+def hosts_of(config: EngineConfig, cluster: ClusterConfig) -> Hosts:
+    """Where a cluster's engines run.
+
+    Raises:
+      ConfigError: they can't run there.
+    """
+    if cluster.cluster == "local":
+        return LocalHost()
+    if config.kv_transport == "shm":
+        raise ConfigError("kv_transport='shm' reaches one machine only; cluster='ray' needs 'tcp' or 'verbs'")
+    try:
+        from jaxdual.cluster.ray_hosts import RayHosts
+    except ImportError as error:
+        raise ConfigError(f"cluster='ray' needs Ray, as by pip install 'jaxdual[ray]' ({error})") from error
+    return RayHosts()

@@ -21,7 +21,7 @@ import msgspec
 
 from jaxdual.cluster.cards import ClusterCards
 from jaxdual.cluster.cluster import Cluster
-from jaxdual.cluster.hosts import Hosts, LocalHost
+from jaxdual.cluster.hosts import Hosts, LocalHost, hosts_of
 from jaxdual.cluster.lookups import StoreLookups
 from jaxdual.config import ClusterConfig, ConfigError, EngineConfig
 from jaxdual.engine.client import EngineProcess
@@ -72,17 +72,17 @@ class Member:
       number: in the cluster.
       config: of its process.
       part: what it is to the cluster.
-      host: the cluster's process.
+      owner: the cluster's process.
     """
 
-    def __init__(self, number: int, config: EngineConfig, part: ClusterPart, host: ClusterProcess) -> None:
+    def __init__(self, number: int, config: EngineConfig, part: ClusterPart, owner: ClusterProcess) -> None:
         self.number, self.role = number, part.role
         self.info: EngineInfo | None = None
         self.stats: EngineStats | None = None
         self.agent: str | None = None  # address of its KV agent
         self.warm = False
         self.process: EngineProcess | None = None
-        self._config, self._part, self._host = config, part, host
+        self._config, self._part, self._owner = config, part, owner
         self._started_mode = part.cluster.path_mode  # of the present process
         self._failed_starts = 0
         self._proved = False  # that a process of it works
@@ -97,7 +97,7 @@ class Member:
         self.warm = self._proved = False
         try:
             self._started_mode = self._part.cluster.path_mode
-            self.process = await self._host.hosts.launch(
+            self.process = await self._owner.hosts.launch(
                 self.number, self._config, self._part, self._on_message, self._on_death
             )
         except OSError as error:
@@ -143,16 +143,16 @@ class Member:
             case AgentAt(address):
                 first, self.agent = self.agent is None, address
                 if first:
-                    self._host.member_ready(self)
+                    self._owner.member_ready(self)
                 else:
-                    self._host.member_says(self, message)
+                    self._owner.member_says(self, message)
             case StartFailed(kind, text):
-                self._host.member_refused(self, kind, text)
+                self._owner.member_refused(self, kind, text)
             case Compiled(name, seconds, last):
                 self.warm = last
                 self._failed_starts *= not last
                 self._proved |= last
-                self._host.member_compiled(self, f"{self.name}: {name}", seconds)
+                self._owner.member_compiled(self, f"{self.name}: {name}", seconds)
             case Answer(number):
                 question = self._questions.get(number)
                 if question is not None and not question.done():
@@ -162,7 +162,7 @@ class Member:
                     self.stats = message.stats or self.stats
                     self._failed_starts *= not message.events
                     self._proved |= bool(message.events)
-                self._host.member_says(self, message)
+                self._owner.member_says(self, message)
 
     def _on_death(self, reason: str) -> None:
         self.process = None
@@ -173,11 +173,11 @@ class Member:
         self._failed_starts += not self._proved
         _logger.error("%s: %s", self.name, reason)
         if not started and self.stats is None:
-            self._host.member_refused(self, "EngineDeadError", f"{self.name}: {reason}")
+            self._owner.member_refused(self, "EngineDeadError", f"{self.name}: {reason}")
         elif self._failed_starts >= _MOST_FAILED_STARTS:
-            self._host.give_up(f"{self.name}: {reason}; it has failed {self._failed_starts} times in a row")
+            self._owner.give_up(f"{self.name}: {reason}; it has failed {self._failed_starts} times in a row")
         else:
-            self._host.member_died(self)
+            self._owner.member_died(self)
 
     async def start_again(self) -> None:
         """Starts the next process, later after failed starts."""
@@ -459,23 +459,6 @@ class ClusterProcess(asyncio.Protocol):
             except IntegrityError as error:
                 errors.append(str(error))
         self._send(Answer(number, self._stats(), "; ".join(errors) if check_integrity and errors else None))
-
-
-def hosts_of(config: EngineConfig, cluster: ClusterConfig) -> Hosts:
-    """Where a cluster's engines run.
-
-    Raises:
-      ConfigError: they can't run there.
-    """
-    if cluster.cluster == "local":
-        return LocalHost()
-    if config.kv_transport == "shm":
-        raise ConfigError("kv_transport='shm' reaches one machine only; cluster='ray' needs 'tcp' or 'verbs'")
-    try:
-        from jaxdual.cluster.ray_hosts import RayHosts
-    except ImportError as error:
-        raise ConfigError(f"cluster='ray' needs Ray, as by pip install 'jaxdual[ray]' ({error})") from error
-    return RayHosts()
 
 
 def sum_of(stats: Sequence[EngineStats]) -> EngineStats:

@@ -23,7 +23,7 @@ import ray
 from ray.exceptions import RayError
 from ray.util import get_node_ip_address
 
-from jaxdual.config import ConfigError, EngineConfig
+from jaxdual.config import ClusterConfig, ConfigError, EngineConfig
 from jaxdual.engine.client import EngineProcess
 from jaxdual.engine.cluster_part import ClusterPart
 from jaxdual.engine.wire import Start
@@ -162,7 +162,8 @@ class RayHosts:
         if config.kv_host is None:
             config = dataclasses.replace(config, kv_host=host)
         process = _RemoteProcess(launcher, pid)
-        return await EngineProcess.connect(process, sock, Start(config, part.cluster, part), on_message, on_death)
+        start = Start(config, ClusterConfig(), part)
+        return await EngineProcess.connect(process, sock, start, on_message, on_death)
 
     async def close(self) -> None:
         """See `Hosts`."""

@@ -30,7 +30,7 @@ def test_ray_needs_a_carrier_between_hosts() -> None:
 def test_ray_has_to_be_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     monkeypatch.delitem(sys.modules, "jaxdual.cluster.ray_hosts", raising=False)
-    from jaxdual.cluster.process import hosts_of
+    from jaxdual.cluster.hosts import hosts_of
 
     with pytest.raises(ConfigError, match=r"pip install 'jaxdual\[ray\]'"):
         hosts_of(EngineConfig(), ClusterConfig(prefill=1, decode=1, cluster="ray"))

@@ -73,6 +73,11 @@ def command(pid: int) -> list[bytes]:
     return []
 
 
+def compare(ties: TieCounter, prompts: list[list[int]], want: list[Any], got: list[Any]) -> None:
+    for prompt, (expected,), (found,) in zip(prompts, want, got, strict=True):
+        ties.compare(prompt, expected, found)
+
+
 @pytest.fixture(scope="module")
 def hosts() -> Iterator[tuple[Host, Host]]:
     with socket.socket() as free:
@@ -127,10 +132,7 @@ def test_engines_on_two_hosts_give_the_tokens_of_one_engine(hosts: tuple[Host, H
         async with cluster(1, 2, kv_store=str(tmp_path), kv_store_capacity_bytes=1 << 30) as llm:
             assert sorted(len(host.engines) for host in hosts) == [1, 2]
             ties = TieCounter("qwen3")
-            for prompt, (expected,), (got,) in zip(
-                prompts, want, await complete_all(llm, prompts, GREEDY), strict=True
-            ):
-                ties.compare(prompt, expected, got)
+            compare(ties, prompts, want, await complete_all(llm, prompts, GREEDY))
             assert ties.ties <= 1
             await settled(llm)
         for host in hosts:
@@ -152,8 +154,7 @@ def test_an_engine_that_dies_is_placed_again(hosts: tuple[Host, Host]) -> None:
                 await asyncio.sleep(0.2)
                 assert not work.done()
                 os.kill(pid, signal.SIGKILL)
-                for prompt, (expected,), (got,) in zip(prompts, want, await work, strict=True):
-                    ties.compare(prompt, expected, got)
+                compare(ties, prompts, want, await work)
             assert ties.ties <= 1
             await llm.warmed_up()
             await settled(llm)
@@ -186,8 +187,7 @@ def test_a_host_that_is_lost_is_replaced(hosts: tuple[Host, Host]) -> None:
             lost = hosts[1].engines
             hosts[1].kill()
             ties = TieCounter("qwen3")
-            for prompt, (expected,), (got,) in zip(prompts, want, await work, strict=True):
-                ties.compare(prompt, expected, got)
+            compare(ties, prompts, want, await work)
             assert ties.ties <= 1
             await llm.warmed_up()
             assert len(hosts[0].engines) == 2
