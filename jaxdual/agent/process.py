@@ -19,6 +19,8 @@ from typing import Any
 from jaxdual.agent.cards import Cards
 from jaxdual.agent.peers import Peers, open_transport
 from jaxdual.agent.wire import (
+    ALIVE_SECONDS,
+    Alive,
     Attach,
     Attached,
     AttachFailed,
@@ -61,7 +63,7 @@ class KVAgent(asyncio.Protocol):
         self._transport: asyncio.WriteTransport | None = None
         self._tasks: set[asyncio.Task[None]] = set()  # a task that nobody refers to may vanish
         self._saving: set[asyncio.Task[None]] = set()
-        self._attached = False
+        self._attached = asyncio.Event()
         self._store: BlockStore | None = None
         self._peers: Peers | None = None
         self._cards: Cards | None = None
@@ -88,6 +90,7 @@ class KVAgent(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         if isinstance(transport, asyncio.WriteTransport):
             self._transport = transport
+            self._say_alive()
 
     def connection_lost(self, error: Exception | None) -> None:
         self._transport = None
@@ -116,8 +119,7 @@ class KVAgent(asyncio.Protocol):
         if isinstance(message, Attach):
             self._send(await self._attach(message))
             return
-        if not self._attached:
-            raise RuntimeError(f"{type(message).__name__} came before Attach was answered")
+        await self._attached.wait()  # the engine does not wait before it asks for more
         match message:
             case Lookup() | Load() | Save():
                 await self._use_store(message)
@@ -175,7 +177,7 @@ class KVAgent(asyncio.Protocol):
                 self._peers = Peers(transport, self._shared, lambda address: self._send(PeerGone(address)))
         except (OSError, ValueError, NotImplementedError) as error:
             return AttachFailed(str(error))
-        self._attached = True
+        self._attached.set()
         if self._peers is None:
             return Attached("", b"")
         return Attached(self._peers.address, self._peers.descriptor)
@@ -199,6 +201,11 @@ class KVAgent(asyncio.Protocol):
         place = self._groups[group]
         start = place.offset + slot * place.slot_bytes
         return self._slab[start : start + place.block_bytes]
+
+    def _say_alive(self) -> None:
+        if self._transport is not None:
+            self._send(Alive())
+            asyncio.get_running_loop().call_later(ALIVE_SECONDS, self._say_alive)
 
     def _send(self, message: Message) -> None:
         if self._transport is not None:

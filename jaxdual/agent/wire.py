@@ -184,5 +184,11 @@ class PeerGone(Message, frozen=True, tag=True):
     address: str
 
 
+class Alive(Message, frozen=True, tag=True):
+    """Comes unasked, every `ALIVE_SECONDS`: an agent that does not say it any more is stopped, or hangs."""
+
+
+ALIVE_SECONDS = 1.0
+
 ToAgent = Attach | Lookup | Load | Save | Push | Pull | ToDevice | Disconnect | AwaitGone
-FromAgent = Attached | AttachFailed | Found | Done | PeerGone
+FromAgent = Attached | AttachFailed | Alive | Found | Done | PeerGone

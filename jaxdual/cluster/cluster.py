@@ -55,7 +55,7 @@ _GROUPS = {Role.PREFILL: 0, Role.DECODE: 1}
 
 @dataclass(slots=True)
 class _Member:
-    """An engine that takes requests, and the address of its KV agent."""
+    """An engine that takes requests, and the address of its KV agent; "" while that starts."""
 
     role: Role
     agent: str
@@ -154,7 +154,7 @@ class Cluster:
         if member.role is Role.PREFILL:
             # Its KV agent may have had other addresses before.
             targets = [attempt.target for attempt in self._attempts.values() if attempt.prefill == number]
-            addresses = {member.agent, *(target.peer for target in targets if target is not None)}
+            addresses = {member.agent, *(target.peer for target in targets if target is not None)} - {""}
             for other, decode in self._members.items():
                 if decode.role is Role.DECODE:
                     for address in sorted(addresses):
@@ -276,7 +276,9 @@ class Cluster:
             (Role.PREFILL, self._scheduler.fetch_prefill),
             (Role.DECODE, self._scheduler.fetch_decode),
         ):
-            reports = [self._report(number) for number, member in self._members.items() if member.role is role]
+            reports = [
+                self._report(number) for number, member in self._members.items() if member.role is role and member.agent
+            ]
             if reports:
                 for placement in fetch(_GROUPS[role], reports, now):
                     self._start(self._by_number[placement.request.request_id], placement)

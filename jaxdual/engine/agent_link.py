@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from jaxdual.config import ConfigError
 from jaxdual.kv.lease import LeaseBook
 
 _log = logging.getLogger(__name__)
@@ -19,6 +20,9 @@ class Agent(Protocol):
 
     attached: Any
 
+    @property
+    def patience(self) -> float: ...
+    def wait(self) -> None: ...
     def fileno(self) -> int: ...
     def send(self, message: Any) -> None: ...
     def receive(self, timeout: float = 0.0) -> list[Any]: ...
@@ -30,17 +34,22 @@ class AgentLink:
     """One KV agent after another, as they die; none any more after too many deaths in a row.
 
     Args:
-      start: starts an agent on the engine's staging pages.
+      start: starts an agent on the engine's staging pages; only the first one is waited for.
       leases: of those pages; an agent's operations are over when its process is gone.
 
     Attributes:
       era: number of the present agent, by which leases know who carries out their operations.
       restarts: agents that have died.
+
+    Raises:
+      ConfigError: the store can't be opened.
+      OSError: there is no agent.
     """
 
     def __init__(self, start: Callable[[], Agent], leases: LeaseBook) -> None:
         self._start, self._leases = start, leases
         self._agent: Agent | None = start()
+        self._agent.wait()
         self.era = 0
         self.restarts = 0
         self._deaths = 0
@@ -52,7 +61,7 @@ class AgentLink:
 
     @property
     def attached(self) -> Any:
-        """What the present agent said of itself, or None."""
+        """What the present agent said of itself; None if there is none, or it has not yet."""
         return None if self._agent is None else self._agent.attached
 
     def new_address(self) -> str | None:
@@ -69,6 +78,11 @@ class AgentLink:
         return self._agent is not None
 
     @property
+    def patience(self) -> float | None:
+        """Seconds after which `poll` is to be called though nothing has come; None for never."""
+        return None if self._agent is None else self._agent.patience
+
+    @property
     def descriptors(self) -> tuple[int, ...]:
         """Readable when `poll` has something to handle."""
         return () if self._agent is None else (self._agent.fileno(),)
@@ -76,7 +90,7 @@ class AgentLink:
     def on_death(self, tell: Callable[[], None]) -> None:
         """`tell` is called when an agent has died, in the order of these calls: answers that were due never come.
 
-        The next one, if there is one, is there already, and `era` is its number.
+        The next one, if there is one, has been started already, and `era` is its number.
         """
         self._on_death.append(tell)
 
@@ -102,8 +116,8 @@ class AgentLink:
             return
         try:
             messages = self._agent.receive(timeout)
-        except ConnectionError:
-            self._next_agent()
+        except (ConnectionError, ConfigError) as error:
+            self._next_agent(error)
             return
         for message in messages:
             self._deaths = 0
@@ -117,7 +131,7 @@ class AgentLink:
         if agent is not None:
             agent.close(timeout)
 
-    def _next_agent(self) -> None:
+    def _next_agent(self, why: Exception) -> None:
         if self._agent is not None:
             self._agent.kill()
         self._agent = None
@@ -126,12 +140,14 @@ class AgentLink:
         self.era += 1
         self.restarts += 1
         self._deaths += 1
-        _log.warning("the KV agent has died; another one is started")
         try:
+            if isinstance(why, ConfigError):
+                raise why
             if self._deaths > _MAX_DEATHS:
                 raise OSError(f"{self._deaths} KV agents in a row have died")
             self._agent = self._start()
-        except (OSError, ValueError) as error:
-            _log.error("there is no other KV agent: %s", error)
+            _log.warning("%s; another one is started", why)
+        except (OSError, ConfigError) as error:
+            _log.error("%s; there is no other: %s", why, error)
         for tell in self._on_death:
             tell()

@@ -155,8 +155,8 @@ class Transfers:
 
     @property
     def patience(self) -> float | None:
-        """Seconds after which `take_messages` is to be called though nothing has come; None for never."""
-        return _LOOK_SECONDS if self.arrivals.any_reading else None
+        """Seconds after which `poll` and `take_messages` are to be called though nothing has come; None for never."""
+        return _LOOK_SECONDS if self.arrivals.any_reading else self._link.patience
 
     @property
     def descriptors(self) -> tuple[int, ...]:

@@ -160,7 +160,9 @@ class PrefillEngine:
         if self._events or self._messages or self._dead is not None:
             return 0.0
         waits = [forward.patience for forward in self._passes]
-        return min([_WAIT_SECONDS, *(wait for wait in waits if wait is not None)]) if self._jobs else None
+        return (
+            min([_WAIT_SECONDS, *(wait for wait in waits if wait is not None)]) if self._jobs else self._link.patience
+        )
 
     @property
     def descriptors(self) -> tuple[int, ...]:

@@ -75,7 +75,9 @@ class World:
 
     def start_peer(self, cards: CardPlaces) -> AgentProcess:
         places = [GroupSlots(0, self.block_bytes, self.block_bytes)]
-        return AgentProcess(Attach("", 0, places, "shm", cards=cards), self.there)
+        peer = AgentProcess(Attach("", 0, places, "shm", cards=cards), self.there)
+        peer.wait()
+        return peer
 
     def target(self, tokens: int) -> Target:
         offsets = tuple(next(self.free) * self.block_bytes for _ in range(self.layout.pages_for(tokens)))
@@ -298,6 +300,8 @@ def test_a_dead_agent_costs_what_was_under_way_and_no_more(world: World, alone: 
     assert not any(complete for name, complete in world.over.items() if name not in before)
     assert len(before) < 3
     assert world.engine._landing.num_lent == world.engine._leaving.num_lent == 0
+    while world.engine._link.attached is None:
+        world.turn()
     prompt = prompt_of(60, 9)
     want, token = computed(alone, prompt)
     target = world.ask("after", prompt)
