@@ -269,9 +269,13 @@ class Cluster:
         while self._alone and decoding:
             live = self._alone.pop(0)
             self._start_alone(live, min(decoding, key=self._load))
-        if not self._scheduler.num_waiting:
-            return
-        now = self._clock()
+        for _ in range(2):
+            if not self._scheduler.num_waiting or not self._fetch_once():
+                break
+
+    def _fetch_once(self) -> bool:
+        """Whether a request has come back that others might do."""
+        now, back = self._clock(), False
         for role, fetch in (
             (Role.PREFILL, self._scheduler.fetch_prefill),
             (Role.DECODE, self._scheduler.fetch_decode),
@@ -281,7 +285,14 @@ class Cluster:
             ]
             if reports:
                 for placement in fetch(_GROUPS[role], reports, now):
-                    self._start(self._by_number[placement.request.request_id], placement)
+                    live = self._by_number[placement.request.request_id]
+                    if self._members[placement.prefill_engine].agent and self._members[placement.decode_engine].agent:
+                        self._start(live, placement)
+                    else:  # it was chosen when the agent was there, before the other engine was
+                        self._scheduler.finished(placement.number)
+                        self._place(live)
+                        back = True
+        return back
 
     def _report(self, number: int) -> EngineReport:
         member = self._members[number]

@@ -17,6 +17,7 @@ from jaxdual.engine.wire import (
     Abort,
     Add,
     Adopt,
+    AgentAt,
     ArrivalLost,
     Events,
     Expect,
@@ -150,6 +151,21 @@ class ClusterMachine(RuleBasedStateMachine):
         del self.engines[number]
         self.cluster.died(number)
 
+    @precondition(lambda self: self.engines)
+    @rule(data=st.data())
+    def lose_agent(self, data: st.DataObject) -> None:
+        engine = self.engines[data.draw(st.sampled_from(sorted(self.engines)))]
+        engine.address = ""
+        self.cluster.message(engine.number, AgentAt(""))
+
+    @rule(number=st.integers(0, 3))
+    def start_agent(self, number: int) -> None:
+        engine = self.engines.get(number)
+        if engine is not None and not engine.address:
+            self.addresses += 1
+            engine.address = f"agent {self.addresses}"
+            self.cluster.message(number, AgentAt(engine.address))
+
     @rule(number=st.integers(0, 3))
     def come_back(self, number: int) -> None:
         if number not in self.engines:
@@ -197,6 +213,7 @@ class ClusterMachine(RuleBasedStateMachine):
                         del engine.running[name]
             case Expect(name, tokens) as expect:
                 assert len(expect.keys) * PAGE < tokens
+                assert expect.peer, "given to an engine whose agent is away"
                 engine.expected[name] = expect
             case HitsRead(name, blocks):
                 assert engine.role is Role.PREFILL
@@ -307,6 +324,7 @@ class ClusterMachine(RuleBasedStateMachine):
         """With no more faults, every request comes to its end, and all memory comes back."""
         for number in range(4):
             self.come_back(number)
+            self.start_agent(number)
         for _ in range(10_000):
             if not self.work_once():
                 break

@@ -175,6 +175,10 @@ def kill_agent(number: int) -> Callable[[int], None]:
     return lambda pid: os.kill(children(pid, "jaxdual.agent.process")[number], signal.SIGKILL)
 
 
+def stop_agent(number: int) -> Callable[[int], None]:
+    return lambda pid: os.kill(children(pid, "jaxdual.agent.process")[number], signal.SIGSTOP)
+
+
 def kill_cluster(pid: int) -> None:
     os.kill(pid, signal.SIGKILL)
 
@@ -184,6 +188,8 @@ FAULTS = {
     "decode engine": kill_engine(1),
     "agent 0": kill_agent(0),
     "agent 1": kill_agent(1),
+    "agent 0 stopped": stop_agent(0),
+    "agent 1 stopped": stop_agent(1),
     "cluster": kill_cluster,
 }
 
