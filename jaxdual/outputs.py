@@ -167,6 +167,7 @@ class EngineStats:
       prefix_cache_queries, prefix_cache_hits: prompt tokens looked up, and found.
       host_cache_hits: of the found ones, those that had to be copied from host memory.
       store_cache_hits: of the found ones, those that were read from the block store.
+      handed_over_tokens: prompt tokens that have come from other engines, which have counted them as looked up.
       blocks_copied_out, blocks_copied_in: pages moved to host memory, and back.
       preemptions: sequences that had to give way.
       steps: steps run.
@@ -179,6 +180,8 @@ class EngineStats:
       card_bytes: of a cluster: bytes that have passed each network card, by engine, card and direction as its host's
         memory sees it, such as "prefill 0 storage write".
       kv_agent_restarts: times that the process that reads and writes the store had died.
+      restarts: of a cluster: times that an engine of it was started again.
+      engines: of a cluster: figures of each engine, such as "prefill 0"; their counters go on when one starts again.
       load_seconds, compile_seconds: loading the model; compiling programs, or reading them from the compilation cache.
       compilations: programs compiled or read from the compilation cache.
     """
@@ -210,4 +213,7 @@ class EngineStats:
     store_timeouts: int = 0
     kv_agent_restarts: int = 0
     kv_staging_blocks_used: int = 0
+    handed_over_tokens: int = 0
+    restarts: int = 0
     card_bytes: Mapping[str, int] = field(default_factory=dict)
+    engines: Mapping[str, EngineStats] = field(default_factory=dict)

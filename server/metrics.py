@@ -48,6 +48,7 @@ _ENGINE_COUNTERS = (
     ("kv_store_blocks_lost", "store_blocks_lost", "Full KV blocks that were not stored."),
     ("kv_store_timeouts", "store_timeouts", "Requests that went on without the blocks that they waited for."),
     ("kv_agent_restarts", "kv_agent_restarts", "Times that the process beside the engine had died."),
+    ("engine_restarts", "restarts", "Engines started after the first."),
 )
 
 
@@ -238,28 +239,23 @@ class _EngineCollector(Collector):
         load = self._llm.load()
         if load is self._dead:
             load = None
-        running, waiting = (load.num_running, load.num_waiting) if load else (0, self._llm.num_unfinished)
-        blocks, available, cached = (
-            (load.kv_blocks, load.kv_blocks_available, load.kv_blocks_cached) if load else (0, 0, 0)
-        )
-        used = (blocks - available) / blocks if blocks else 0.0
-        for name, text, value in (
-            ("num_requests_running", "Sequences that run now.", running),
-            ("num_requests_waiting", "Sequences that wait for their turn.", waiting),
-            ("kv_cache_usage_perc", "Part of the KV blocks that sequences use, 1 for all.", used),
-            ("kv_blocks_live", "KV blocks that sequences use.", blocks - available),
-            ("kv_blocks_cached", "KV blocks that only the prefix cache uses.", cached),
-            ("kv_blocks_free", "KV blocks that hold nothing.", available - cached),
-        ):
+        for name, text, value in _gauges(load or EngineStats(num_waiting=self._llm.num_unfinished)):
             gauge = GaugeMetricFamily(_PREFIX + name, text, labels=_LABELS)
             gauge.add_metric([model], value)
             yield gauge
-        counts = {name: getattr(load, field, 0) + self._before[field] for name, field, _ in _ENGINE_COUNTERS}
-        texts = {name: text for name, _, text in _ENGINE_COUNTERS}
-        counts["engine_restarts"], texts["engine_restarts"] = self._llm.restarts, "Engines started after the first."
-        for name, count in counts.items():
-            counter = CounterMetricFamily(_PREFIX + name, texts[name], labels=_LABELS)
-            counter.add_metric([model], count)
+        for name, field, text in _ENGINE_COUNTERS:
+            counter = CounterMetricFamily(_PREFIX + name, text, labels=_LABELS)
+            # Engines of a cluster that start again do so without their front.
+            fronts = self._llm.restarts if field == "restarts" else 0
+            counter.add_metric([model], getattr(load, field, 0) + self._before[field] + fronts)
+            yield counter
+        if load is not None and load.engines:
+            yield from _of_engines(model, load)
+        if load is not None and load.card_bytes:
+            text = "Bytes that have passed a network card of the cluster, as its host's memory sees them."
+            counter = CounterMetricFamily(_PREFIX + "nic_bytes", text, labels=(*_LABELS, "nic", "direction"))
+            for name, nbytes in load.card_bytes.items():
+                counter.add_metric([model, *name.rsplit(" ", 1)], nbytes)
             yield counter
 
     def _note_state(self, state: EngineState) -> None:
@@ -270,6 +266,34 @@ class _EngineCollector(Collector):
             self._dead = last
             for field in self._before:
                 self._before[field] += getattr(last, field, 0)
+
+
+def _gauges(load: EngineStats) -> Iterator[tuple[str, str, float]]:
+    """Name, explanation and value of what an engine holds now."""
+    used = load.kv_blocks - load.kv_blocks_available
+    yield "num_requests_running", "Sequences that run now.", load.num_running
+    yield "num_requests_waiting", "Sequences that wait for their turn.", load.num_waiting
+    part = used / load.kv_blocks if load.kv_blocks else 0.0
+    yield "kv_cache_usage_perc", "Part of the KV blocks that sequences use, 1 for all.", part
+    yield "kv_blocks_live", "KV blocks that sequences use.", used
+    yield "kv_blocks_cached", "KV blocks that only the prefix cache uses.", load.kv_blocks_cached
+    yield "kv_blocks_free", "KV blocks that hold nothing.", load.kv_blocks_available - load.kv_blocks_cached
+
+
+def _of_engines(model: str, load: EngineStats) -> Iterator[Metric]:
+    """The figures of each engine of a cluster, named as those of all together with `cluster_engine_` before it."""
+    labels = (*_LABELS, "engine")
+    gauges = {engine: list(_gauges(stats)) for engine, stats in load.engines.items()}
+    for number, (name, text, _) in enumerate(next(iter(gauges.values()))):
+        gauge = GaugeMetricFamily(f"{_PREFIX}cluster_engine_{name}", text, labels=labels)
+        for engine, values in gauges.items():
+            gauge.add_metric([model, engine], values[number][2])
+        yield gauge
+    for name, field, text in _ENGINE_COUNTERS:
+        counter = CounterMetricFamily(f"{_PREFIX}cluster_engine_{name.removeprefix('engine_')}", text, labels=labels)
+        for engine, stats in load.engines.items():
+            counter.add_metric([model, engine], getattr(stats, field))
+        yield counter
 
 
 def _model_name(llm: AsyncLLM) -> str:

@@ -74,6 +74,9 @@ class Cluster:
       key_chain: of a request's blocks in a store that all engines share, given the request's salt; None if there is
         none, or if engines read it by themselves.
       look: asks how many of the leading blocks of the request of some number are stored, for `found` to say.
+
+    Attributes:
+      prompt_tokens: of all requests so far.
     """
 
     def __init__(
@@ -99,10 +102,17 @@ class Cluster:
         self._attempts: dict[str, Attempt] = {}
         self._alone: list[Live] = []  # those that wait for a decode engine only
         self._outgoing: list[TokenEvent] = []  # to be delivered, in order
+        self.prompt_tokens = 0
 
     def __len__(self) -> int:
         """Requests that have not ended."""
         return len(self._lives)
+
+    @property
+    def num_waiting(self) -> int:
+        """Outputs that no engine has been given yet."""
+        waiting = [live for live in self._lives.values() if live.current is None or live.current.phase is Phase.GRANT]
+        return sum(not output.ended for live in waiting for output in live.outputs)
 
     # From the front.
 
@@ -112,6 +122,7 @@ class Cluster:
         outputs = [OutputState(list(tokens or ()), tokens is None) for tokens in given]
         live = Live(request, next(self._numbers), outputs, self._clock())
         self._lives[request.request_id] = self._by_number[live.number] = live
+        self.prompt_tokens += len(request.prompt_token_ids)
         self._place(live)
         self._fetch()
 

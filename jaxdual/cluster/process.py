@@ -21,6 +21,7 @@ import msgspec
 
 from jaxdual.cluster.cards import ClusterCards
 from jaxdual.cluster.cluster import Cluster
+from jaxdual.cluster.figures import MemberFigures, cluster_figures
 from jaxdual.cluster.hosts import Hosts, LocalHost, hosts_of
 from jaxdual.cluster.lookups import StoreLookups
 from jaxdual.config import ClusterConfig, ConfigError, EngineConfig
@@ -78,7 +79,7 @@ class Member:
     def __init__(self, number: int, config: EngineConfig, part: ClusterPart, owner: ClusterProcess) -> None:
         self.number, self.role = number, part.role
         self.info: EngineInfo | None = None
-        self.stats: EngineStats | None = None
+        self.figures = MemberFigures()
         self.agent: str | None = None  # address of its KV agent
         self.warm = False
         self.process: EngineProcess | None = None
@@ -136,7 +137,7 @@ class Member:
     def _on_message(self, message: Any) -> None:
         match message:
             case Ready(info, stats):
-                self.info, self.stats = info, stats
+                self.info, self.figures.now = info, stats
                 mode = self._part.cluster.path_mode
                 if mode != self._started_mode:  # it was told meanwhile, and the process was not there yet
                     self.send(UseMode(-1, mode))
@@ -159,7 +160,7 @@ class Member:
                     question.set_result(message)
             case _:
                 if isinstance(message, Events):
-                    self.stats = message.stats or self.stats
+                    self.figures.now = message.stats or self.figures.now
                     self._failed_starts *= not message.events
                     self._proved |= bool(message.events)
                 self._owner.member_says(self, message)
@@ -170,9 +171,10 @@ class Member:
             if not question.done():
                 question.set_exception(ConnectionError(reason))
         started, self.info, self.agent = self.info is not None, None, None
+        self.figures.died()
         self._failed_starts += not self._proved
         _logger.error("%s: %s", self.name, reason)
-        if not started and self.stats is None:
+        if not started and self.figures.now is None:
             self._owner.member_refused(self, "EngineDeadError", f"{self.name}: {reason}")
         elif self._failed_starts >= _MOST_FAILED_STARTS:
             self._owner.give_up(f"{self.name}: {reason}; it has failed {self._failed_starts} times in a row")
@@ -250,6 +252,7 @@ class ClusterProcess(asyncio.Protocol):
                 self._later(self._use_mode(number, mode))
             case Add(request) if self._cluster is not None:
                 self._cluster.add(request)
+                self._tell_stats()
             case Abort(request_id, index) if self._cluster is not None:
                 self._cluster.abort(request_id, index)
 
@@ -416,8 +419,8 @@ class ClusterProcess(asyncio.Protocol):
         self._send(Answer(number, self._stats(), error))
 
     def _join(self, cluster: Cluster, member: Member) -> None:
-        if member.stats is not None and member.agent is not None:
-            cluster.joined(member.number, member.role, member.agent, member.stats)
+        if member.figures.now is not None and member.agent is not None:
+            cluster.joined(member.number, member.role, member.agent, member.figures.now)
 
     def _deliver(self, events: list[TokenEvent]) -> None:
         self._send(Events(events, None))
@@ -439,8 +442,12 @@ class ClusterProcess(asyncio.Protocol):
     # Figures.
 
     def _stats(self) -> EngineStats:
-        stats = sum_of([member.stats for member in self._members if member.stats is not None])
-        return dataclasses.replace(stats, card_bytes={} if self._cards is None else self._cards.nbytes())
+        return cluster_figures(
+            [(member.name, member.role, member.figures.total()) for member in self._members],
+            num_waiting=0 if self._cluster is None else self._cluster.num_waiting,
+            prompt_tokens=0 if self._cluster is None else self._cluster.prompt_tokens,
+            card_bytes={} if self._cards is None else self._cards.nbytes(),
+        )
 
     async def _answer(self, number: int, *, check_integrity: bool) -> None:
         answers = await asyncio.gather(
@@ -451,7 +458,7 @@ class ClusterProcess(asyncio.Protocol):
             if answer is None:
                 errors.append(f"{member.name} does not answer")
             else:
-                member.stats = answer.stats
+                member.figures.now = answer.stats
                 errors += [f"{member.name}: {answer.error}"] if answer.error else []
         if check_integrity and self._cluster is not None:
             try:
@@ -459,12 +466,6 @@ class ClusterProcess(asyncio.Protocol):
             except IntegrityError as error:
                 errors.append(str(error))
         self._send(Answer(number, self._stats(), "; ".join(errors) if check_integrity and errors else None))
-
-
-def sum_of(stats: Sequence[EngineStats]) -> EngineStats:
-    """Figures of several engines as those of one."""
-    names = [field.name for field in dataclasses.fields(EngineStats) if field.name != "card_bytes"]
-    return EngineStats(**{name: sum(getattr(one, name) for one in stats) for name in names})
 
 
 def _name(role: Role, number: int) -> str:

@@ -292,6 +292,7 @@ class Engine:
             "kv_blocks_cached": kv.num_cached,
             "kv_blocks_available": kv.num_available,
             "store_cache_hits": kv.stats.staged_hits,
+            "handed_over_tokens": kv.stats.handed_over,
             **({} if transfers is None else transfers.stats()),
         }
 

@@ -257,7 +257,7 @@ class Arrivals:
             return False
         self._staging.leases.operation_over(arrival.lease.number, arrival.peer)
         blocks = -(-arrival.tokens // self._page_size)
-        self._staged.put(seq_id, arrival.lease, arrival.firsts, blocks, arrival.tokens, stored=stored)
+        self._staged.put(seq_id, arrival.lease, arrival.firsts, blocks, arrival.tokens, stored=stored, handed_over=True)
         return True
 
     def forget(self, request_id: str) -> None:

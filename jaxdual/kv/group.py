@@ -66,13 +66,15 @@ class PublishedBlock:
 class KVStats:
     """Counters since start: of the prefix cache in tokens, of evictions and copies in pages of all groups.
 
-    `staged_hits` are tokens that were computed elsewhere or before, and came through staging pages.
+    `staged_hits` are tokens that were computed before and came through staging pages; `handed_over` those that came so
+    from another engine, where they count as looked up.
     """
 
     prefix_queries: int = 0
     prefix_hits: int = 0
     host_hits: int = 0
     staged_hits: int = 0
+    handed_over: int = 0
     evictions: int = 0
     copied_out: int = 0
     copied_in: int = 0

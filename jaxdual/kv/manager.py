@@ -87,7 +87,7 @@ class KVManager:
         )
         self._published: dict[int, int] = {}  # of each running sequence, in blocks
         self._swapped: dict[int, int] = {}  # of each sequence that waits with blocks in host memory: computed tokens
-        self._staging: set[int] = set()  # those of them whose blocks are in staging pages
+        self._staging: dict[int, bool] = {}  # those of them whose blocks are in staging pages: handed over
         self._unstaged: list[int] = []
         self._stored: dict[int, int] = {}  # of each sequence that came through staging pages
 
@@ -177,15 +177,20 @@ class KVManager:
         self._swapped.pop(seq_id, None)
         self.stats.host_hits += len(from_host) * self.page_size
         found = cached
-        if self._unstage(seq_id):
-            self.stats.staged_hits += start - cached
-            swapped, found = None, start
+        match self._unstage(seq_id):
+            case True:  # counted where it comes from
+                self.stats.handed_over += start - cached
+            case False:
+                self.stats.staged_hits += start - cached
+                swapped, found = None, start
         if swapped is None and self.prefix_caching and use_cache:
             self.stats.prefix_queries += num_tokens
             self.stats.prefix_hits += found
         return Admission(computed=start, cached=found)
 
-    def stage(self, seq_id: int, parts: Sequence[HostBlocks], computed: int, *, stored: int) -> None:
+    def stage(
+        self, seq_id: int, parts: Sequence[HostBlocks], computed: int, *, stored: int, handed_over: bool = False
+    ) -> None:
         """Takes note of what a sequence that holds nothing finds in staging pages when it is admitted.
 
         The pages must stay as they are until `take_unstaged` names the sequence and the copies of that step are made.
@@ -195,6 +200,7 @@ class KVManager:
           parts: its blocks in each group: those that it needs behind what is cached now.
           computed: tokens that it can go on from then.
           stored: leading blocks of them that are in the store already.
+          handed_over: whether they come from another engine, and not from the store.
 
         Raises:
           IntegrityError: the sequence holds something already.
@@ -204,7 +210,7 @@ class KVManager:
         for group, part in zip(self.groups, parts, strict=True):
             group.stage(seq_id, part)
         self._swapped[seq_id] = computed
-        self._staging.add(seq_id)
+        self._staging[seq_id] = handed_over
         self._stored[seq_id] = stored
 
     def grow(self, seq_id: int, start: int, end: int) -> bool:
@@ -306,20 +312,21 @@ class KVManager:
         self._unstaged.clear()
         return unstaged
 
-    def _unstage(self, seq_id: int) -> bool:
-        """Whether the sequence has been waiting with staging pages, which it needs no more."""
-        if seq_id not in self._staging:
-            return False
-        self._staging.remove(seq_id)
-        self._unstaged.append(seq_id)
-        return True
+    def _unstage(self, seq_id: int) -> bool | None:
+        """Whether the staging pages that the sequence has been waiting with, and needs no more, were handed over; None
+        if there are none.
+        """
+        handed_over = self._staging.pop(seq_id, None)
+        if handed_over is not None:
+            self._unstaged.append(seq_id)
+        return handed_over
 
     def check_integrity(self) -> None:
         """Raises `IntegrityError` unless every page and slot has exactly one owner and all links agree."""
         for group in self.groups:
             group.check(set(self._published), set(self._swapped))
-        if not self._staging <= self._swapped.keys():
-            raise IntegrityError(f"sequences {self._staging - self._swapped.keys()} are staged and do not wait")
+        if not self._staging.keys() <= self._swapped.keys():
+            raise IntegrityError(f"sequences {self._staging.keys() - self._swapped.keys()} are staged and do not wait")
 
     @property
     def num_held(self) -> int:

@@ -77,7 +77,17 @@ class StagedSequences:
     def leases(self) -> list[Lease]:
         return list(self._leases.values())
 
-    def put(self, seq_id: int, lease: Lease, firsts: Sequence[int], blocks: int, computed: int, *, stored: int) -> None:
+    def put(
+        self,
+        seq_id: int,
+        lease: Lease,
+        firsts: Sequence[int],
+        blocks: int,
+        computed: int,
+        *,
+        stored: int,
+        handed_over: bool = False,
+    ) -> None:
         """Takes a lease that is ready over for a sequence that holds nothing; see `KVManager.stage`.
 
         Args:
@@ -88,7 +98,7 @@ class StagedSequences:
             HostBlocks(first, slots[: blocks - first], staged=True)
             for first, slots in zip(firsts, lease.slots, strict=True)
         ]
-        self._kv.stage(seq_id, parts, computed, stored=stored)
+        self._kv.stage(seq_id, parts, computed, stored=stored, handed_over=handed_over)
         self._leases[seq_id] = lease
 
     def slots_of(self, seq_id: int) -> tuple[tuple[int, ...], ...]:

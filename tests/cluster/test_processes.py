@@ -73,7 +73,7 @@ async def settled(llm: AsyncLLM) -> None:
     while (
         (stats := await llm.stats()).num_running
         or stats.num_waiting
-        or stats.kv_blocks_available < stats.kv_blocks
+        or any(one.kv_blocks_available < one.kv_blocks for one in stats.engines.values())
         or stats.kv_staging_blocks_used
     ):
         assert time.monotonic() < end, stats
@@ -134,10 +134,49 @@ def test_prompts_computed_elsewhere_are_not_computed_again() -> None:
             stats = await llm.stats()
             # The prefill engine's; the decode engine found all of them in its staging pages.
             assert stats.computed_prompt_tokens == len(prompt)
-            assert stats.store_cache_hits == len(prompt)
+            assert stats.handed_over_tokens == len(prompt)
             again = await complete(llm, prompt, GREEDY)
             assert again.num_cached_tokens == (len(prompt) - 1) // 8 * 8
             assert again.outputs[0].token_ids == output.outputs[0].token_ids
+            await settled(llm)
+
+    within(main())
+
+
+def test_figures_are_those_of_one_engine_that_does_it_all() -> None:
+    prompts = make_prompts(3, seed=8)
+    asked = [prompts[0], prompts[1], prompts[0], prompts[0] + prompts[2]]
+    one = LLM(folder("qwen3"), **SETTINGS)
+    for prompt in asked:
+        one.generate([{"prompt_token_ids": prompt}], GREEDY)
+    want = one.stats()
+    names = ("prompt_tokens", "generation_tokens", "computed_prompt_tokens")
+    names += ("prefix_cache_queries", "prefix_cache_hits", "kv_blocks", "num_running", "num_waiting")
+
+    async def main() -> None:
+        async with cluster("qwen3", 2, 1) as llm:
+            await asyncio.gather(*(complete(llm, prompts[1], GREEDY) for _ in range(8)))
+            before = await llm.stats()
+            work = [asyncio.create_task(complete(llm, prompts[1], GREEDY)) for _ in range(40)]
+            while (during := llm.load()) is None or during.generation_tokens == before.generation_tokens:
+                await asyncio.sleep(0.01)
+            # Those that no engine has yet count, too.
+            assert during.num_running + during.num_waiting > SETTINGS["max_num_seqs"]
+            await asyncio.gather(*work)
+            await settled(llm)
+        async with cluster("qwen3", 1, 1) as llm:
+            for prompt in asked:
+                await complete(llm, prompt, GREEDY)
+            stats = await llm.stats()
+            assert {name: getattr(stats, name) for name in names} == {name: getattr(want, name) for name in names}
+            assert sorted(stats.engines) == ["decode 1", "prefill 0"]
+            pid = llm.engine_pid
+            assert pid is not None
+            kill_engine(0)(pid)
+            await complete(llm, prompts[1], GREEDY)
+            later = await llm.stats()
+            assert (later.restarts, later.engines["prefill 0"].restarts) == (1, 1)
+            assert later.prefix_cache_queries == stats.prefix_cache_queries + len(prompts[1])
             await settled(llm)
 
     within(main())

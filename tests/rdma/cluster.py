@@ -34,7 +34,7 @@ async def together(prompt: list[int]) -> list[int]:
         output = [output async for output in llm.generate({"prompt_token_ids": prompt}, GREEDY)][-1]
         stats = await llm.stats()
         assert stats.computed_prompt_tokens == len(prompt), "a block was computed again instead of sent"
-        assert stats.store_cache_hits == len(prompt), "not all of the prompt came"
+        assert stats.handed_over_tokens == len(prompt), "not all of the prompt came"
         await llm.check_integrity()
         return list(output.outputs[0].token_ids)
 

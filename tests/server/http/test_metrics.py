@@ -7,6 +7,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse
 
 from jaxdual.engine.supervisor import EngineState
 from jaxdual.errors import QueueFullError
+from jaxdual.outputs import EngineStats
 from tests.server.http.scripted import RunningServer
 
 # As vLLM writes them, but for the prefix.
@@ -100,6 +101,28 @@ def test_the_engine_s_figures_show(server):
     blocks = [samples[f"kv_blocks_{name}",] for name in ("live", "cached", "free")]
     assert blocks == [3, 2, 5]
     assert samples["num_preemptions_total",] == 5
+
+
+def test_a_cluster_s_engines_and_cards_show(server):
+    server.call(
+        lambda: server.llm.set_stats(
+            num_running=3,
+            restarts=2,
+            engines={
+                "prefill 0": EngineStats(num_running=1, restarts=2, store_blocks_lost=4),
+                "decode 1": EngineStats(num_running=2, kv_blocks=10, kv_blocks_available=5),
+            },
+            card_bytes={"prefill 0 storage write": 4096, "decode 1 compute read": 8192},
+        )
+    )
+    samples = scrape(server)
+    assert samples["num_requests_running",] == 3
+    assert [samples["cluster_engine_num_requests_running", name] for name in ("prefill 0", "decode 1")] == [1, 2]
+    assert samples["cluster_engine_kv_cache_usage_perc", "decode 1"] == 0.5
+    assert samples["cluster_engine_kv_store_blocks_lost_total", "prefill 0"] == 4
+    assert samples["engine_restarts_total",] == samples["cluster_engine_restarts_total", "prefill 0"] == 2
+    assert samples["nic_bytes_total", "write", "prefill 0 storage"] == 4096
+    assert samples["nic_bytes_total", "read", "decode 1 compute"] == 8192
 
 
 def test_counters_go_on_after_a_restart_and_gauges_fall_to_nothing(server):
