@@ -57,12 +57,18 @@ class AsyncLLM(ServedModel):
         cluster: ClusterConfig | None = None,
         max_queued_requests: int = MAX_QUEUED_REQUESTS,
     ) -> AsyncLLM:
-        """An `AsyncLLM` with this configuration; with `cluster`, one engine of many processes."""
+        """An `AsyncLLM` with this configuration; with `cluster`, one engine of many processes.
+
+        Raises:
+          ConfigError: a setting that only clusters have a use for.
+        """
         llm = cls.__new__(cls)
         llm._init(config, cluster, max_queued_requests)
         return llm
 
     def _init(self, config: EngineConfig, cluster: ClusterConfig | None, max_queued_requests: int) -> None:
+        if not cluster:
+            config.check_alone()
         self.config = config
         self._most_running = config.max_num_seqs * (cluster.decode if cluster else 1)
         self.max_queued_requests = max_queued_requests

@@ -141,6 +141,13 @@ class EngineConfig:
         """Whether KV blocks go to or come from anywhere else."""
         return self.kv_store is not None or self.kv_transport is not None
 
+    def check_alone(self) -> None:
+        """Raises `ConfigError` if anything is set that only engines of a cluster have a use for."""
+        if self.kv_transport is not None:
+            raise ConfigError(
+                f"kv_transport={self.kv_transport!r} needs a cluster: one engine sends no blocks to others"
+            )
+
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> EngineConfig:
         """A configuration from names and values; unknown names are errors.
@@ -189,6 +196,11 @@ class ClusterConfig:
 
     def __post_init__(self) -> None:
         _read_types(self)
+        if not self.prefill and not self.decode and self.cluster == "local":
+            for field in fields(self):
+                value = getattr(self, field.name)
+                if value != field.default:
+                    raise ConfigError(f"{field.name}={value!r} needs prefill and decode: one engine has no use for it")
         for name in ("prefill", "decode"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 0")

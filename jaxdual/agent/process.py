@@ -230,6 +230,7 @@ def main() -> int:
     # Ctrl-C and a service manager's signal reach the whole group; the agent ends with its engine.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     asyncio.run(serve(socket.socket(fileno=int(sys.argv[1])), SharedSlab.attach(int(sys.argv[2]))))
     return 0
 

@@ -44,9 +44,7 @@ from jaxdual.kv.keys import BlockKey, KeyChain
 from jaxdual.kv.slots import IntegrityError
 from jaxdual.outputs import EngineStats
 from jaxdual.scheduling.loads import EngineReport, PathRequest, Role
-from jaxdual.scheduling.path_modes import PathMode
 from jaxdual.scheduling.paths import PathScheduler, Placement
-from jaxdual.scheduling.prefill_placement import PrefillPlacement
 from jaxdual.scheduling.read_side import ReadSide
 
 MOST_FAILURES = 6  # of one request, before it is taken for the cause of what happens to its engines
@@ -103,6 +101,7 @@ class Cluster:
         self._alone: list[Live] = []  # those that wait for a decode engine only
         self._outgoing: list[TokenEvent] = []  # to be delivered, in order
         self.prompt_tokens = 0
+        self._held = False
 
     def __len__(self) -> int:
         """Requests that have not ended."""
@@ -225,15 +224,31 @@ class Cluster:
             self._submit(self._by_number[number], blocks * self._page_size)
             self._fetch()
 
-    def use_mode(self, mode: PathMode, prefill: PrefillPlacement) -> None:
-        """Places requests in another way.
+    @property
+    def num_unsettled(self) -> int:
+        """Attempts of which something may be under way, wanted or not."""
+        return len(self._attempts)
+
+    def hold(self) -> None:
+        """Gives engines nothing until `go_on`.
 
         Raises:
-          ValueError: there are requests.
+          ValueError: they have something.
         """
         if self._lives or self._attempts:
             raise ValueError(f"{max(len(self._lives), len(self._attempts))} requests are under way")
-        self._scheduler = PathScheduler(mode, prefill, block_tokens=self._page_size)
+        self._held = True
+
+    def go_on(self, scheduler: PathScheduler | None = None) -> None:
+        """Ends `hold`, with another scheduler if one is given; requests that have come meanwhile are placed."""
+        self._held = False
+        if scheduler is not None:
+            self._scheduler = scheduler
+            self._looking.clear()
+            for live in self._lives.values():
+                if live not in self._alone:
+                    self._place(live)
+        self._fetch()
 
     def check_integrity(self) -> None:
         """Raises `IntegrityError` unless each request is in one place, and each attempt is a request's."""
@@ -276,6 +291,8 @@ class Cluster:
 
     def _fetch(self) -> None:
         """Asks the scheduler for work, on behalf of the engines."""
+        if self._held:
+            return
         decoding = [number for number, member in self._members.items() if member.role is Role.DECODE]
         while self._alone and decoding:
             live = self._alone.pop(0)

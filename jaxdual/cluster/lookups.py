@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+from jaxdual.complaints import Complaints
 from jaxdual.kv.keys import BlockKey
 from jaxdual.kv.store import BlockStore
+
+_complaints = Complaints(logging.getLogger(__name__))
 
 
 class StoreLookups:
@@ -24,11 +28,15 @@ class StoreLookups:
         self._thread = ThreadPoolExecutor(1, "store-lookup")
         self._asked: dict[int, Sequence[BlockKey]] = {}
         self._running: asyncio.Task[None] | None = None
+        self._called = 0.0  # when the present call of the store has begun
 
     def look(self, number: int, keys: Sequence[BlockKey]) -> None:
         """How many of the leading `keys` are stored? `answer` says, later."""
         self._asked[number] = keys
-        asyncio.get_running_loop().call_later(self._timeout, self._expire, number, keys)
+        loop = asyncio.get_running_loop()
+        # A call that hangs has kept others waiting already.
+        hangs = self._running is not None and loop.time() - self._called > self._timeout
+        loop.call_later(0.0 if hangs else self._timeout, self._expire, number, keys)
         if self._running is None:
             self._running = asyncio.get_running_loop().create_task(self._run())
 
@@ -41,6 +49,7 @@ class StoreLookups:
     def _expire(self, number: int, keys: Sequence[BlockKey]) -> None:
         if self._asked.get(number) is keys:
             del self._asked[number]
+            _complaints.tell("the block store does not say in time what it has")
             self._answer(number, 0)
 
     async def _run(self) -> None:
@@ -49,6 +58,7 @@ class StoreLookups:
             while self._asked:
                 asked = dict(self._asked)
                 chains = list(asked.values())
+                self._called = asyncio.get_running_loop().time()
                 hits = await asyncio.get_running_loop().run_in_executor(self._thread, self._hits, chains)
                 for (number, keys), count in zip(asked.items(), hits, strict=True):
                     if self._asked.get(number) is keys:
@@ -60,5 +70,6 @@ class StoreLookups:
     def _hits(self, chains: Sequence[Sequence[BlockKey]]) -> list[int]:
         try:
             return self._store.hits(chains)
-        except OSError:
+        except OSError as error:
+            _complaints.tell(f"the block store can't be looked into: {error}")
             return [0] * len(chains)

@@ -158,6 +158,8 @@ class Member:
                 question = self._questions.get(number)
                 if question is not None and not question.done():
                     question.set_result(message)
+                elif message.error is not None:
+                    _logger.error("%s: %s", self.name, message.error)
             case _:
                 if isinstance(message, Events):
                     self.figures.now = message.stats or self.figures.now
@@ -365,8 +367,9 @@ class ClusterProcess(asyncio.Protocol):
             self._lookups = StoreLookups(store, self._found, self._config.kv_load_timeout)
         # Without a store of all engines, each looks into its own memory for prompts that it knows.
         mode = MODES[self._settings.path_mode] if shares else PathMode(ReadPolicy.PREFILL_ONLY)
+        self._mode: str = self._settings.path_mode
         self._cluster = Cluster(
-            PathScheduler(mode, self._limits(info), block_tokens=info.block_size),
+            self._scheduler(mode),
             send=lambda number, message: self._members[number].send(message),
             deliver=self._deliver,
             page_size=info.block_size,
@@ -408,15 +411,34 @@ class ClusterProcess(asyncio.Protocol):
         elif self._cluster is None or self._lookups is None:
             error = "only clusters whose engines share a store have path modes"
         else:
-            try:
-                self._cluster.use_mode(MODES[mode], self._limits(self._info))
-            except ValueError as refused:
-                error = str(refused)
-        if error is None:
-            prefill = [member for member in self._members if member.role is Role.PREFILL]
+            error = await self._switch(self._cluster, number, mode)
+        self._send(Answer(number, self._stats(), error))
+
+    async def _switch(self, cluster: Cluster, number: int, mode: str) -> str | None:
+        """Has all go on in another mode, or all in the present one; why not."""
+        end = time.monotonic() + _ANSWER_SECONDS
+        while not len(cluster) and cluster.num_unsettled and time.monotonic() < end:
+            await asyncio.sleep(0.02)  # requests have been aborted, and something of them is on its way
+        try:
+            cluster.hold()
+        except ValueError as refused:
+            return str(refused)
+        prefill = [member for member in self._members if member.role is Role.PREFILL]
+        scheduler: PathScheduler | None = None
+        try:
             answers = await asyncio.gather(*(member.use_mode(number, mode) for member in prefill))
             error = next((answer for answer in answers if answer is not None), None)
-        self._send(Answer(number, self._stats(), error))
+            if error is None:
+                self._mode = mode
+                scheduler = self._scheduler(MODES[mode])
+            else:
+                await asyncio.gather(*(member.use_mode(number, self._mode) for member in prefill))
+        finally:
+            cluster.go_on(scheduler)
+        return error
+
+    def _scheduler(self, mode: PathMode) -> PathScheduler:
+        return PathScheduler(mode, self._limits(self._info), block_tokens=self._info.block_size)
 
     def _join(self, cluster: Cluster, member: Member) -> None:
         if member.figures.now is not None and member.agent is not None:

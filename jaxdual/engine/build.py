@@ -63,6 +63,8 @@ def build_engine(config: EngineConfig, part: ClusterPart | None = None) -> Built
       ModelError: no such model, or its files can't be used.
       ConfigError: settings that don't fit the model or the machine.
     """
+    if part is None:
+        config.check_alone()
     return engine_of(load_model(config), config, part)
 
 

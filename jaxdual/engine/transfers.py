@@ -7,12 +7,14 @@ of a prompt are read before it is queued. Blocks of a prompt may go to another e
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from jaxdual.agent.wire import GroupSlots, Save, ToDevice
+from jaxdual.complaints import Complaints
 from jaxdual.engine.agent_link import Agent, AgentLink
 from jaxdual.engine.departures import Departure, Departures
 from jaxdual.engine.handoff import Arrivals, Exports
@@ -25,6 +27,8 @@ from jaxdual.kv.manager import GroupPages, KVManager, PublishedBlock
 from jaxdual.kv.slots import IntegrityError
 from jaxdual.kv.staging import StagedSequences, Staging
 from jaxdual.scheduling.batch import SequenceState
+
+_complaints = Complaints(logging.getLogger(__name__))
 
 _LOOK_SECONDS = 0.1  # between two looks at deadlines, while nothing comes
 
@@ -198,6 +202,8 @@ class Transfers:
             count = 0 if stored is None else sum(stored)
             self._written += count
             self._lost += len(blocks) - count
+            if stored is None:  # else the agent has said why
+                _complaints.tell("a block can't be stored: blocks come faster, or there is no KV agent", len(blocks))
 
         departure = Departure(group, len(blocks), lambda number, slots: Save(number, group, keys, parents, slots), done)
         self._departures.add(departure, [block.page for block in blocks])

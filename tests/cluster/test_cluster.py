@@ -6,6 +6,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -40,7 +41,7 @@ from jaxdual.scheduling.read_side import ReadPolicy
 PAGE = 4
 
 
-FIGURES = EngineStats(*[0] * 14, 10**6, 0.0, 0.0, 0)
+FIGURES = EngineStats(kv_blocks_available=10**6)
 
 
 def token_after(prompt: tuple[int, ...], index: int, before: int) -> int:
@@ -80,6 +81,10 @@ class EngineModel:
         return sorted(name for name, running in self.running.items() if running.read_there is not None)
 
 
+def make_scheduler() -> PathScheduler:
+    return PathScheduler(PathMode(ReadPolicy.SPLIT), PrefillPlacement(10**6, 10**6), block_tokens=PAGE)
+
+
 class ClusterMachine(RuleBasedStateMachine):
     """Requests of one to two outputs over two prefill and two decode engines."""
 
@@ -93,8 +98,9 @@ class ClusterMachine(RuleBasedStateMachine):
         self.addresses = 0
         self.requests = 0
         self.looking: list[tuple[int, int]] = []
+        self.held = False
         self.cluster = Cluster(
-            PathScheduler(PathMode(ReadPolicy.SPLIT), PrefillPlacement(10**6, 10**6), block_tokens=PAGE),
+            make_scheduler(),
             send=self.send,
             deliver=self.deliver,
             page_size=PAGE,
@@ -108,6 +114,7 @@ class ClusterMachine(RuleBasedStateMachine):
     # The world around the cluster.
 
     def send(self, number: int, message: Any) -> None:
+        assert not self.held or not isinstance(message, (Add, Expect, Prefill, Adopt)), "work for engines that switch"
         if number in self.engines:
             self.engines[number].inbox.append(message)
 
@@ -150,6 +157,22 @@ class ClusterMachine(RuleBasedStateMachine):
         number = data.draw(st.sampled_from(sorted(self.engines)))
         del self.engines[number]
         self.cluster.died(number)
+
+    @precondition(lambda self: not self.held)
+    @rule()
+    def hold(self) -> None:
+        if len(self.cluster) or self.cluster.num_unsettled:
+            with pytest.raises(ValueError, match="requests are under way"):
+                self.cluster.hold()
+        else:
+            self.cluster.hold()
+            self.held = True
+
+    @precondition(lambda self: self.held)
+    @rule(switched=st.booleans())
+    def go_on(self, switched: bool) -> None:
+        self.held = False
+        self.cluster.go_on(make_scheduler() if switched else None)
 
     @precondition(lambda self: self.engines)
     @rule(data=st.data())
@@ -322,6 +345,8 @@ class ClusterMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         """With no more faults, every request comes to its end, and all memory comes back."""
+        if self.held:
+            self.go_on(switched=True)
         for number in range(4):
             self.come_back(number)
             self.start_agent(number)

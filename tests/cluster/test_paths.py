@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -265,6 +266,12 @@ def test_modes_are_refused_where_they_mean_nothing(tmp_path: Path) -> None:
             with pytest.raises(ValueError, match="1 requests are under way"):
                 await llm.use_path_mode("basic")
             stream.close()
+            # What is left of it is waited for, and who comes meanwhile waits.
+            switch = asyncio.create_task(llm.use_path_mode("basic"))
+            outputs = await asyncio.gather(*(complete(llm, [1, 2, number], GREEDY) for number in range(4)))
+            assert all(len(output.outputs[0].token_ids) == GREEDY.max_tokens for output in outputs)
+            with contextlib.suppress(ValueError):  # those may have been quicker
+                await switch
         async with AsyncLLM(folder("qwen3"), **SETTINGS) as llm:
             with pytest.raises(ValueError, match="has no path modes"):
                 await llm.use_path_mode("basic")

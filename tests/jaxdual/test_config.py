@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
+from jaxdual import LLM, AsyncLLM
 from jaxdual.config import (
+    ClusterConfig,
     ConfigError,
     EngineConfig,
     ServerConfig,
@@ -172,3 +174,13 @@ def test_one_file_and_one_environment_serve_engine_and_server(tmp_path: Path) ->
 def test_a_server_setting_out_of_range_is_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         ServerConfig(**values)
+
+
+def test_what_only_clusters_have_a_use_for_is_refused_without_one() -> None:
+    with pytest.raises(ConfigError, match="path_mode='split' needs prefill and decode"):
+        ClusterConfig(path_mode="split")
+    assert ClusterConfig(path_mode="split", prefill=1, decode=1)
+    with pytest.raises(ConfigError, match="kv_transport='verbs' needs a cluster"):
+        AsyncLLM.from_config(EngineConfig(kv_transport="verbs"))
+    with pytest.raises(ConfigError, match="kv_transport='tcp' needs a cluster"):
+        LLM.from_config(EngineConfig(kv_transport="tcp"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import enum
+import logging
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -11,7 +12,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Self
 
+from jaxdual.complaints import Complaints
 from jaxdual.kv.keys import BlockKey
+
+_complaints = Complaints(logging.getLogger(__name__))
 
 KEY_BYTES = (32, 33)  # the digest of a hash chain, alone or with a byte that tells layer groups apart
 
@@ -231,8 +235,11 @@ class BlockStore(ABC):
     def _run_read(self, key: BlockKey, into: memoryview) -> Outcome:
         try:
             outcome = self._read(key, into)
-        except OSError:
+        except OSError as error:
             outcome = Outcome.FAILED
+            _complaints.tell(f"the block store can't be read: {_reason(error)}")
+        if outcome is Outcome.CORRUPT:
+            _complaints.tell("a stored block was torn or altered, and is gone")
         with self._lock:
             stats = self._stats
             stats.reads += outcome is Outcome.OK
@@ -245,8 +252,11 @@ class BlockStore(ABC):
     def _run_write(self, key: BlockKey, parent: BlockKey | None, payload: memoryview) -> Outcome:
         try:
             outcome = self._write(key, parent, payload)
-        except OSError:
+        except OSError as error:
             outcome = Outcome.FAILED
+            _complaints.tell(f"a block can't be stored: {_reason(error)}")
+        if outcome is Outcome.FULL:
+            _complaints.tell("a block can't be stored: there is no room")
         with self._lock:
             self._stats.refused += outcome is Outcome.FULL
             self._stats.failures += outcome is Outcome.FAILED
@@ -280,3 +290,8 @@ def _as_bytes(view: memoryview) -> memoryview:
     if not view.nbytes:
         raise ValueError("the buffer of a block must hold at least 1 byte")
     return view.cast("B")
+
+
+def _reason(error: OSError) -> str:
+    """Without the name of the file or object, which is another one each time."""
+    return error.strerror or type(error.__cause__ or error).__name__
