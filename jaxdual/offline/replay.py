@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
-
-import numpy as np
 
 from jaxdual.front import TokenizedPrompt
 from jaxdual.offline.trace import Session, TraceError, Turn
@@ -165,26 +162,6 @@ class Replay:
 
     def _now(self) -> float:
         return asyncio.get_running_loop().time() - self._zero
-
-
-def poisson_starts(count: int, per_second: float, seed: int) -> list[float]:
-    """Start times of a Poisson process in seconds, the first at 0."""
-    gaps = np.random.default_rng((seed, count)).exponential(1 / per_second, size=count - 1).tolist()
-    return list(itertools.accumulate(gaps, initial=0.0))
-
-
-def timestamp_starts(sessions: Sequence[Session], speed: float) -> list[float]:
-    """Start times in seconds as the trace tells, `speed` times as fast, the first at 0.
-
-    Raises:
-      TraceError: a session has no timestamp.
-    """
-    times = []
-    for session in sessions:
-        if session.timestamp is None:
-            raise TraceError(f"session {session.session_id!r} has no timestamp to start it by")
-        times.append(session.timestamp)
-    return [(time - min(times)) / speed for time in times]
 
 
 def check_lengths(sessions: Sequence[Session], max_model_len: int) -> None:

@@ -15,7 +15,7 @@ from jaxdual.config import ClusterConfig, EngineConfig, read_config
 from jaxdual.errors import EngineDeadError, NotServingError
 from jaxdual.offline.card_watch import CardWatch
 from jaxdual.offline.display import Progress
-from jaxdual.offline.replay import Replay, RequestRecord, check_lengths, poisson_starts, timestamp_starts
+from jaxdual.offline.replay import Replay, RequestRecord, check_lengths
 from jaxdual.offline.replay_report import build_report, format_report
 from jaxdual.offline.report import write_report
 from jaxdual.offline.runner import Totals
@@ -23,6 +23,7 @@ from jaxdual.offline.trace import Session, TraceError, read_trace, write_trace
 from jaxdual.offline.trace_prompts import PromptTokens
 from jaxdual.offline.trace_scaling import limit_requests, limit_turns, scale_lengths, scale_work, with_agents
 from jaxdual.offline.trace_shapes import TRACE_SHAPES, TRAJECTORIES, generate_sessions
+from jaxdual.offline.trace_starts import poisson_starts, timestamp_starts
 from jaxdual.outputs import EngineStats
 
 _INTERRUPTED = 130

@@ -40,7 +40,10 @@ def with_agents(sessions: Sequence[Session], agents: int, seed: int) -> list[Ses
     rng = np.random.default_rng((seed, agents))
     for number in range(len(chosen), agents):
         session = sessions[int(rng.integers(len(sessions)))]
-        turns = (Turn(_SYNTHETIC_TOKENS, 1), *(dataclasses.replace(turn, block_ids=()) for turn in session.turns))
+        turns = (
+            Turn(_SYNTHETIC_TOKENS, 1),
+            *(dataclasses.replace(turn, block_ids=()) if turn.block_ids else turn for turn in session.turns),
+        )
         copy = dataclasses.replace(session, session_id=f"{session.session_id} (agent {number})", turns=turns)
         chosen.append(copy)
     return chosen

@@ -109,6 +109,16 @@ class DecodeEngine:
             return None
         return self._time_of(self._running[0][0] - self._step)
 
+    @property
+    def all_run(self) -> bool:
+        """Whether nobody waits for the next step to begin."""
+        return not self._joining
+
+    @property
+    def step_seconds(self) -> float:
+        """Of the first step of the present batch."""
+        return self._cost.seconds(1, len(self._running), self._tokens)
+
     def join(self, now: float, sequence: int, context: int, tokens: int) -> float:
         """A sequence comes, whose context is in memory.
 

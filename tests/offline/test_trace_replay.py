@@ -14,10 +14,11 @@ from jaxdual import CompletionOutput, EngineConfig, EngineDeadError, EngineStats
 from jaxdual.config import ClusterConfig
 from jaxdual.offline import __main__ as command
 from jaxdual.offline import replay_command
-from jaxdual.offline.replay import Replay, check_lengths, poisson_starts, timestamp_starts
+from jaxdual.offline.replay import Replay, check_lengths
 from jaxdual.offline.replay_report import measures
 from jaxdual.offline.trace import Session, TraceError, Turn, read_trace
 from jaxdual.offline.trace_prompts import PromptTokens
+from jaxdual.offline.trace_starts import poisson_starts, timestamp_starts
 from jaxdual.request_stream import RequestStream
 
 VOCAB = 1000

@@ -1,0 +1,456 @@
+"""A simulated cluster that serves agents: the scheduler is the engine's own, the rest is time and bytes.
+
+A request's way: it waits for engines; its stored blocks wait for a storage card and for room in the buffers, and are
+read; its engine computes it in one or more forwards, with its keys and values streamed in and out; the decode engine's
+buffer goes to the decode engine, which gives the rest of its tokens; what is new is stored. DualPath 3 has the flows,
+whose numbers are named here as in `scheduling.capacity`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from jaxdual.offline.trace import Session
+from jaxdual.scheduling.decode_placement import DecodePlacement
+from jaxdual.scheduling.loads import EngineReport, PathRequest
+from jaxdual.scheduling.path_modes import MODES
+from jaxdual.scheduling.paths import PathScheduler, Placement
+from jaxdual.scheduling.prefill_placement import PrefillPlacement
+from jaxdual.scheduling.quota import AttentionCost, ChunkRules, PrefillWork, pack
+from jaxdual.scheduling.read_side import ReadSide
+from jaxdual.sim.config import SimConfig
+from jaxdual.sim.decode import DecodeCost, DecodeEngine
+from jaxdual.sim.events import Events
+from jaxdual.sim.network import Card, Pipe, send_through
+from jaxdual.sim.nodes import Buffer, DecodeNode, Node, PrefillEngine, Request
+
+
+@dataclass(slots=True)
+class ForwardFigures:
+    """Of all forwards of groups in lock step: their number, and the sum of each one's longest over mean attention."""
+
+    count: int = 0
+    unevenness: float = 0.0
+
+
+class PrefillGroup:
+    """Prefill engines that compute in lock step: a forward takes as long as the longest attention among them.
+
+    Args:
+      cluster: whose they are.
+      engines: of the group.
+    """
+
+    def __init__(self, cluster: ClusterSim, engines: Sequence[PrefillEngine]) -> None:
+        self._cluster, self._engines = cluster, engines
+        self._running = False
+        self.figures = ForwardFigures()
+
+    def start(self) -> None:
+        """Begins a forward if there is anything to compute and none is under way."""
+        if self._running:
+            return
+        cluster = self._cluster
+        events, cost = cluster.events, cluster.attention
+        batches = [(engine, self._batch(engine)) for engine in self._engines if engine.ready]
+        if not batches:
+            return
+        self._running = True
+        longest = total = tokens = 0.0
+        items = 0
+        for _, batch in batches:
+            flops = sum(cost.shape.flops(request.cached, count) for request, count in batch)
+            seconds = cost.seconds(flops, len(batch))
+            longest, total = max(longest, seconds), total + seconds
+            tokens += sum(count for _, count in batch)
+            items = max(items, len(batch))
+        if len(self._engines) > 1:
+            self.figures.count += 1
+            self.figures.unevenness += longest * len(self._engines) / total if total else 1.0
+        # Experts are spread over the group, so that all of it computes what any of its engines is given.
+        compute = cluster.pass_seconds + longest + tokens / len(self._engines) * cluster.token_seconds
+        come = go = 0.0
+        if cluster.mode.transfers:
+            for engine, batch in batches:
+                for request, count in batch:
+                    into, out = cluster.stream(engine, request, count)
+                    come, go = max(come, into), max(go, out)
+        if cluster.mode.layerwise:
+            duration = max(compute, come, go) * (1 + 1 / cluster.layers)
+        else:
+            duration = come + compute + go
+        events.at(events.now + duration, self._end, batches)
+
+    def _batch(self, engine: PrefillEngine) -> list[tuple[Request, int]]:
+        cluster = self._cluster
+        quota = cluster.quota if cluster.mode.quota else float("inf")
+        packed = pack(self._work(engine), quota, cluster.attention, cluster.rules)
+        return [(engine.ready[number], count) for number, (_, count) in enumerate(packed)]
+
+    def _work(self, engine: PrefillEngine) -> Iterator[PrefillWork]:
+        """Prompts in order, as long as their keys and values find room."""
+        room = self._cluster.batch_tokens
+        for number, request in enumerate(engine.ready):
+            room -= request.prompt
+            if room < 0 and number:
+                return
+            yield PrefillWork(request.number, request.cached, request.prompt - request.cached)
+
+    def _end(self, batches: list[tuple[PrefillEngine, list[tuple[Request, int]]]]) -> None:
+        self._running = False
+        for engine, batch in batches:
+            for request, count in batch:
+                request.cached += count
+                if request.cached == request.prompt:
+                    engine.ready.popleft()
+                    self._cluster.prefilled(request)
+        self.start()
+
+
+class ClusterSim:
+    """One simulation; `run` once.
+
+    Args:
+      config: what is simulated.
+      sessions: what agents do.
+      starts: when each begins, in seconds.
+      finished: called with each request that is over and the time.
+    """
+
+    def __init__(
+        self,
+        config: SimConfig,
+        sessions: Sequence[Session],
+        starts: Sequence[float],
+        finished: Callable[[Request, float], None],
+    ) -> None:
+        self.config, self.events = config, Events()
+        self.mode = MODES[config.mode]
+        spec, model = config.cluster, config.model
+        self.layers = model.layers
+        self._token_bytes = model.kv_token_bytes
+        self._block = config.scheduler.block_tokens
+        prefill = config.prefill
+        self.attention = AttentionCost(
+            model.attention.shape(model.layers), 0.0, 1 / prefill.attention_flops, prefill.item_seconds
+        )
+        self.pass_seconds = prefill.pass_seconds
+        self.token_seconds = 2 * model.active_parameters / prefill.flops
+        self.quota = prefill.quota_seconds
+        self.rules = ChunkRules(prefill.min_chunk, 1, None if self.mode.quota else prefill.batch_tokens)
+        layers_held = 3 / model.layers if self.mode.layerwise else 1.0
+        self.batch_tokens = int(prefill.kv_bytes / (model.kv_token_bytes * layers_held))
+
+        rates = spec.nic * (1 - spec.collective_share)
+        window = config.window_seconds
+        self.prefill_nodes = [self._node(spec.prefill_buffer, window) for _ in range(spec.prefill_nodes)]
+        self.decode_nodes = [self._node(spec.decode_buffer, window) for _ in range(spec.decode_nodes)]
+        self.prefill_engines: list[PrefillEngine] = []
+        self.decode_engines: list[DecodeNode] = []
+        per_group = spec.group_nodes
+        prefill_groups = -(-spec.prefill_nodes // per_group)
+        self.prefill_groups: list[list[PrefillEngine]] = [[] for _ in range(prefill_groups)]
+        self.decode_groups: list[list[DecodeNode]] = [[] for _ in range(-(-spec.decode_nodes // per_group))]
+        for number, node in enumerate(self.prefill_nodes):
+            for _ in range(spec.gpus):
+                engine = len(self.prefill_engines)
+                report = EngineReport(engine, number, number // per_group, 0, 0, 0)
+                one = PrefillEngine(engine, node, Card(rates), report)
+                self.prefill_engines.append(one)
+                self.prefill_groups[number // per_group].append(one)
+        first = len(self.prefill_engines)
+        cost = DecodeCost(config.decode.step_seconds, config.decode.sequence_seconds, config.decode.token_seconds)
+        capacity = int(config.decode.kv_bytes / model.kv_token_bytes)
+        for number, node in enumerate(self.decode_nodes):
+            for _ in range(spec.gpus):
+                engine = first + len(self.decode_engines)
+                group = number // per_group
+                report = EngineReport(engine, spec.prefill_nodes + number, prefill_groups + group, 0, 0, 0, capacity)
+                other = DecodeNode(engine, node, Card(rates), report, DecodeEngine(cost), capacity)
+                self.decode_engines.append(other)
+                self.decode_groups[group].append(other)
+        self._first_decode = first
+        lockstep = self.prefill_groups if model.expert_parallel else [[one] for one in self.prefill_engines]
+        self.forwards = [PrefillGroup(self, engines) for engines in lockstep]
+        self._forward_of = {
+            one.number: group for group, engines in zip(self.forwards, lockstep, strict=True) for one in engines
+        }
+        self.scheduler = PathScheduler(
+            self.mode,
+            PrefillPlacement.from_rates(
+                spec.snic / model.kv_token_bytes,
+                self._compute_rate(sessions),
+                read_seconds=config.scheduler.read_seconds,
+                compute_seconds=config.scheduler.compute_seconds,
+            ),
+            DecodePlacement(),
+            self._block,
+        )
+        self._sessions, self._starts, self._finished = sessions, starts, finished
+        self._context = [0] * len(sessions)  # tokens of each agent after its last turn
+        self._stored = [0] * len(sessions)  # of them, those in the store
+        self._numbers = 0
+        self._waiting: dict[int, Request] = {}  # that are not placed, by number
+        self._fetch_at: float | None = None
+        self._turn = 0
+        self._blocked: set[int] = set()  # nodes whose first read waits for a buffer, by their place in all nodes
+        self._nodes = [*self.prefill_nodes, *self.decode_nodes]
+
+    def run(self) -> float:
+        """Runs until all agents are done; seconds."""
+        for agent, start in enumerate(self._starts):
+            self.events.at(start, self._next_turn, agent, 0)
+        self.events.run()
+        return self.events.now
+
+    def _node(self, buffer: float, window: float) -> Node:
+        spec = self.config.cluster
+        return Node(Card(spec.snic, window), Pipe(spec.dram), Buffer(buffer))
+
+    def _compute_rate(self, sessions: Sequence[Session]) -> float:
+        """Prompt tokens that an engine moves through in a second, hits included, at these sessions' mean."""
+        tokens = seconds = 0.0
+        for session in sessions[:100]:
+            for turn, prompt in zip(session.turns, session.prompt_lengths(), strict=True):
+                count = min(turn.append, prompt)
+                tokens += prompt
+                flops = self.attention.shape.flops(prompt - count, count)
+                seconds += self.attention.seconds(flops, 1) + count * self.token_seconds
+        return tokens / seconds
+
+    # Agents.
+
+    def _next_turn(self, agent: int, number: int) -> None:
+        turn = self._sessions[agent].turns[number]
+        kept = self._context[agent] - turn.drop
+        prompt = kept + turn.append
+        hit = min(kept, self._stored[agent], prompt - 1) // self._block * self._block
+        request = Request(agent, number, self._numbers, prompt, hit, turn.generate, self.events.now, cached=hit)
+        self._numbers += 1
+        self._context[agent] = prompt + turn.generate
+        self._waiting[request.number] = request
+        self.scheduler.submit(PathRequest(request.number, prompt, hit, turn.generate, request.arrival))
+        self._fetch_soon()
+
+    def _over(self, request: Request) -> None:
+        """All tokens of a request are given."""
+        now, plan = self.events.now, request.plan
+        self.scheduler.finished(plan.number)
+        self._fetch_soon()
+        context = request.prompt + request.output
+        stored = context // self._block * self._block
+        if self.mode.transfers:
+            engine = self._decode(plan)
+            new = max(0, stored - request.prompt // self._block * self._block) * self._token_bytes
+            end = send_through(now, new, (engine.nic.read, engine.nic.write, engine.node.dram))
+            engine.node.dram.send(end, new)
+            engine.node.snic.read.send(end, new)
+        self._stored[request.agent] = stored
+        self._finished(request, now)
+        turns = self._sessions[request.agent].turns
+        if request.turn + 1 < len(turns):
+            delay = turns[request.turn + 1].delay
+            self.events.at(now + delay, self._next_turn, request.agent, request.turn + 1)
+
+    # Placing.
+
+    def _fetch_soon(self) -> None:
+        """Has the groups fetch when it is time for it, if there is anything that they may get."""
+        if self._fetch_at is None:
+            period = self.config.cluster.fetch_seconds
+            self._fetch_at = (int(self.events.now / period) + 1) * period
+            self.events.at(self._fetch_at, self._fetch)
+
+    def _fetch(self) -> None:
+        self._fetch_at = None
+        scheduler, now = self.scheduler, self.events.now
+        if not scheduler.num_waiting:
+            return
+        self._turn += 1
+        for prefill in _rotated(self.prefill_groups, self._turn):
+            reports = [engine.report for engine in prefill]
+            for placement in scheduler.fetch_prefill(reports[0].group, reports, now):
+                self._place(placement)
+        for decode in _rotated(self.decode_groups, self._turn):
+            for engine in decode:
+                engine.report.free_tokens = engine.capacity - engine.used
+            reports = [engine.report for engine in decode]
+            for placement in scheduler.fetch_decode(reports[0].group, reports, now):
+                self._place(placement)
+
+    def _place(self, placement: Placement) -> None:
+        request = self._waiting.pop(placement.request.request_id)
+        request.placement, request.placed = placement, self.events.now
+        if not self.mode.transfers:
+            request.allocated = self.events.now
+            self._ready(request)
+            return
+        read = placement.read
+        parts = [(ReadSide.PREFILL, read.prefill_tokens), (ReadSide.DECODE, read.decode_tokens)]
+        # What has nothing to read waits for its buffer in the same queue.
+        parts = [part for part in parts if part[1]] or [(ReadSide.DECODE, 0)]
+        request.reads = len(parts)
+        for side, tokens in parts:
+            node = self._node_of(placement, side)
+            self._nodes[node].queue.append((request, side, tokens))
+            self._read_next(node)
+
+    def _node_of(self, placement: Placement, side: ReadSide) -> int:
+        if side is ReadSide.PREFILL:
+            return self.prefill_engines[placement.prefill_engine].report.node
+        return self._decode(placement).report.node
+
+    def _decode(self, placement: Placement) -> DecodeNode:
+        return self.decode_engines[placement.decode_engine - self._first_decode]
+
+    # Reading.
+
+    def _read_next(self, number: int) -> None:
+        """Begins the next read of a node if its card is free and the buffers have room: not before, since what waits
+        with a buffer keeps others from reading.
+        """
+        node = self._nodes[number]
+        while node.queue and not node.reading:
+            request, side, tokens = node.queue[0]
+            if not self._allocate(request, side, tokens):
+                self._blocked.add(number)
+                return
+            node.queue.popleft()
+            if not tokens:
+                self._read_over(number, request, side, 0)
+                continue
+            node.reading = True
+            nbytes = tokens * self._token_bytes
+            end = node.snic.write.send(self.events.now, nbytes)
+            node.dram.send(self.events.now, nbytes)
+            self.events.at(end, self._read_done, number, request, side, tokens)
+
+    def _allocate(self, request: Request, side: ReadSide, tokens: int) -> bool:
+        decode = self._decode(request.plan).node.buffer
+        own = self._nodes[self._node_of(request.plan, side)].buffer if side is ReadSide.PREFILL else None
+        whole, part = request.prompt * self._token_bytes, tokens * self._token_bytes
+        if not request.holds_decode_buffer and not decode.fits(whole):
+            return False
+        if own is not None and not own.fits(part):
+            return False
+        if not request.holds_decode_buffer:
+            decode.take(whole)
+            request.holds_decode_buffer = whole
+            request.allocated = self.events.now
+        if own is not None:
+            own.take(part)
+            request.holds_prefill_buffer = part
+        return True
+
+    def _freed(self) -> None:
+        """A buffer has room again."""
+        blocked, self._blocked = self._blocked, set()
+        for number in sorted(blocked):
+            self._read_next(number)
+
+    def _read_done(self, number: int, request: Request, side: ReadSide, tokens: int) -> None:
+        self._nodes[number].reading = False
+        self._read_over(number, request, side, tokens)
+        self._read_next(number)
+
+    def _read_over(self, number: int, request: Request, side: ReadSide, tokens: int) -> None:
+        self.scheduler.read_progress(request.plan.number, side, tokens)
+        request.reads -= 1
+        if not request.reads:
+            self._ready(request)
+
+    def _ready(self, request: Request) -> None:
+        request.ready = self.events.now
+        engine = self.prefill_engines[request.plan.prefill_engine]
+        engine.ready.append(request)
+        self._forward_of[engine.number].start()
+
+    # Computing.
+
+    def stream(self, engine: PrefillEngine, request: Request, count: int) -> tuple[float, float]:
+        """Sends the keys and values of a part of a prompt to the prefill engine, and what it makes of it away; how long
+        each of the two takes.
+        """
+        now, decode = self.events.now, self._decode(request.plan)
+        by_prefill = request.plan.read.prefill_tokens
+        again = request.pushed and not self.mode.layerwise  # all of it is still there
+        from_prefill = 0 if again else min(request.cached, by_prefill) * self._token_bytes
+        from_decode = 0 if again else max(0, request.cached - by_prefill) * self._token_bytes
+        out = (count + (0 if request.pushed else by_prefill)) * self._token_bytes
+        request.pushed = True
+        come = max(
+            send_through(now, from_prefill, (engine.node.dram, engine.nic.read, engine.nic.write)),  # PE3, PE4
+            send_through(now, from_decode, (decode.node.dram, decode.nic.read, engine.nic.write)),  # DE3 to DE5
+        )
+        go = send_through(now, out, (engine.nic.read, decode.nic.write, decode.node.dram))  # PE5 to PE7
+        copies = self.config.cluster.copy_seconds * self.layers / self._block
+        blocks_in, blocks_out = (from_prefill + from_decode) / self._token_bytes, out / self._token_bytes
+        return max(come - now, blocks_in * copies), max(go - now, blocks_out * copies)
+
+    def prefilled(self, request: Request) -> None:
+        """A prompt is computed, and its first token is there."""
+        now, plan = self.events.now, request.plan
+        request.first = now
+        self.scheduler.prefilled(plan.number)
+        self._fetch_soon()
+        if not self.mode.transfers:
+            self._in_memory(request)
+            return
+        if request.holds_prefill_buffer:
+            self._nodes[self._node_of(plan, ReadSide.PREFILL)].buffer.give_back(request.holds_prefill_buffer)
+        decode = self._decode(plan)
+        whole = request.prompt * self._token_bytes
+        end = send_through(now, whole, (decode.node.dram, decode.nic.read, decode.nic.write))  # PE8, PE9 or DE6, DE7
+        new = (request.prompt // self._block * self._block - request.hit) * self._token_bytes
+        if new > 0:  # its full blocks are stored from the buffer
+            decode.node.dram.send(now, new)
+            decode.node.snic.read.send(now, new)
+        self.events.at(end, self._in_memory, request)
+        self._freed()
+
+    def _in_memory(self, request: Request) -> None:
+        """A prompt is in its decode engine's memory."""
+        now, engine = self.events.now, self._decode(request.plan)
+        if request.holds_decode_buffer:
+            engine.node.buffer.give_back(request.holds_decode_buffer)
+            self._freed()
+        self.scheduler.decoding(request.plan.number)
+        if request.output == 1:
+            self._over(request)
+            return
+        engine.used += request.prompt
+        engine.requests[request.number] = request
+        engine.joined.append(request.number)
+        engine.batch.join(now, request.number, request.prompt + 1, request.output - 1)
+        self._wake(engine)
+
+    # Decoding.
+
+    def _wake(self, engine: DecodeNode) -> None:
+        time = engine.batch.next_time
+        if time is not None and (engine.wakes is None or time < engine.wakes):
+            engine.wakes = time
+            self.events.at(time, self._advance, engine, time)
+
+    def _advance(self, engine: DecodeNode, time: float) -> None:
+        if engine.wakes != time:
+            return  # something nearer has come between
+        engine.wakes = None
+        done = engine.batch.advance(time)
+        if engine.joined and engine.batch.all_run:
+            second = time + engine.batch.step_seconds
+            for number in engine.joined:
+                engine.requests[number].second = second
+            engine.joined.clear()
+        for one in done:
+            request = engine.requests.pop(one.sequence)
+            engine.used -= request.prompt
+            self._over(request)
+        self._wake(engine)
+
+
+def _rotated[T](groups: list[T], turn: int) -> list[T]:
+    """All groups, another one first each turn."""
+    first = turn % len(groups)
+    return groups[first:] + groups[:first]

@@ -1,0 +1,123 @@
+"""Nodes and engines of a simulated cluster: what they have, and who waits for it."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from jaxdual.scheduling.loads import EngineReport
+from jaxdual.scheduling.paths import Placement
+from jaxdual.scheduling.read_side import ReadSide
+from jaxdual.sim.decode import DecodeEngine
+from jaxdual.sim.network import Card, Pipe
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """A turn of an agent, on its way; times in seconds since the start, lengths in tokens.
+
+    Attributes:
+      agent, turn: whose.
+      number: for the scheduler.
+      prompt, hit, output: all, stored, to be given.
+      reads: sides that have not read their part yet.
+      holds_decode_buffer: bytes of the decode node's buffer.
+      holds_prefill_buffer: of the prefill node's.
+      cached: of the prompt, what is computed or read.
+      pushed: whether what the prefill side read has gone to the decode side.
+    """
+
+    agent: int
+    turn: int
+    number: int
+    prompt: int
+    hit: int
+    output: int
+    arrival: float
+    placement: Placement | None = None
+    placed: float = 0.0
+    reads: int = 0
+    holds_decode_buffer: float = 0.0
+    holds_prefill_buffer: float = 0.0
+    allocated: float = 0.0
+    ready: float = 0.0
+    cached: int = 0
+    pushed: bool = False
+    first: float = 0.0
+    second: float = 0.0
+
+    @property
+    def plan(self) -> Placement:
+        """Its placement, once it has one."""
+        if self.placement is None:
+            raise RuntimeError(f"request {self.number} is not placed")
+        return self.placement
+
+
+class Buffer:
+    """A part of a node's memory, handed out in bytes. What is larger than all of it is let in when it is empty."""
+
+    __slots__ = ("capacity", "most", "used")
+
+    def __init__(self, capacity: float) -> None:
+        self.capacity, self.used, self.most = capacity, 0.0, 0.0
+
+    def fits(self, nbytes: float) -> bool:
+        return not self.used or self.used + nbytes <= self.capacity
+
+    def take(self, nbytes: float) -> None:
+        self.used += nbytes
+        self.most = max(self.most, self.used)
+
+    def give_back(self, nbytes: float) -> None:
+        self.used = max(0.0, self.used - nbytes)
+
+
+@dataclass(slots=True, eq=False)
+class Node:
+    """A node: storage card, memory, buffer, and the reads that wait for the card.
+
+    Attributes:
+      queue: reads in order, with their side and tokens.
+      reading: whether the first of them has begun.
+    """
+
+    snic: Card
+    dram: Pipe
+    buffer: Buffer
+    queue: deque[tuple[Request, ReadSide, int]] = field(default_factory=deque)
+    reading: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class PrefillEngine:
+    """A prefill engine: its card, and prompts that are ready to be computed."""
+
+    number: int
+    node: Node
+    nic: Card
+    report: EngineReport
+    ready: deque[Request] = field(default_factory=deque)
+
+
+@dataclass(slots=True, eq=False)
+class DecodeNode:
+    """A decode engine with its card.
+
+    Attributes:
+      used: tokens of KV memory of the prompts that are there.
+      requests: by number, of those that decode.
+      joined: numbers of those that have begun to wait for their first step.
+      wakes: when `batch` changes next, as far as an event is scheduled for it; None for no event.
+    """
+
+    number: int
+    node: Node
+    nic: Card
+    report: EngineReport
+    batch: DecodeEngine
+    capacity: int
+    used: int = 0
+    requests: dict[int, Request] = field(default_factory=dict)
+    joined: list[int] = field(default_factory=list)
+    wakes: float | None = None

@@ -1,0 +1,190 @@
+"""What a simulation reports: the measures of a replay (`offline.replay_report`), and what each card has carried."""
+
+from __future__ import annotations
+
+import resource
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from jaxdual.offline.trace import Session
+from jaxdual.sim.cluster import ClusterSim
+from jaxdual.sim.config import SimConfig
+from jaxdual.sim.network import Pipe
+from jaxdual.sim.nodes import Request
+
+_PARTS = ("queue", "allocation", "read", "prefill")
+
+
+class Measures:
+    """Times of all requests and agents, as they end.
+
+    Args:
+      sessions: of the agents.
+      starts: of the same, in seconds.
+    """
+
+    def __init__(self, sessions: Sequence[Session], starts: Sequence[float]) -> None:
+        self._starts = starts
+        self._left = [len(session.turns) for session in sessions]
+        self.planned = sum(self._left)
+        self.served = 0
+        self.prompt = self.cached = self.generated = 0
+        self.jct = array("d", bytes(8 * len(sessions)))
+        self.ttft, self.ttst, self.tpot = array("f"), array("f"), array("f")
+        self.parts = {part: array("f") for part in _PARTS}
+
+    def take(self, request: Request, now: float) -> None:
+        """A request is over."""
+        self.served += 1
+        self.prompt += request.prompt
+        self.cached += request.hit
+        self.generated += request.output
+        self.ttft.append(request.first - request.arrival)
+        # As in the paper's Figure 12: waiting for engines, for buffers and the card, reading, and the rest.
+        self.parts["queue"].append(request.placed - request.arrival)
+        self.parts["allocation"].append(request.allocated - request.placed)
+        self.parts["read"].append(request.ready - request.allocated)
+        self.parts["prefill"].append(request.first - request.ready)
+        if request.output > 1:
+            self.ttst.append(request.second - request.first)
+            self.tpot.append((now - request.first) / (request.output - 1))
+        self._left[request.agent] -= 1
+        if not self._left[request.agent]:
+            self.jct[request.agent] = now - self._starts[request.agent]
+
+
+def build_report(
+    config: SimConfig, sim: ClusterSim, measures: Measures, seconds: float, wall_seconds: float
+) -> dict[str, Any]:
+    """The report as JSON data; times in simulated seconds, but those of `simulation`."""
+    return {
+        "config": msgspec.to_builtins(config),
+        "mode": config.mode,
+        "seconds": seconds,
+        "requests": {"planned": measures.planned, "ok": measures.served},
+        "jct_s": seconds,
+        "jct_agents_s": _summary(measures.jct),
+        "ttft_s": _summary(measures.ttft),
+        "ttft_parts_s": {part: _summary(times) for part, times in measures.parts.items()},
+        "ttst_s": _summary(measures.ttst),
+        "tpot_s": _summary(measures.tpot),
+        "tokens": {"prompt": measures.prompt, "cached": measures.cached, "generation": measures.generated},
+        "hit_rate": measures.cached / measures.prompt,
+        "throughput": {
+            "requests_per_s": measures.served / seconds,
+            "prompt_tokens_per_s": measures.prompt / seconds,
+            "generation_tokens_per_s": measures.generated / seconds,
+        },
+        "nics": _nics(sim, seconds),
+        "snic_max_over_avg": _unevenness([node.snic.write for node in (*sim.prefill_nodes, *sim.decode_nodes)]),
+        "attention_max_over_avg": _attention(sim),
+        "buffers": {
+            side: {"bytes": nodes[0].buffer.capacity, "most_used": max(node.buffer.most for node in nodes)}
+            for side, nodes in (("prefill", sim.prefill_nodes), ("decode", sim.decode_nodes))
+        },
+        "simulation": {
+            "wall_seconds": wall_seconds,
+            "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        },
+    }
+
+
+def format_report(report: Mapping[str, Any]) -> str:
+    """The report as a table for people."""
+    cluster, simulation = report["config"]["cluster"], report["simulation"]
+    rows = [
+        (
+            "cluster",
+            f"{cluster['prefill_nodes']}P{cluster['decode_nodes']}D of {cluster['gpus']} GPUs, {report['mode']}",
+        ),
+        ("requests", f"{report['requests']['ok']} of {report['requests']['planned']}"),
+        ("JCT", f"{report['jct_s']:.1f} s"),
+        *(
+            (
+                name,
+                f"mean {times['mean']:.3f}  p50 {times['p50']:.3f}  p90 {times['p90']:.3f}  p99 {times['p99']:.3f} s",
+            )
+            for name, times in (
+                ("TTFT", report["ttft_s"]),
+                *((f"  {part}", times) for part, times in report["ttft_parts_s"].items()),
+                ("TTST", report["ttst_s"]),
+                ("TPOT", report["tpot_s"]),
+            )
+            if times is not None
+        ),
+        ("hit rate", f"{report['hit_rate']:.1%}"),
+        ("generation", f"{report['throughput']['generation_tokens_per_s']:.0f} tokens/s"),
+        *(
+            (f"{name} {direction}", f"{nic['bytes'] / 1e9:.1f} GB, {nic['utilisation']:.1%} busy")
+            for name, directions in report["nics"]["kinds"].items()
+            for direction, nic in directions.items()
+        ),
+        (
+            "storage cards",
+            "-" if report["snic_max_over_avg"] is None else f"max / mean {report['snic_max_over_avg']:.3f}",
+        ),
+        ("simulation", f"{simulation['wall_seconds']:.1f} s, {simulation['peak_bytes'] / 1e6:.0f} MB"),
+    ]
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def _nics(sim: ClusterSim, seconds: float) -> dict[str, Any]:
+    """By kind of card the sum of bytes and the mean utilisation; of each storage card its own."""
+    cards = {
+        "prefill storage": [node.snic for node in sim.prefill_nodes],
+        "decode storage": [node.snic for node in sim.decode_nodes],
+        "prefill compute": [engine.nic for engine in sim.prefill_engines],
+        "decode compute": [engine.nic for engine in sim.decode_engines],
+    }
+    kinds = {
+        name: {
+            direction: _carried([getattr(card, direction) for card in group], seconds)
+            for direction in ("read", "write")
+        }
+        for name, group in cards.items()
+    }
+    memories = {"prefill memory": sim.prefill_nodes, "decode memory": sim.decode_nodes}
+    kinds |= {name: {"both": _carried([node.dram for node in nodes], seconds)} for name, nodes in memories.items()}
+    each = {
+        f"{side} {number} storage {direction}": getattr(node.snic, direction).nbytes
+        for side, nodes in (("prefill", sim.prefill_nodes), ("decode", sim.decode_nodes))
+        for number, node in enumerate(nodes)
+        for direction in ("read", "write")
+    }
+    return {"kinds": kinds, "storage_bytes": each}
+
+
+def _carried(pipes: Sequence[Pipe], seconds: float) -> dict[str, float]:
+    nbytes = sum(pipe.nbytes for pipe in pipes)
+    return {"bytes": nbytes, "utilisation": nbytes / (seconds * sum(pipe.rate for pipe in pipes))}
+
+
+def _unevenness(pipes: Sequence[Pipe]) -> float | None:
+    """Mean over the windows of the busiest storage card's bytes over the mean card's; of windows in which the mean card
+    has carried at least a tenth of what it has at its busiest.
+    """
+    length = max(len(pipe.windows) for pipe in pipes)
+    carried = np.array([pipe.windows + [0.0] * (length - len(pipe.windows)) for pipe in pipes])
+    if not carried.size or len(pipes) < 2:
+        return None
+    mean = carried.mean(axis=0)
+    busy = mean > 0.1 * mean.max()
+    return float((carried.max(axis=0)[busy] / mean[busy]).mean()) if busy.any() else None
+
+
+def _attention(sim: ClusterSim) -> float | None:
+    count = sum(group.figures.count for group in sim.forwards)
+    return sum(group.figures.unevenness for group in sim.forwards) / count if count else None
+
+
+def _summary(values: Iterable[float]) -> dict[str, float] | None:
+    known = np.fromiter(values, float)
+    if not known.size:
+        return None
+    p50, p90, p99 = (float(p) for p in np.percentile(known, (50, 90, 99)))
+    return {"mean": float(known.mean()), "p50": p50, "p90": p90, "p99": p99}

@@ -1,0 +1,53 @@
+"""The agents of a simulation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from jaxdual.config import ConfigError
+from jaxdual.offline.trace import Session, read_trace
+from jaxdual.offline.trace_scaling import limit_turns, scale_work, with_agents
+from jaxdual.offline.trace_shapes import TRAJECTORIES, generate_sessions
+from jaxdual.offline.trace_starts import poisson_starts
+from jaxdual.sim.config import SimConfig
+
+
+def sessions_of(config: SimConfig) -> list[Session]:
+    """What each agent does.
+
+    Raises:
+      ConfigError: a prompt is too long for a decode engine.
+      TraceError: the trace can't be read.
+    """
+    spec = config.workload
+    if spec.trace is None:
+        count = TRAJECTORIES if spec.agents is None else min(spec.agents, TRAJECTORIES)
+        sessions = generate_sessions(spec.max_len.lower(), count, config.seed)
+    else:
+        sessions = read_trace(Path(spec.trace))
+    if spec.turns is not None:
+        sessions = limit_turns(sessions, spec.turns)
+    if (spec.append_scale, spec.generation_scale) != (1.0, 1.0):
+        sessions = scale_work(sessions, spec.append_scale, spec.generation_scale)
+    if spec.agents is not None:
+        sessions = with_agents(sessions, spec.agents, config.seed)
+    _check_lengths(config, sessions)
+    return sessions
+
+
+def starts_of(config: SimConfig, sessions: Sequence[Session]) -> list[float]:
+    """When each agent starts, in seconds."""
+    rate = config.workload.arrivals_per_second
+    return [0.0] * len(sessions) if rate is None else poisson_starts(len(sessions), rate, config.seed)
+
+
+def _check_lengths(config: SimConfig, sessions: Sequence[Session]) -> None:
+    capacity = int(config.decode.kv_bytes / config.model.kv_token_bytes)
+    for session in sessions:
+        for prompt, turn in zip(session.prompt_lengths(), session.turns, strict=True):
+            if prompt + turn.generate > capacity:
+                raise ConfigError(
+                    f"decode.kv_bytes={config.decode.kv_bytes:g} hold {capacity} tokens: session {session.session_id} "
+                    f"has a request of {prompt + turn.generate}"
+                )
