@@ -134,6 +134,12 @@ class PathScheduler:
         """Requests that are not placed."""
         return len(self._live) - len(self._placed)
 
+    def has_work(self, role: Role, group: int) -> bool:
+        """Whether a request waits for a group of that role."""
+        if role is Role.PREFILL:
+            return bool(self._prefill_queue)
+        return bool(self._decode_queue or self._private.get(group))
+
     def submit(self, request: PathRequest) -> None:
         """Queues a new request.
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from jaxdual.offline.trace import Session
 from jaxdual.scheduling.decode_placement import DecodePlacement
-from jaxdual.scheduling.loads import EngineReport, PathRequest
+from jaxdual.scheduling.loads import EngineReport, PathRequest, Role
 from jaxdual.scheduling.path_modes import MODES
 from jaxdual.scheduling.paths import PathScheduler, Placement
 from jaxdual.scheduling.prefill_placement import PrefillPlacement
@@ -192,13 +192,24 @@ class ClusterSim:
         self._stored = [0] * len(sessions)  # of them, those in the store
         self._numbers = 0
         self._waiting: dict[int, Request] = {}  # that are not placed, by number
-        self._fetch_at: float | None = None
-        self._turn = 0
+        # Groups fetch one after another; each slot of the period has those of both roles whose turn it is then.
+        slots = max(len(self.prefill_groups), len(self.decode_groups))
+        self._slot_seconds = spec.fetch_seconds / slots
+        self._slots = list(
+            zip(_spread(len(self.prefill_groups), slots), _spread(len(self.decode_groups), slots), strict=True)
+        )
+        self._fetch_pending = False
         self._blocked: set[int] = set()  # nodes whose first read waits for a buffer, by their place in all nodes
         self._nodes = [*self.prefill_nodes, *self.decode_nodes]
 
     def run(self) -> float:
         """Runs until all agents are done; seconds."""
+        for group in self.prefill_groups:
+            reports = [engine.report for engine in group]
+            self.scheduler.report(Role.PREFILL, reports[0].group, reports)
+        for others in self.decode_groups:
+            reports = [engine.report for engine in others]
+            self.scheduler.report(Role.DECODE, reports[0].group, reports)
         for agent, start in enumerate(self._starts):
             self.events.at(start, self._next_turn, agent, 0)
         self.events.run()
@@ -256,28 +267,32 @@ class ClusterSim:
     # Placing.
 
     def _fetch_soon(self) -> None:
-        """Has the groups fetch when it is time for it, if there is anything that they may get."""
-        if self._fetch_at is None:
-            period = self.config.cluster.fetch_seconds
-            self._fetch_at = (int(self.events.now / period) + 1) * period
-            self.events.at(self._fetch_at, self._fetch)
+        """Has groups fetch as their turns come, while anything waits for them."""
+        if not self._fetch_pending and self.scheduler.num_waiting:
+            self._fetch_pending = True
+            slot = int(self.events.now / self._slot_seconds) + 1
+            self.events.at(slot * self._slot_seconds, self._fetch, slot)
 
-    def _fetch(self) -> None:
-        self._fetch_at = None
+    def _fetch(self, slot: int) -> None:
+        self._fetch_pending = False
         scheduler, now = self.scheduler, self.events.now
-        if not scheduler.num_waiting:
-            return
-        self._turn += 1
-        for prefill in _rotated(self.prefill_groups, self._turn):
-            reports = [engine.report for engine in prefill]
-            for placement in scheduler.fetch_prefill(reports[0].group, reports, now):
-                self._place(placement)
-        for decode in _rotated(self.decode_groups, self._turn):
-            for engine in decode:
-                engine.report.free_tokens = engine.capacity - engine.used
-            reports = [engine.report for engine in decode]
-            for placement in scheduler.fetch_decode(reports[0].group, reports, now):
-                self._place(placement)
+        prefill, decode = self._slots[slot % len(self._slots)]
+        for number in prefill:
+            reports = [engine.report for engine in self.prefill_groups[number]]
+            if scheduler.has_work(Role.PREFILL, reports[0].group):
+                for placement in scheduler.fetch_prefill(reports[0].group, reports, now):
+                    self._place(placement)
+        for number in decode:
+            group = self.decode_groups[number]
+            if scheduler.has_work(Role.DECODE, group[0].report.group):
+                for engine in group:
+                    engine.report.free_tokens = engine.capacity - engine.used
+                reports = [engine.report for engine in group]
+                for placement in scheduler.fetch_decode(reports[0].group, reports, now):
+                    self._place(placement)
+        if scheduler.num_waiting:
+            self._fetch_pending = True
+            self.events.at((slot + 1) * self._slot_seconds, self._fetch, slot + 1)
 
     def _place(self, placement: Placement) -> None:
         request = self._waiting.pop(placement.request.request_id)
@@ -450,7 +465,9 @@ class ClusterSim:
         self._wake(engine)
 
 
-def _rotated[T](groups: list[T], turn: int) -> list[T]:
-    """All groups, another one first each turn."""
-    first = turn % len(groups)
-    return groups[first:] + groups[:first]
+def _spread(groups: int, slots: int) -> list[list[int]]:
+    """Numbers of groups, as evenly over the slots as they go."""
+    spread: list[list[int]] = [[] for _ in range(slots)]
+    for group in range(groups):
+        spread[group * slots // groups].append(group)
+    return spread

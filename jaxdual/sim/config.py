@@ -38,7 +38,7 @@ class ClusterSpec(_Section, frozen=True, kw_only=True):
       collective_share: part of the compute NICs' time that collectives take, to which KV yields.
       prefill_buffer, decode_buffer: bytes of a node's memory that KV passes through.
       copy_seconds: to submit the copy of one Layer Block.
-      fetch_seconds: between two fetches of a group.
+      fetch_seconds: between two fetches of a group; groups take turns.
     """
 
     prefill_nodes: Count
@@ -52,7 +52,7 @@ class ClusterSpec(_Section, frozen=True, kw_only=True):
     prefill_buffer: Above = 80e9
     decode_buffer: Above = 80e9
     copy_seconds: AtLeast = 1e-6
-    fetch_seconds: Above = 0.02
+    fetch_seconds: Above = 0.1
 
     def node_rates(self) -> NodeRates:
         """For `scheduling.capacity`."""
