@@ -146,21 +146,26 @@ class ClusterLoads:
             raise ValueError(f"group {group} fetches as {role.value}, and is {self._groups[group].role.value}")
         for report in reports:
             self._check_place(role, group, report)
-        read_q: dict[int, int] = {}
+        # Every engine of a large cluster passes here at every fetch: hence no calls of `max`.
+        engines, read_q = self._engines, dict[int, int]()
         for report in reports:
-            engine = self._engines.get(report.engine) or self._add(role, report)
-            other_tok = max(0, report.tok - engine.tok)
-            self._groups[group].tok += other_tok - engine.other_tok
-            engine.other_tok = other_tok
-            engine.other_seq = max(0, report.seq - engine.seq)
+            engine = engines.get(report.engine) or self._add(role, report)
+            tok, seq = report.tok - engine.tok, report.seq - engine.seq
+            other_tok = tok if tok > 0 else 0
+            if other_tok != engine.other_tok:
+                self._groups[group].tok += other_tok - engine.other_tok
+                engine.other_tok = other_tok
+            engine.other_seq = seq if seq > 0 else 0
             engine.free_tokens = report.free_tokens
-            read_q[report.node] = max(report.read_q, read_q.get(report.node, 0))
+            if report.read_q >= read_q.get(report.node, 0):
+                read_q[report.node] = report.read_q
         for number, tokens in read_q.items():
             node = self._nodes[number]
             node.other = max(0, tokens - node.unread)
 
     def now(self, engines: Iterable[int]) -> list[EngineReport]:
         """Loads of these engines, with all that was assigned since they reported."""
+        nodes = self._nodes
         return [
             EngineReport(
                 load.engine,
@@ -168,8 +173,8 @@ class ClusterLoads:
                 load.group,
                 load.seq + load.other_seq,
                 load.tok + load.other_tok,
-                self.read_q(load.node),
-                self.free_tokens(load.engine),
+                nodes[load.node].unread + nodes[load.node].other,
+                load.free_tokens - load.promised if load.free_tokens > load.promised else 0,
             )
             for load in map(self._engines.__getitem__, engines)
         ]

@@ -54,7 +54,10 @@ class Staged:
     def __init__(self) -> None:
         self.leases: list[Lease] = []
 
-    def put(self, seq_id: int, lease: Lease, firsts: Any, blocks: int, computed: int, *, stored: int) -> None:
+    def put(
+        self, seq_id: int, lease: Lease, firsts: Any, blocks: int, computed: int, *, stored: int, handed_over: bool
+    ) -> None:
+        assert handed_over
         assert lease.state is LeaseState.READY, "adopted while somebody may write"
         self.leases.append(lease)
 

@@ -23,9 +23,11 @@ from jaxdual.sim.workload import sessions_of, starts_of
 EXAMPLES = Path(__file__).parents[2] / "examples" / "sim"
 SMALL = ("cluster.gpus=4", "workload.max_len=32K", "workload.agents=48", "workload.turns=12")
 # Only cards take time.
-FAST = (*("prefill.flops=1e24", "prefill.attention_flops=1e24", "prefill.pass_seconds=1e-6", "prefill.kv_bytes=1e15"),)
-FAST = (*FAST, "decode.step_seconds=1e-6", "decode.sequence_seconds=0.0", "decode.kv_bytes=1e12")
-FAST = (*FAST, "cluster.copy_seconds=0.0", "cluster.fetch_seconds=0.001", "cluster.snic=4e9")
+FAST = (
+    *("prefill.flops=1e24", "prefill.attention_flops=1e24", "prefill.pass_seconds=1e-6", "prefill.kv_bytes=1e15"),
+    *("decode.step_seconds=1e-6", "decode.sequence_seconds=0.0", "decode.kv_bytes=1e12"),
+    *("cluster.copy_seconds=0.0", "cluster.fetch_seconds=0.001", "cluster.snic=4e9"),
+)
 
 
 def config_of(*settings: str) -> SimConfig:
