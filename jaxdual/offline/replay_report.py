@@ -3,14 +3,13 @@
 import dataclasses
 import importlib.metadata
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
-
-import numpy as np
 
 from jaxdual.async_api import AsyncLLM
 from jaxdual.config import ClusterConfig
 from jaxdual.offline.replay import TTFT_PARTS, AgentRecord, Replay, RequestRecord
+from jaxdual.offline.time_summary import time_summary
 from jaxdual.outputs import EngineStats
 
 _PACKAGES = ("jaxdual", "jax", "jaxlib")
@@ -57,7 +56,7 @@ def build_report(
 def measures(replay: Replay) -> dict[str, Any]:
     """The part of the report that the replay's own records give.
 
-    `jct_s` has the seconds of the whole replay, None if not all of it was served, and those of its agents; `ttst_s` is
+    `jct_s` is of the whole replay, None if not all of it was served, `jct_agents_s` of its agents; `ttst_s` is
     from the first to the second token. Only requests that were served count in times, tokens, rates and `hit_rate`.
     """
     agents, seconds = replay.agents, replay.seconds
@@ -76,14 +75,12 @@ def measures(replay: Replay) -> dict[str, Any]:
             "unfinished": sum(request.status == "unfinished" for request in requests),
             "not_sent": planned - len(requests),
         },
-        "jct_s": {
-            "overall": seconds if len(ok) == planned else None,
-            "agents": _summary(agent.jct for agent in agents),
-        },
-        "ttft_s": _summary(request.ttft for request in ok),
-        "ttft_parts_s": {part: _summary(request.ttft_parts.get(part) for request in ok) for part in TTFT_PARTS},
-        "ttst_s": _summary(request.ttst for request in ok),
-        "tpot_s": _summary(request.tpot for request in ok),
+        "jct_s": seconds if len(ok) == planned else None,
+        "jct_agents_s": time_summary(agent.jct for agent in agents),
+        "ttft_s": time_summary(request.ttft for request in ok),
+        "ttft_parts_s": {part: time_summary(request.ttft_parts.get(part) for request in ok) for part in TTFT_PARTS},
+        "ttst_s": time_summary(request.ttst for request in ok),
+        "tpot_s": time_summary(request.tpot for request in ok),
         "tokens": {"prompt": prompt, "cached": cached, "generation": generated},
         "hit_rate": cached / prompt if prompt else None,
         "throughput": {
@@ -108,7 +105,7 @@ def format_report(report: Mapping[str, Any]) -> str:
     engines = (
         f"{cluster['prefill']} prefill and {cluster['decode']} decode engines" if cluster["prefill"] else "1 engine"
     )
-    overall = "-" if jct["overall"] is None else f"{jct['overall']:.2f} s"
+    overall = "-" if jct is None else f"{jct:.2f} s"
     rows = [
         ("model", f"{report['model']} on {report['device']}, {engines}"),
         ("trace", f"{report['trace']['source']}, {len(report['agents'])} agents, start {report['trace']['start']}"),
@@ -118,7 +115,7 @@ def format_report(report: Mapping[str, Any]) -> str:
             f"{requests['unfinished']} unfinished, {requests['not_sent']} not sent",
         ),
         ("JCT", overall),
-        ("JCT of agents", _times(jct["agents"], 1, "s", 2)),
+        ("JCT of agents", _times(report["jct_agents_s"], 1, "s", 2)),
         ("TTFT", _times(report["ttft_s"], 1000, "ms", 1)),
         *(
             (f"  {part}", _times(times, 1000, "ms", 1))
@@ -185,15 +182,6 @@ def _engine(before: EngineStats | None, after: EngineStats | None) -> dict[str, 
     if first is not None and last is not None:
         difference = {key: value - first[key] for key, value in last.items() if isinstance(value, (int, float))}
     return {"before": first, "after": last, "difference": difference}
-
-
-def _summary(values: Iterable[float | None]) -> dict[str, float] | None:
-    """Mean and percentiles of what is there; None where nothing is."""
-    known = [value for value in values if value is not None]
-    if not known:
-        return None
-    p50, p90, p99 = (float(p) for p in np.percentile(known, (50, 90, 99)))
-    return {"mean": float(np.mean(known)), "p50": p50, "p90": p90, "p99": p99}
 
 
 def _rate(amount: float, seconds: float) -> float:

@@ -236,6 +236,8 @@ class ClusterSim:
         turn = self._sessions[agent].turns[number]
         kept = self._context[agent] - turn.drop
         prompt = kept + turn.append
+        if self.config.workload.stored and not number:
+            kept = self._stored[agent] = prompt // self._block * self._block
         hit = min(kept, self._stored[agent], prompt - 1) // self._block * self._block
         request = Request(agent, number, self._numbers, prompt, hit, turn.generate, self.events.now, cached=hit)
         self._numbers += 1

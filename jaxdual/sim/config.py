@@ -160,7 +160,8 @@ class WorkloadSpec(_Section, frozen=True, kw_only=True):
 
     Attributes:
       max_len: which of the published sets is drawn from, where `trace` is not given.
-      trace: a file, see `offline.trace.read_trace`.
+      trace: a file, see `offline.trace.read_trace`; its path from the configuration's folder on.
+      stored: whether the full blocks of first prompts are in the store already.
       agents: how many; None for those of the trace.
       turns: of an agent at most; None for all.
       append_scale, generation_scale: of the trace's lengths.
@@ -169,6 +170,7 @@ class WorkloadSpec(_Section, frozen=True, kw_only=True):
 
     max_len: Literal["32K", "48K", "64K"] = "64K"
     trace: str | None = None
+    stored: bool = False
     agents: Count | None = None
     turns: Count | None = None
     append_scale: Above = 1.0
@@ -211,9 +213,13 @@ def read_sim_config(path: Path, settings: Sequence[str] = ()) -> SimConfig:
     for setting in settings:
         _put(values, setting)
     try:
-        return msgspec.convert(values, SimConfig)
+        config = msgspec.convert(values, SimConfig)
     except msgspec.ValidationError as error:
         raise ConfigError(f"{path}: {_in_keys(str(error))}") from None
+    if config.workload.trace is None:
+        return config
+    trace = str(path.parent / config.workload.trace)
+    return msgspec.structs.replace(config, workload=msgspec.structs.replace(config.workload, trace=trace))
 
 
 def _put(values: dict[str, Any], setting: str) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import resource
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
 import numpy as np
 
+from jaxdual.offline.time_summary import time_summary
 from jaxdual.offline.trace import Session
 from jaxdual.sim.cluster import ClusterSim
 from jaxdual.sim.config import SimConfig
@@ -67,11 +68,11 @@ def build_report(
         "seconds": seconds,
         "requests": {"planned": measures.planned, "ok": measures.served},
         "jct_s": seconds,
-        "jct_agents_s": _summary(measures.jct),
-        "ttft_s": _summary(measures.ttft),
-        "ttft_parts_s": {part: _summary(times) for part, times in measures.parts.items()},
-        "ttst_s": _summary(measures.ttst),
-        "tpot_s": _summary(measures.tpot),
+        "jct_agents_s": time_summary(measures.jct),
+        "ttft_s": time_summary(measures.ttft),
+        "ttft_parts_s": {part: time_summary(times) for part, times in measures.parts.items()},
+        "ttst_s": time_summary(measures.ttst),
+        "tpot_s": time_summary(measures.tpot),
         "tokens": {"prompt": measures.prompt, "cached": measures.cached, "generation": measures.generated},
         "hit_rate": measures.cached / measures.prompt,
         "throughput": {
@@ -180,11 +181,3 @@ def _unevenness(pipes: Sequence[Pipe]) -> float | None:
 def _attention(sim: ClusterSim) -> float | None:
     count = sum(group.figures.count for group in sim.forwards)
     return sum(group.figures.unevenness for group in sim.forwards) / count if count else None
-
-
-def _summary(values: Iterable[float]) -> dict[str, float] | None:
-    known = np.fromiter(values, float)
-    if not known.size:
-        return None
-    p50, p90, p99 = (float(p) for p in np.percentile(known, (50, 90, 99)))
-    return {"mean": float(known.mean()), "p50": p50, "p90": p90, "p99": p99}

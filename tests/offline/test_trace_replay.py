@@ -148,7 +148,8 @@ def test_times_of_one_agent_are_those_of_its_tokens():
     assert ended == [first, second]
 
     report = measures(replay)
-    assert report["jct_s"] == {"overall": 4.5, "agents": {"mean": 4.5, "p50": 4.5, "p90": 4.5, "p99": 4.5}}
+    assert report["jct_s"] == 4.5
+    assert report["jct_agents_s"] == {"mean": 4.5, "p50": 4.5, "p90": 4.5, "p99": 4.5}
     assert report["ttft_s"] == pytest.approx({"mean": 1.0, "p50": 1.0, "p90": 1.2, "p99": 1.245})
     assert report["ttft_parts_s"]["queue"] == {"mean": 0.25, "p50": 0.25, "p90": 0.25, "p99": 0.25}
     assert report["ttft_parts_s"]["prefill"]["mean"] == (1.0 + 0.5) / 2
@@ -193,8 +194,8 @@ def test_agents_run_beside_each_other_from_their_starts():
     assert (b.started, b.finished, b.jct) == (2.0, 3.75, 1.75)
     assert (a.requests[0].ttst, a.requests[0].tpot, b.requests[0].tpot) == (None, None, 0.5)
     report = measures(replay)
-    assert report["jct_s"]["overall"] == replay.seconds == 3.75
-    assert report["jct_s"]["agents"]["mean"] == (2.5 + 1.75) / 2
+    assert report["jct_s"] == replay.seconds == 3.75
+    assert report["jct_agents_s"]["mean"] == (2.5 + 1.75) / 2
     assert [(one["session"], one["started_s"], one["jct_s"]) for one in report["agents"]] == [
         ("a", 0.0, 2.5),
         ("b", 2.0, 1.75),
@@ -209,9 +210,9 @@ def test_deadline_ends_what_is_under_way_and_tells_of_it():
     assert llm.aborted == ["agent-0-turn-1"]
     report = measures(replay)
     assert report["requests"] == {"planned": 4, "ok": 2, "failed": 0, "unfinished": 1, "not_sent": 1}
-    assert report["jct_s"]["overall"] is None
+    assert report["jct_s"] is None
     assert [one["jct_s"] for one in report["agents"]] == [None, 0.5, None]
-    assert report["jct_s"]["agents"]["mean"] == 0.5
+    assert report["jct_agents_s"]["mean"] == 0.5
     assert report["tokens"] == {"prompt": 80, "cached": 0, "generation": 6}
 
 

@@ -1,0 +1,138 @@
+"""`python -m bench.simulate`: simulated clusters against the figures of DualPath, and against the measured loopback.
+
+Each model has one set of parameters, in examples/sim. Of it the storage cards' rate is fitted to the largest job of the
+set of 64K in the mode Basic, and a common factor of all times to compute to that job in the mode Oracle; all other
+figures are predictions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from bench.paper_jct import ABLATION, FITTED, JCT
+from bench.report import header, table, write_json
+from jaxdual.sim.config import read_sim_config
+from jaxdual.sim.run import run_simulation
+
+_EXAMPLES = Path(__file__).parents[1] / "examples" / "sim"
+_MEASURED = Path(__file__).parent / "results" / "cpu_2_cores" / "dualpath.json"
+_MODES = ("oracle", "full", "basic")
+_ABLATION_MODES = ("basic", "layerwise", "roundrobin", "full")
+_LOOPBACK_MODES = ("basic", "layerwise", "roundrobin", "full", "split", "oracle")
+
+
+def simulate(model: str, settings: tuple[str, ...]) -> dict[str, Any]:
+    """The figures of one simulation."""
+    report = run_simulation(read_sim_config(_EXAMPLES / f"{model}.toml", settings))
+    kept = ("jct_s", "jct_agents_s", "ttft_s", "ttft_parts_s", "ttst_s", "tpot_s", "throughput", "snic_max_over_avg")
+    figures = {name: report[name] for name in (*kept, "attention_max_over_avg", "simulation")}
+    return {"model": model, "settings": settings, **figures, "nics": report["nics"]["kinds"]}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m bench.simulate", description=__doc__)
+    parser.add_argument("--model", choices=[*JCT, "loopback"], action="append", help="of all, unless given")
+    parser.add_argument("--max-len", choices=["32K", "48K", "64K"], action="append", help="of all, unless given")
+    parser.add_argument("--ablation", action="store_true", help="the ablation of Figure 12, too")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="simulations at a time")
+    parser.add_argument("--json", metavar="FILE")
+    options = parser.parse_args(arguments)
+    models = options.model or [*JCT, "loopback"]
+    lengths = options.max_len or ["32K", "48K", "64K"]
+    calls = [call for model in models for call in _calls(model, lengths, ablation=options.ablation)]
+    with ProcessPoolExecutor(options.jobs) as pool:
+        futures = {call: pool.submit(simulate, *call) for call in calls}
+        runs = {}
+        for number, (call, future) in enumerate(futures.items(), start=1):
+            runs[call] = future.result()
+            print(f"{number} of {len(calls)}: {' '.join((call[0], *call[1]))}", file=sys.stderr)
+    report = header("bench.simulate") | {"runs": list(runs.values())}
+    for model in models:
+        if model == "loopback":
+            report["loopback"] = _loopback(runs)
+            print(table(["mode", "measured, s", "simulated, s", "error"], report["loopback"]))
+            continue
+        cells = [cell for cell in JCT[model] if cell[0] in lengths]
+        report[model] = [row for cell in cells for row in _rows(model, cell, runs)]
+        print(table(["model", "set", "agents", "mode", "paper, s", "simulated, s", "error"], report[model]))
+        report[f"{model} ratios"] = [_ratios(model, cell, runs) for cell in cells]
+        columns = ["model", "set", "agents", "Basic/Ours", "simulated", "error", "Ours/Oracle", "simulated"]
+        print(table(columns, report[f"{model} ratios"]))
+        if options.ablation and model == "ds660b":
+            report["ablation"] = [row for agents in ABLATION for row in _ablation(agents, runs)]
+            print(table(["agents", "mode", "paper, s", "shorter", "simulated, s", "shorter"], report["ablation"]))
+    write_json(options.json, report)
+    return 0
+
+
+type _Call = tuple[str, tuple[str, ...]]
+
+
+def _call(model: str, cell: tuple[str, int], mode: str) -> _Call:
+    return model, (f"mode={mode}", f"workload.max_len={cell[0]}", f"workload.agents={cell[1]}")
+
+
+def _calls(model: str, lengths: Sequence[str], *, ablation: bool) -> list[_Call]:
+    if model == "loopback":
+        return [(model, (f"mode={mode}",)) for mode in _LOOPBACK_MODES]
+    calls = [_call(model, cell, mode) for cell in JCT[model] if cell[0] in lengths for mode in _MODES]
+    if ablation and model == "ds660b":
+        calls += [_call(model, ("64K", agents), mode) for agents in ABLATION for mode in _ABLATION_MODES]
+    return list(dict.fromkeys(calls))
+
+
+def _rows(model: str, cell: tuple[str, int], runs: dict[_Call, dict[str, Any]]) -> list[tuple[Any, ...]]:
+    rows = []
+    for mode, paper in zip(_MODES, JCT[model][cell], strict=True):
+        found = runs[_call(model, cell, mode)]["jct_s"]
+        fitted = cell == FITTED[model] and mode != "full"
+        rows.append((model, *cell, mode, paper, round(found), "fitted" if fitted else _error(found, paper)))
+    return rows
+
+
+def _ratios(model: str, cell: tuple[str, int], runs: dict[_Call, dict[str, Any]]) -> tuple[Any, ...]:
+    oracle, ours, basic = (runs[_call(model, cell, mode)]["jct_s"] for mode in _MODES)
+    paper_oracle, paper_ours, paper_basic = JCT[model][cell]
+    gain, paper = basic / ours, paper_basic / paper_ours
+    above, paper_above = f"{ours / oracle:.2f}", f"{paper_ours / paper_oracle:.2f}"
+    return model, *cell, f"{paper:.2f}", f"{gain:.2f}", _error(gain, paper), paper_above, above
+
+
+def _ablation(agents: int, runs: dict[_Call, dict[str, Any]]) -> list[tuple[Any, ...]]:
+    found = [runs[_call("ds660b", ("64K", agents), mode)]["jct_s"] for mode in _ABLATION_MODES]
+    paper = ABLATION[agents]
+    return [
+        (agents, mode, paper[i], f"{1 - paper[i] / paper[0]:.1%}", round(found[i]), f"{1 - found[i] / found[0]:.1%}")
+        for i, mode in enumerate(_ABLATION_MODES)
+    ]
+
+
+def _loopback(runs: dict[_Call, dict[str, Any]]) -> list[tuple[Any, ...]]:
+    measured = json.loads(_MEASURED.read_text())["runs"]
+    rows = []
+    for mode in _LOOPBACK_MODES:
+        same = [run["jct_s"] for run in measured if _is_case(run, mode)]
+        median, found = statistics.median(same), runs["loopback", (f"mode={mode}",)]["jct_s"]
+        rows.append((mode, f"{median:.2f}", f"{found:.2f}", _error(found, median)))
+    return rows
+
+
+def _is_case(run: dict[str, Any], mode: str) -> bool:
+    return (run["case"], run["prefill"], run["decode"], run["mode"]) == ("io", 1, 1, mode)
+
+
+def _error(found: float, paper: float) -> str:
+    return f"{found / paper - 1:+.1%}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
