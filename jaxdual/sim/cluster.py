@@ -98,13 +98,14 @@ class PrefillGroup:
             yield PrefillWork(request.number, request.cached, request.prompt - request.cached)
 
     def _end(self, batches: list[tuple[PrefillEngine, list[tuple[Request, int]]]]) -> None:
-        self._running = False
+        # Others become ready meanwhile, and wait for the next forward.
         for engine, batch in batches:
             for request, count in batch:
                 request.cached += count
                 if request.cached == request.prompt:
                     engine.ready.popleft()
                     self._cluster.prefilled(request)
+        self._running = False
         self.start()
 
 
@@ -139,8 +140,9 @@ class ClusterSim:
         self.token_seconds = 2 * model.active_parameters / prefill.flops
         self.quota = prefill.quota_seconds
         self.rules = ChunkRules(prefill.min_chunk, 1, None if self.mode.quota else prefill.batch_tokens)
-        layers_held = 3 / model.layers if self.mode.layerwise else 1.0
-        self.batch_tokens = int(prefill.kv_bytes / (model.kv_token_bytes * layers_held))
+        # A layer that comes, one that is computed and one that goes. Where whole prompts are held, `_allocate` counts.
+        held = 3 * model.kv_token_bytes / model.layers
+        self.batch_tokens = prefill.kv_bytes / held if self.mode.layerwise else float("inf")
 
         rates = spec.nic * (1 - spec.collective_share)
         window = config.window_seconds
@@ -156,7 +158,7 @@ class ClusterSim:
             for _ in range(spec.gpus):
                 engine = len(self.prefill_engines)
                 report = EngineReport(engine, number, number // per_group, 0, 0, 0)
-                one = PrefillEngine(engine, node, Card(rates), report)
+                one = PrefillEngine(engine, node, Card(rates), report, Buffer(prefill.kv_bytes))
                 self.prefill_engines.append(one)
                 self.prefill_groups[number // per_group].append(one)
         first = len(self.prefill_engines)
@@ -346,11 +348,17 @@ class ClusterSim:
     def _allocate(self, request: Request, side: ReadSide, tokens: int) -> bool:
         decode = self._decode(request.plan).node.buffer
         own = self._nodes[self._node_of(request.plan, side)].buffer if side is ReadSide.PREFILL else None
+        # Without layerwise prefill nothing is read for an engine that has no memory for all of it.
+        memory = None if self.mode.layerwise else self.prefill_engines[request.plan.prefill_engine].memory
         whole, part = request.prompt * self._token_bytes, tokens * self._token_bytes
         if not request.holds_decode_buffer and not decode.fits(whole):
             return False
         if own is not None and not own.fits(part):
             return False
+        if memory is not None and not memory.fits(whole):
+            return False
+        if memory is not None:
+            memory.take(whole)
         if not request.holds_decode_buffer:
             decode.take(whole)
             request.holds_decode_buffer = whole
@@ -414,6 +422,8 @@ class ClusterSim:
         if not self.mode.transfers:
             self._in_memory(request)
             return
+        if not self.mode.layerwise:
+            self.prefill_engines[plan.prefill_engine].memory.give_back(request.prompt * self._token_bytes)
         if request.holds_prefill_buffer:
             self._nodes[self._node_of(plan, ReadSide.PREFILL)].buffer.give_back(request.holds_prefill_buffer)
         decode = self._decode(plan)

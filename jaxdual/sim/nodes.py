@@ -91,12 +91,17 @@ class Node:
 
 @dataclass(slots=True, eq=False)
 class PrefillEngine:
-    """A prefill engine: its card, and prompts that are ready to be computed."""
+    """A prefill engine: its card, and prompts that are ready to be computed.
+
+    Attributes:
+      memory: for keys and values of all layers of prompts, in modes where these are there together.
+    """
 
     number: int
     node: Node
     nic: Card
     report: EngineReport
+    memory: Buffer
     ready: deque[Request] = field(default_factory=deque)
 
 
