@@ -192,6 +192,7 @@ class ClusterSim:
         self._sessions, self._starts, self._finished = sessions, starts, finished
         self._context = [0] * len(sessions)  # tokens of each agent after its last turn
         self._stored = [0] * len(sessions)  # of them, those in the store
+        self._known: set[int] = set()  # ids of a trace's blocks that are stored
         self._numbers = 0
         self._waiting: dict[int, Request] = {}  # that are not placed, by number
         # Groups fetch one after another; each slot of the period has those of both roles whose turn it is then.
@@ -240,7 +241,11 @@ class ClusterSim:
         prompt = kept + turn.append
         if self.config.workload.stored and not number:
             kept = self._stored[agent] = prompt // self._block * self._block
-        hit = min(kept, self._stored[agent], prompt - 1) // self._block * self._block
+        stored = min(kept, self._stored[agent])
+        if turn.block_ids:  # other agents may have had the same blocks
+            known = next((i for i, one in enumerate(turn.block_ids) if one not in self._known), len(turn.block_ids))
+            stored = max(stored, min(prompt, int(known * self._sessions[agent].block_tokens)))
+        hit = min(stored, prompt - 1) // self._block * self._block
         request = Request(agent, number, self._numbers, prompt, hit, turn.generate, self.events.now, cached=hit)
         self._numbers += 1
         self._context[agent] = prompt + turn.generate
@@ -262,6 +267,7 @@ class ClusterSim:
             engine.node.dram.send(end, new)
             engine.node.snic.read.send(end, new)
         self._stored[request.agent] = stored
+        self._known.update(self._sessions[request.agent].turns[request.turn].block_ids)
         self._finished(request, now)
         turns = self._sessions[request.agent].turns
         if request.turn + 1 < len(turns):

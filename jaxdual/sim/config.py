@@ -160,12 +160,13 @@ class WorkloadSpec(_Section, frozen=True, kw_only=True):
 
     Attributes:
       max_len: which of the published sets is drawn from, where `trace` is not given.
-      trace: a file, see `offline.trace.read_trace`; its path from the configuration's folder on.
+      trace: a file, see `offline.trace.read_trace`, or BurstGPT's as .csv; its path from the configuration's folder on.
       stored: whether the full blocks of first prompts are in the store already.
       agents: how many; None for those of the trace.
       turns: of an agent at most; None for all.
       append_scale, generation_scale: of the trace's lengths.
-      arrivals_per_second: of agents, Poisson; None for all at once.
+      arrivals_per_second: of agents, Poisson; None for all at once, or as `speed` says.
+      speed: agents start by the trace's timestamps, so many times as fast.
     """
 
     max_len: Literal["32K", "48K", "64K"] = "64K"
@@ -176,6 +177,7 @@ class WorkloadSpec(_Section, frozen=True, kw_only=True):
     append_scale: Above = 1.0
     generation_scale: Above = 1.0
     arrivals_per_second: Above | None = None
+    speed: Above | None = None
 
 
 class SimConfig(_Section, frozen=True, kw_only=True):

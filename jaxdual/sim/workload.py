@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jaxdual.config import ConfigError
+from jaxdual.offline.burstgpt import read_burstgpt
 from jaxdual.offline.trace import Session, read_trace
 from jaxdual.offline.trace_scaling import limit_turns, scale_work, with_agents
 from jaxdual.offline.trace_shapes import TRAJECTORIES, generate_sessions
-from jaxdual.offline.trace_starts import poisson_starts
+from jaxdual.offline.trace_starts import poisson_starts, timestamp_starts
 from jaxdual.sim.config import SimConfig
 
 
@@ -25,7 +26,8 @@ def sessions_of(config: SimConfig) -> list[Session]:
         count = TRAJECTORIES if spec.agents is None else min(spec.agents, TRAJECTORIES)
         sessions = generate_sessions(spec.max_len.lower(), count, config.seed)
     else:
-        sessions = read_trace(Path(spec.trace))
+        path = Path(spec.trace)
+        sessions = read_burstgpt(path) if path.suffix == ".csv" else read_trace(path)
     if spec.turns is not None:
         sessions = limit_turns(sessions, spec.turns)
     if (spec.append_scale, spec.generation_scale) != (1.0, 1.0):
@@ -37,9 +39,15 @@ def sessions_of(config: SimConfig) -> list[Session]:
 
 
 def starts_of(config: SimConfig, sessions: Sequence[Session]) -> list[float]:
-    """When each agent starts, in seconds."""
-    rate = config.workload.arrivals_per_second
-    return [0.0] * len(sessions) if rate is None else poisson_starts(len(sessions), rate, config.seed)
+    """When each agent starts, in seconds.
+
+    Raises:
+      TraceError: by timestamps, and there is one missing.
+    """
+    rate, speed = config.workload.arrivals_per_second, config.workload.speed
+    if rate is not None:
+        return poisson_starts(len(sessions), rate, config.seed)
+    return [0.0] * len(sessions) if speed is None else timestamp_starts(sessions, speed)
 
 
 def _check_lengths(config: SimConfig, sessions: Sequence[Session]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -221,6 +222,20 @@ def test_the_same_seed_gives_the_same_report() -> None:
 
     assert report(3) == report(3)
     assert report(3)["jct_s"] != report(4)["jct_s"]
+
+
+def test_blocks_that_agents_share_are_found(tmp_path: Path) -> None:
+    trace = tmp_path / "trace.jsonl"
+    lines = [(0, 1300, [1, 2, 3]), (60_000, 1500, [1, 2, 4]), (120_000, 600, [5, 2])]
+    trace.write_text(
+        "".join(
+            json.dumps({"timestamp": time, "input_length": length, "output_length": 5, "hash_ids": ids}) + "\n"
+            for time, length, ids in lines
+        )
+    )
+    config = config_of(f"workload.trace={trace}", "workload.speed=2.0", "workload.agents=3")
+    done = simulate(config)[2]
+    assert [(request.arrival, request.hit) for request in done] == [(0.0, 0), (30.0, 1024), (60.0, 0)]
 
 
 @pytest.mark.parametrize(
