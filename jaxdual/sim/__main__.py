@@ -12,10 +12,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from jaxdual.config import ConfigError
 from jaxdual.sim.compare import compare, read_report
 from jaxdual.sim.config import read_sim_config
+from jaxdual.sim.nodes import Request
+from jaxdual.sim.pictures import draw
 from jaxdual.sim.report import format_report
 from jaxdual.sim.run import run_simulation
+from jaxdual.sim.spans import write_spans
 
 _PROG = "python -m jaxdual.sim"
 
@@ -48,14 +52,46 @@ def _simulate(arguments: Sequence[str]) -> int:
         help="another value than the file's, such as cluster.decode_nodes=4 or mode=basic; any number of times",
     )
     parser.add_argument("--json", metavar="FILE", type=Path, help="where the report goes, too")
+    parser.add_argument(
+        "--plot", metavar="FILE", type=Path, help="a picture of the storage cards' use and of who waited, over time"
+    )
+    parser.add_argument(
+        "--spans", metavar="FILE", type=Path, help="what one request did when, as a trace that Perfetto opens"
+    )
+    parser.add_argument(
+        "--spans-of",
+        metavar="AGENT:TURN",
+        default="0:0",
+        type=_agent_and_turn,
+        help="whose spans, by their numbers from 0 on (default: 0:0)",
+    )
     parser.add_argument("--no-progress", action="store_true", help="shows no progress bar")
     options = parser.parse_args(arguments)
     config = read_sim_config(options.config, options.settings)
-    report = run_simulation(config, progress=not options.no_progress)
+
+    def finished(request: Request, now: float) -> None:
+        if options.spans is not None and (request.agent, request.turn) == options.spans_of:
+            write_spans(options.spans, request, now)
+            told.append(request)
+
+    told: list[Request] = []
+    report = run_simulation(config, progress=not options.no_progress, on_finished=finished)
+    if options.spans is not None and not told:
+        agent, turn = options.spans_of
+        raise ConfigError(f"--spans-of {agent}:{turn}: there is no such turn")
+    if options.plot is not None:
+        draw(report, options.plot)
     if options.json is not None:
         options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     print(format_report(report))
     return 0
+
+
+def _agent_and_turn(text: str) -> tuple[int, int]:
+    agent, sign, turn = text.partition(":")
+    if not (sign and agent.isdecimal() and turn.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r} must be AGENT:TURN, such as 0:12")
+    return int(agent), int(turn)
 
 
 def _compare(arguments: Sequence[str]) -> int:

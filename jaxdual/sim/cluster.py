@@ -117,6 +117,9 @@ class ClusterSim:
       sessions: what agents do.
       starts: when each begins, in seconds.
       finished: called with each request that is over and the time.
+
+    Attributes:
+      samples: requests by where they are, once each `window_seconds`.
     """
 
     def __init__(
@@ -150,24 +153,26 @@ class ClusterSim:
         self.decode_nodes = [self._node(spec.decode_buffer, window) for _ in range(spec.decode_nodes)]
         self.prefill_engines: list[PrefillEngine] = []
         self.decode_engines: list[DecodeNode] = []
-        per_group = spec.group_nodes
-        prefill_groups = -(-spec.prefill_nodes // per_group)
+        prefill_groups = -(-spec.prefill_nodes // spec.prefill_group_nodes)
         self.prefill_groups: list[list[PrefillEngine]] = [[] for _ in range(prefill_groups)]
-        self.decode_groups: list[list[DecodeNode]] = [[] for _ in range(-(-spec.decode_nodes // per_group))]
+        self.decode_groups: list[list[DecodeNode]] = [
+            [] for _ in range(-(-spec.decode_nodes // spec.decode_group_nodes))
+        ]
         for number, node in enumerate(self.prefill_nodes):
             for _ in range(spec.gpus):
                 engine = len(self.prefill_engines)
-                report = EngineReport(engine, number, number // per_group, 0, 0, 0)
+                group = number // spec.prefill_group_nodes
+                report = EngineReport(engine, number, group, 0, 0, 0)
                 one = PrefillEngine(engine, node, Card(rates), report, Buffer(prefill.kv_bytes))
                 self.prefill_engines.append(one)
-                self.prefill_groups[number // per_group].append(one)
+                self.prefill_groups[group].append(one)
         first = len(self.prefill_engines)
         cost = DecodeCost(config.decode.step_seconds, config.decode.sequence_seconds, config.decode.token_seconds)
         capacity = int(config.decode.kv_bytes / model.kv_token_bytes)
         for number, node in enumerate(self.decode_nodes):
             for _ in range(spec.gpus):
                 engine = first + len(self.decode_engines)
-                group = number // per_group
+                group = number // spec.decode_group_nodes
                 report = EngineReport(engine, spec.prefill_nodes + number, prefill_groups + group, 0, 0, 0, capacity)
                 other = DecodeNode(engine, node, Card(rates), report, DecodeEngine(cost), capacity)
                 self.decode_engines.append(other)
@@ -204,6 +209,10 @@ class ClusterSim:
         self._fetch_pending = False
         self._blocked: set[int] = set()  # nodes whose first read waits for a buffer, by their place in all nodes
         self._nodes = [*self.prefill_nodes, *self.decode_nodes]
+        self._agents_left, self._last = len(sessions), 0.0
+        self.samples: dict[str, list[int]] = {
+            name: [] for name in ("wait for engines", "wait for the store", "at prefill engines", "decode")
+        }
 
     def run(self) -> float:
         """Runs until all agents are done; seconds."""
@@ -213,10 +222,20 @@ class ClusterSim:
         for others in self.decode_groups:
             reports = [engine.report for engine in others]
             self.scheduler.report(Role.DECODE, reports[0].group, reports)
+        self._sample()
         for agent, start in enumerate(self._starts):
             self.events.at(start, self._next_turn, agent, 0)
         self.events.run()
-        return self.events.now
+        return self._last
+
+    def _sample(self) -> None:
+        """Counts who waits where, until all agents are done."""
+        self.samples["wait for engines"].append(self.scheduler.num_waiting)
+        self.samples["wait for the store"].append(sum(len(node.queue) + node.reading for node in self._nodes))
+        self.samples["at prefill engines"].append(sum(len(engine.ready) for engine in self.prefill_engines))
+        self.samples["decode"].append(sum(len(engine.requests) for engine in self.decode_engines))
+        if self._agents_left:
+            self.events.at(self.events.now + self.config.window_seconds, self._sample)
 
     def _node(self, buffer: float, window: float) -> Node:
         spec = self.config.cluster
@@ -273,6 +292,9 @@ class ClusterSim:
         if request.turn + 1 < len(turns):
             delay = turns[request.turn + 1].delay
             self.events.at(now + delay, self._next_turn, request.agent, request.turn + 1)
+        else:
+            self._agents_left -= 1
+            self._last = now
 
     # Placing.
 

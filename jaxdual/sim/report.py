@@ -83,6 +83,13 @@ def build_report(
         "nics": _nics(sim, seconds),
         "snic_max_over_avg": _unevenness([node.snic.write for node in (*sim.prefill_nodes, *sim.decode_nodes)]),
         "attention_max_over_avg": _attention(sim),
+        "over_time": {
+            "storage_read_bytes": {
+                side: _windows([node.snic.write for node in nodes])
+                for side, nodes in (("prefill", sim.prefill_nodes), ("decode", sim.decode_nodes))
+            },
+            "requests": sim.samples,
+        },
         "buffers": {
             side: {"bytes": nodes[0].buffer.capacity, "most_used": max(node.buffer.most for node in nodes)}
             for side, nodes in (("prefill", sim.prefill_nodes), ("decode", sim.decode_nodes))
@@ -169,13 +176,18 @@ def _unevenness(pipes: Sequence[Pipe]) -> float | None:
     """Mean over the windows of the busiest storage card's bytes over the mean card's; of windows in which the mean card
     has carried at least a tenth of what it has at its busiest.
     """
-    length = max(len(pipe.windows) for pipe in pipes)
-    carried = np.array([pipe.windows + [0.0] * (length - len(pipe.windows)) for pipe in pipes])
+    carried = np.array(_windows(pipes))
     if not carried.size or len(pipes) < 2:
         return None
     mean = carried.mean(axis=0)
     busy = mean > 0.1 * mean.max()
     return float((carried.max(axis=0)[busy] / mean[busy]).mean()) if busy.any() else None
+
+
+def _windows(pipes: Sequence[Pipe]) -> list[list[float]]:
+    """Bytes of each pipe in each window, as many for all."""
+    length = max(len(pipe.windows) for pipe in pipes)
+    return [pipe.windows + [0.0] * (length - len(pipe.windows)) for pipe in pipes]
 
 
 def _attention(sim: ClusterSim) -> float | None:

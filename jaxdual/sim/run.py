@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 from tqdm import tqdm
@@ -14,11 +15,17 @@ from jaxdual.sim.report import Measures, build_report
 from jaxdual.sim.workload import sessions_of, starts_of
 
 
-def run_simulation(config: SimConfig, *, progress: bool = False) -> dict[str, Any]:
+def run_simulation(
+    config: SimConfig,
+    *,
+    progress: bool = False,
+    on_finished: Callable[[Request, float], None] = lambda request, now: None,
+) -> dict[str, Any]:
     """The report of a simulation, as JSON data.
 
     Args:
       progress: whether a progress bar is shown on standard error.
+      on_finished: called with each request that is over and the time.
 
     Raises:
       ConfigError, TraceError: it can't be run.
@@ -31,6 +38,7 @@ def run_simulation(config: SimConfig, *, progress: bool = False) -> dict[str, An
 
         def finished(request: Request, now: float) -> None:
             measures.take(request, now)
+            on_finished(request, now)
             bar.update()
 
         sim = ClusterSim(config, sessions, starts, finished)
