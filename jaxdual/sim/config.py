@@ -31,8 +31,8 @@ class ClusterSpec(_Section, frozen=True, kw_only=True):
     Attributes:
       prefill_nodes, decode_nodes: P and D.
       gpus: g, of a node, each an engine with a compute NIC.
-      prefill_group_nodes, decode_group_nodes: nodes whose engines fetch work together; those of prefill nodes compute in
-        lock step, too, where the model is expert-parallel.
+      prefill_group_nodes, decode_group_nodes: nodes whose engines fetch work together; those of prefill nodes compute
+        in lock step, too, where the model is expert-parallel.
       nic: B, of a compute NIC in each direction, as its host's memory sees it.
       snic: of a node's storage NIC in each direction.
       dram: M, of a node's memory, both directions together.
