@@ -1,7 +1,7 @@
 """`python -m jaxdual.sim CONFIG.toml`: what a cluster would do with a load.
 
-`python -m jaxdual.sim compare REPORT REPORT` puts two reports beside each other. Exit status: 0 when all was done, 2
-for a call that can't work.
+`compare REPORT REPORT` puts two reports beside each other; `plan` says how many nodes a load needs. Exit status: 0 when
+all was done, 1 when no plan was found, 2 for a call that can't work.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from jaxdual.sim.compare import compare, read_report
 from jaxdual.sim.config import read_sim_config
 from jaxdual.sim.nodes import Request
 from jaxdual.sim.pictures import draw
+from jaxdual.sim.plan import Trial, format_plan, make_plan, parse_slo
 from jaxdual.sim.report import format_report
 from jaxdual.sim.run import run_simulation
 from jaxdual.sim.spans import write_spans
@@ -27,7 +28,7 @@ _PROG = "python -m jaxdual.sim"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    run = _compare if given[:1] == ["compare"] else _simulate
+    run = {"compare": _compare, "plan": _plan}.get(given[0] if given else "", _simulate)
     try:
         return run(given)
     except (ValueError, OSError) as error:
@@ -40,17 +41,11 @@ def _simulate(arguments: Sequence[str]) -> int:
         prog=_PROG,
         description="Simulates a cluster of prefill and decode nodes that serves agents, with the scheduler that the "
         "engine runs.",
-        epilog="`compare REPORT REPORT` in place of CONFIG.toml puts two reports beside each other.",
+        epilog="In place of CONFIG.toml, `compare` puts two reports beside each other, and `plan` says how many nodes "
+        "a load needs; both have a --help of their own.",
     )
     parser.add_argument("config", metavar="CONFIG.toml", type=Path, help="what is simulated, see examples/sim")
-    parser.add_argument(
-        "--set",
-        metavar="SECTION.KEY=VALUE",
-        action="append",
-        default=[],
-        dest="settings",
-        help="another value than the file's, such as cluster.decode_nodes=4 or mode=basic; any number of times",
-    )
+    _add_settings(parser)
     parser.add_argument("--json", metavar="FILE", type=Path, help="where the report goes, too")
     parser.add_argument(
         "--plot", metavar="FILE", type=Path, help="a picture of the storage cards' use and of who waited, over time"
@@ -85,6 +80,46 @@ def _simulate(arguments: Sequence[str]) -> int:
         options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     print(format_report(report))
     return 0
+
+
+def _plan(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog=f"{_PROG} plan",
+        description="Says how many prefill and decode nodes a load needs for what is promised, what they use most, and "
+        "what one more of each would bring.",
+    )
+    parser.add_argument("--model", metavar="CONFIG.toml", type=Path, required=True, help="model and hardware")
+    parser.add_argument(
+        "--trace", metavar="TRACE", required=True, help="a file of requests or sessions, or one of 32K, 48K, 64K"
+    )
+    parser.add_argument("--slo", metavar="ttft=S,tpot=S", required=True, help="mean times, in seconds")
+    parser.add_argument("--most-nodes", type=int, default=32, help="that are tried (default: 32)")
+    _add_settings(parser)
+    options = parser.parse_args(arguments[1:])
+    slo = parse_slo(options.slo)
+    if options.trace in ("32K", "48K", "64K"):
+        load = f'workload.max_len="{options.trace}"'
+    else:
+        load = f"workload.trace={json.dumps(str(Path(options.trace).absolute()))}"
+    config = read_sim_config(options.model, [load, *options.settings])
+
+    def tell(trial: Trial) -> None:
+        print(f"{trial.prefill}P{trial.decode}D: {trial.excess:.2f} of what is promised", file=sys.stderr)
+
+    plan = make_plan(config, slo, options.most_nodes, tell)
+    print(format_plan(plan, slo))
+    return 0 if plan.chosen is not None else 1
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--set",
+        metavar="SECTION.KEY=VALUE",
+        action="append",
+        default=[],
+        dest="settings",
+        help="another value than the file's, such as cluster.decode_nodes=4 or mode=basic; any number of times",
+    )
 
 
 def _agent_and_turn(text: str) -> tuple[int, int]:

@@ -28,9 +28,12 @@ from jaxdual.sim.nodes import Buffer, DecodeNode, Node, PrefillEngine, Request
 
 @dataclass(slots=True)
 class ForwardFigures:
-    """Of all forwards of groups in lock step: their number, and the sum of each one's longest over mean attention."""
+    """Of a group's forwards: how many, the seconds that they took, and the sum of each one's longest over mean
+    attention.
+    """
 
     count: int = 0
+    seconds: float = 0.0
     unevenness: float = 0.0
 
 
@@ -65,8 +68,8 @@ class PrefillGroup:
             longest, total = max(longest, seconds), total + seconds
             tokens += sum(count for _, count in batch)
             items = max(items, len(batch))
+        self.figures.count += 1
         if len(self._engines) > 1:
-            self.figures.count += 1
             self.figures.unevenness += longest * len(self._engines) / total if total else 1.0
         # Experts are spread over the group, so that all of it computes what any of its engines is given.
         compute = cluster.pass_seconds + longest + tokens / len(self._engines) * cluster.token_seconds
@@ -80,6 +83,7 @@ class PrefillGroup:
             duration = max(compute, come, go) * (1 + 1 / cluster.layers)
         else:
             duration = come + compute + go
+        self.figures.seconds += duration
         events.at(events.now + duration, self._end, batches)
 
     def _batch(self, engine: PrefillEngine) -> list[tuple[Request, int]]:
@@ -120,6 +124,7 @@ class ClusterSim:
 
     Attributes:
       samples: requests by where they are, once each `window_seconds`.
+      decode_memory: part of all decode engines' memory that prompts have, likewise.
     """
 
     def __init__(
@@ -210,6 +215,7 @@ class ClusterSim:
         self._blocked: set[int] = set()  # nodes whose first read waits for a buffer, by their place in all nodes
         self._nodes = [*self.prefill_nodes, *self.decode_nodes]
         self._agents_left, self._last = len(sessions), 0.0
+        self.decode_memory: list[float] = []
         self.samples: dict[str, list[int]] = {
             name: [] for name in ("wait for engines", "wait for the store", "at prefill engines", "decode")
         }
@@ -234,6 +240,8 @@ class ClusterSim:
         self.samples["wait for the store"].append(sum(len(node.queue) + node.reading for node in self._nodes))
         self.samples["at prefill engines"].append(sum(len(engine.ready) for engine in self.prefill_engines))
         self.samples["decode"].append(sum(len(engine.requests) for engine in self.decode_engines))
+        used = sum(engine.used for engine in self.decode_engines)
+        self.decode_memory.append(used / sum(engine.capacity for engine in self.decode_engines))
         if self._agents_left:
             self.events.at(self.events.now + self.config.window_seconds, self._sample)
 

@@ -83,6 +83,10 @@ def build_report(
         "nics": _nics(sim, seconds),
         "snic_max_over_avg": _unevenness([node.snic.write for node in (*sim.prefill_nodes, *sim.decode_nodes)]),
         "attention_max_over_avg": _attention(sim),
+        "engines": {
+            "prefill_busy": sum(group.figures.seconds for group in sim.forwards) / (seconds * len(sim.forwards)),
+            "decode_memory_used": float(np.mean(sim.decode_memory)),
+        },
         "over_time": {
             "storage_read_bytes": {
                 side: _windows([node.snic.write for node in nodes])
@@ -131,6 +135,8 @@ def format_report(report: Mapping[str, Any]) -> str:
             for name, directions in report["nics"]["kinds"].items()
             for direction, nic in directions.items()
         ),
+        ("prefill engines", f"{report['engines']['prefill_busy']:.1%} busy"),
+        ("decode memory", f"{report['engines']['decode_memory_used']:.1%} used by prompts"),
         (
             "storage cards",
             "-" if report["snic_max_over_avg"] is None else f"max / mean {report['snic_max_over_avg']:.3f}",
@@ -192,4 +198,6 @@ def _windows(pipes: Sequence[Pipe]) -> list[list[float]]:
 
 def _attention(sim: ClusterSim) -> float | None:
     count = sum(group.figures.count for group in sim.forwards)
+    if not any(group.figures.unevenness for group in sim.forwards):
+        return None
     return sum(group.figures.unevenness for group in sim.forwards) / count if count else None
