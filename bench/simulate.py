@@ -17,7 +17,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from bench.paper_jct import ABLATION, FITTED, JCT
+from bench.paper_figures import ABLATION, FITTED, JCT, ONLINE
 from bench.report import header, table, write_json
 from jaxdual.sim.config import read_sim_config
 from jaxdual.sim.run import run_simulation
@@ -26,6 +26,9 @@ _EXAMPLES = Path(__file__).parents[1] / "examples" / "sim"
 _MEASURED = Path(__file__).parent / "results" / "cpu_2_cores" / "dualpath.json"
 _MODES = ("oracle", "full", "basic")
 _ABLATION_MODES = ("basic", "layerwise", "roundrobin", "full")
+_ONLINE_MODES = ("full", "basic")
+_SCALE_MODES = ("full", "split")
+_SCALES = (1, 24)
 _LOOPBACK_MODES = ("basic", "layerwise", "roundrobin", "full", "split", "oracle")
 
 
@@ -40,15 +43,24 @@ def simulate(model: str, settings: tuple[str, ...]) -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m bench.simulate", description=__doc__)
-    parser.add_argument("--model", choices=[*JCT, "loopback"], action="append", help="of all, unless given")
+    parser.add_argument(
+        "--model", choices=[*JCT, "loopback"], action="append", help="of all, unless given, or --online or --scale"
+    )
     parser.add_argument("--max-len", choices=["32K", "48K", "64K"], action="append", help="of all, unless given")
     parser.add_argument("--ablation", action="store_true", help="the ablation of Figure 12, too")
+    parser.add_argument(
+        "--online", action="store_true", help="agents that arrive over an hour, at rate after rate, too"
+    )
+    parser.add_argument("--scale", action="store_true", help="48 prefill and 96 decode nodes, too: half an hour each")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="simulations at a time")
     parser.add_argument("--json", metavar="FILE")
     options = parser.parse_args(arguments)
-    models = options.model or [*JCT, "loopback"]
+    other = options.online or options.scale
+    models = options.model or ([] if other else [*JCT, "loopback"])
     lengths = options.max_len or ["32K", "48K", "64K"]
     calls = [call for model in models for call in _calls(model, lengths, ablation=options.ablation)]
+    calls += [_online(rate, mode) for rate in ONLINE for mode in _ONLINE_MODES] if options.online else []
+    calls += [_scale(factor, mode) for mode in _SCALE_MODES for factor in _SCALES] if options.scale else []
     with ProcessPoolExecutor(options.jobs) as pool:
         futures = {call: pool.submit(simulate, *call) for call in calls}
         runs = {}
@@ -70,6 +82,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.ablation and model == "ds660b":
             report["ablation"] = [row for agents in ABLATION for row in _ablation(agents, runs)]
             print(table(["agents", "mode", "paper, s", "shorter", "simulated, s", "shorter"], report["ablation"]))
+    if options.online:
+        report["online"] = [_online_row(rate, mode, runs) for mode in _ONLINE_MODES for rate in ONLINE]
+        print(table(["mode", "agents/s", "TTFT, s", "paper", "TTST, s", "TPOT, s", "paper"], report["online"]))
+        most = {mode: _capacity(mode, runs) for mode in _ONLINE_MODES}
+        report["capacity"] = most
+        print(f"most agents/s within TTFT 4 s and TPOT 50 ms: {most}, paper: full 0.45, basic 0.20")
+    if options.scale:
+        report["scale"] = [_scale_row(factor, mode, runs) for mode in _SCALE_MODES for factor in _SCALES]
+        columns = ["cluster", "agents", "mode", "job, s", "max/mean of storage cards", "simulated in, s", "memory, MB"]
+        print(table(columns, report["scale"]))
     write_json(options.json, report)
     return 0
 
@@ -88,6 +110,42 @@ def _calls(model: str, lengths: Sequence[str], *, ablation: bool) -> list[_Call]
     if ablation and model == "ds660b":
         calls += [_call(model, ("64K", agents), mode) for agents in ABLATION for mode in _ABLATION_MODES]
     return list(dict.fromkeys(calls))
+
+
+def _online(rate: float, mode: str) -> _Call:
+    agents = round(rate * 3600)
+    load = ("workload.max_len=48K", f"workload.agents={agents}", f"workload.arrivals_per_second={rate}")
+    return "ds660b", (f"mode={mode}", *load)
+
+
+def _online_row(rate: float, mode: str, runs: dict[_Call, dict[str, Any]]) -> tuple[Any, ...]:
+    run = runs[_online(rate, mode)]
+    ttft, ttst, tpot = (run[name]["mean"] for name in ("ttft_s", "ttst_s", "tpot_s"))
+    paper = ONLINE[rate] if mode == "full" else (None, None)
+    return mode, f"{rate:.2f}", f"{ttft:.2f}", paper[0], f"{ttst:.3f}", f"{tpot:.4f}", paper[1]
+
+
+def _capacity(mode: str, runs: dict[_Call, dict[str, Any]]) -> float:
+    """The highest rate below the first one that breaks a promise."""
+    most = 0.0
+    for rate in ONLINE:
+        run = runs[_online(rate, mode)]
+        if run["ttft_s"]["mean"] > 4 or run["tpot_s"]["mean"] > 0.05:
+            break
+        most = rate
+    return most
+
+
+def _scale(factor: int, mode: str) -> _Call:
+    nodes = (f"cluster.prefill_nodes={2 * factor}", f"cluster.decode_nodes={4 * factor}")
+    return "ds660b", (f"mode={mode}", "workload.max_len=48K", f"workload.agents={2000 * factor}", *nodes)
+
+
+def _scale_row(factor: int, mode: str, runs: dict[_Call, dict[str, Any]]) -> tuple[Any, ...]:
+    run = runs[_scale(factor, mode)]
+    uneven, cost = run["snic_max_over_avg"], run["simulation"]
+    times = (round(run["jct_s"]), None if uneven is None else f"{uneven:.2f}", round(cost["wall_seconds"]))
+    return f"{2 * factor}P{4 * factor}D", 2000 * factor, mode, *times, round(cost["peak_bytes"] / 1e6)
 
 
 def _rows(model: str, cell: tuple[str, int], runs: dict[_Call, dict[str, Any]]) -> list[tuple[Any, ...]]:

@@ -50,3 +50,18 @@ ABLATION = {1024: (5432, 4280, 3251, 3004), 2048: (10123, 8807, 6543, 5473)}
 
 # Of Figure 7, what a model's storage rate (Basic) and its speed (Oracle) are fitted to.
 FITTED = {"ds27b": ("64K", 4096), "ds660b": ("64K", 4096), "qwen32b": ("64K", 128)}
+
+# Figure 10, DeepSeek-V3.2, Ours: mean TTFT and TPOT in seconds, by agents a second; None above what is shown.
+ONLINE: dict[float, tuple[float | None, float | None]] = {
+    0.10: (0.77, 0.0308),
+    0.15: (0.88, 0.0316),
+    0.20: (1.08, 0.0326),
+    0.25: (1.17, 0.0337),
+    0.30: (1.31, 0.0341),
+    0.35: (1.60, 0.0371),
+    0.40: (1.74, 0.0391),
+    0.45: (2.83, 0.0494),
+    0.50: (None, None),
+    0.55: (None, None),
+    0.60: (None, None),
+}
