@@ -19,7 +19,8 @@ from jaxdual.offline.replay import Replay, RequestRecord, check_lengths
 from jaxdual.offline.replay_report import build_report, format_report
 from jaxdual.offline.report import write_report
 from jaxdual.offline.runner import Totals
-from jaxdual.offline.trace import Session, TraceError, read_trace, write_trace
+from jaxdual.offline.trace import Session, TraceError, write_trace
+from jaxdual.offline.trace_files import read_sessions
 from jaxdual.offline.trace_prompts import PromptTokens
 from jaxdual.offline.trace_scaling import limit_requests, limit_turns, scale_lengths, scale_work, with_agents
 from jaxdual.offline.trace_shapes import TRACE_SHAPES, TRAJECTORIES, generate_sessions
@@ -34,7 +35,9 @@ def add_trace_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("trace", "replays agent sessions instead of a batch, and reports their times")
     shapes = ", ".join(TRACE_SHAPES)
     group.add_argument(
-        "--trace", metavar="TRACE", help=f"a file of requests or sessions, one JSON object a line, or one of {shapes}"
+        "--trace",
+        metavar="TRACE",
+        help=f"a file of requests or sessions, one JSON object a line, BurstGPT's .csv, or one of {shapes}",
     )
     group.add_argument("--agents", type=_count, metavar="N", help="agents; default one for each session of the trace")
     group.add_argument("--turns-limit", type=_count, metavar="N", help="at most so many turns of each session")
@@ -103,7 +106,7 @@ def _sessions(options: argparse.Namespace) -> list[Session]:
         count = min(options.agents or TRAJECTORIES, TRAJECTORIES)
         sessions = generate_sessions(options.trace, count, seed)
     else:
-        sessions = read_trace(Path(options.trace))
+        sessions = read_sessions(Path(options.trace))
     if options.turns_limit is not None:
         sessions = limit_turns(sessions, options.turns_limit)
     if options.append_scale is not None or options.generation_scale is not None:

@@ -162,7 +162,7 @@ class WorkloadSpec(_Section, frozen=True, kw_only=True):
 
     Attributes:
       max_len: which of the published sets is drawn from, where `trace` is not given.
-      trace: a file, see `offline.trace.read_trace`, or BurstGPT's as .csv; its path from the configuration's folder on.
+      trace: a file, see `offline.trace_files`; its path from the configuration's folder on.
       stored: whether the full blocks of first prompts are in the store already.
       agents: how many; None for those of the trace.
       turns: of an agent at most; None for all.

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jaxdual.config import ConfigError
-from jaxdual.offline.burstgpt import read_burstgpt
-from jaxdual.offline.trace import Session, read_trace
+from jaxdual.offline.trace import Session
+from jaxdual.offline.trace_files import read_sessions
 from jaxdual.offline.trace_scaling import limit_turns, scale_work, with_agents
 from jaxdual.offline.trace_shapes import TRAJECTORIES, generate_sessions
 from jaxdual.offline.trace_starts import poisson_starts, timestamp_starts
@@ -26,8 +26,7 @@ def sessions_of(config: SimConfig) -> list[Session]:
         count = TRAJECTORIES if spec.agents is None else min(spec.agents, TRAJECTORIES)
         sessions = generate_sessions(spec.max_len.lower(), count, config.seed)
     else:
-        path = Path(spec.trace)
-        sessions = read_burstgpt(path) if path.suffix == ".csv" else read_trace(path)
+        sessions = read_sessions(Path(spec.trace))
     if spec.turns is not None:
         sessions = limit_turns(sessions, spec.turns)
     if (spec.append_scale, spec.generation_scale) != (1.0, 1.0):
