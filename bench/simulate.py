@@ -54,6 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--scale", action="store_true", help="48 prefill and 96 decode nodes, too: half an hour each")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="simulations at a time")
     parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--plot", metavar="FILE", help="a picture of the jobs' times by mode, published and simulated")
     options = parser.parse_args(arguments)
     other = options.online or options.scale
     models = options.model or ([] if other else [*JCT, "loopback"])
@@ -93,6 +94,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         columns = ["cluster", "agents", "mode", "job, s", "max/mean of storage cards", "simulated in, s", "memory, MB"]
         print(table(columns, report["scale"]))
     write_json(options.json, report)
+    rows = [row for model in models if model != "loopback" for row in report[model]]
+    if options.plot is not None and rows:
+        _draw(rows, Path(options.plot))
     return 0
 
 
@@ -186,6 +190,29 @@ def _loopback(runs: dict[_Call, dict[str, Any]]) -> list[tuple[Any, ...]]:
 
 def _is_case(run: dict[str, Any], mode: str) -> bool:
     return (run["case"], run["prefill"], run["decode"], run["mode"]) == ("io", 1, 1, mode)
+
+
+def _draw(rows: Sequence[tuple[Any, ...]], path: Path) -> None:
+    """A row of bars for each model: of each job, published and simulated times by mode."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    models = list(dict.fromkeys(row[0] for row in rows))
+    figure, axes = plt.subplots(len(models), 1, figsize=(12, 4 * len(models)), squeeze=False, layout="constrained")
+    for (axis,), model in zip(axes, models, strict=True):
+        jobs = list(dict.fromkeys(row[1:3] for row in rows if row[0] == model))
+        for number, mode in enumerate(_MODES):
+            times = [row[4:6] for row in rows if row[0] == model and row[3] == mode]
+            for half, label in enumerate(("published", "simulated")):
+                places = [place + (2 * number + half - 2.5) * 0.14 for place in range(len(jobs))]
+                color = {"color": f"C{number}", "alpha": 1.0 - 0.5 * half}
+                axis.bar(places, [time[half] for time in times], 0.13, label=f"{mode}, {label}", **color)
+        axis.set_xticks(range(len(jobs)), [f"{length}, {agents}" for length, agents in jobs])
+        axis.set(title=model, ylabel="job, s", xlabel="set, agents")
+        axis.legend()
+    figure.savefig(path, dpi=110)
 
 
 def _error(found: float, paper: float) -> str:

@@ -370,6 +370,7 @@ class ClusterSim:
             request, side, tokens = node.queue[0]
             if not self._allocate(request, side, tokens):
                 self._blocked.add(number)
+                request.blocked = self.events.now if request.blocked is None else request.blocked
                 return
             node.queue.popleft()
             if not tokens:

@@ -24,6 +24,7 @@ class Request:
       holds_decode_buffer: bytes of the decode node's buffer.
       holds_prefill_buffer: of the prefill node's.
       cached: of the prompt, what is computed or read.
+      blocked: since when the card was free and a buffer had no room, if it was so.
       pushed: whether what the prefill side read has gone to the decode side.
     """
 
@@ -39,6 +40,7 @@ class Request:
     reads: int = 0
     holds_decode_buffer: float = 0.0
     holds_prefill_buffer: float = 0.0
+    blocked: float | None = None
     allocated: float = 0.0
     ready: float = 0.0
     cached: int = 0

@@ -45,10 +45,11 @@ class Measures:
         self.cached += request.hit
         self.generated += request.output
         self.ttft.append(request.first - request.arrival)
-        # As in the paper's Figure 12: waiting for engines, for buffers and the card, reading, and the rest.
+        # As in the paper's Figure 12: waiting for engines, for buffers, for the card and what it reads, and the rest.
+        allocation = 0.0 if request.blocked is None else max(0.0, request.allocated - request.blocked)
         self.parts["queue"].append(request.placed - request.arrival)
-        self.parts["allocation"].append(request.allocated - request.placed)
-        self.parts["read"].append(request.ready - request.allocated)
+        self.parts["allocation"].append(allocation)
+        self.parts["read"].append(request.ready - request.placed - allocation)
         self.parts["prefill"].append(request.first - request.ready)
         if request.output > 1:
             self.ttst.append(request.second - request.first)

@@ -23,7 +23,7 @@ def write_spans(path: Path, request: Request, end: float) -> None:
     second = request.second or end
     spans = [
         ("scheduler", "waits for engines", request.arrival, request.placed),
-        ("store", "waits for a storage card and buffers", request.placed, request.allocated),
+        ("store", "waits for its card, and for buffers", request.placed, request.allocated),
         ("store", f"read on the {sides} side" if sides else "nothing is read", request.allocated, request.ready),
         (f"prefill engine {plan.prefill_engine}", "waits and is computed", request.ready, request.first),
         (f"decode engine {plan.decode_engine}", "handed over, second token", request.first, second),
