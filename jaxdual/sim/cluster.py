@@ -20,10 +20,10 @@ from jaxdual.scheduling.prefill_placement import PrefillPlacement
 from jaxdual.scheduling.quota import AttentionCost, ChunkRules, PrefillWork, pack
 from jaxdual.scheduling.read_side import ReadSide
 from jaxdual.sim.config import SimConfig
-from jaxdual.sim.decode import DecodeCost, DecodeEngine
+from jaxdual.sim.decode import DecodeBatch, DecodeCost
 from jaxdual.sim.events import Events
 from jaxdual.sim.network import Card, Pipe, send_through
-from jaxdual.sim.nodes import Buffer, DecodeNode, Node, PrefillEngine, Request
+from jaxdual.sim.nodes import Buffer, DecodeEngine, Node, PrefillEngine, Request
 
 
 @dataclass(slots=True)
@@ -61,13 +61,11 @@ class PrefillGroup:
             return
         self._running = True
         longest = total = tokens = 0.0
-        items = 0
         for _, batch in batches:
             flops = sum(cost.shape.flops(request.cached, count) for request, count in batch)
             seconds = cost.seconds(flops, len(batch))
             longest, total = max(longest, seconds), total + seconds
             tokens += sum(count for _, count in batch)
-            items = max(items, len(batch))
         self.figures.count += 1
         if len(self._engines) > 1:
             self.figures.unevenness += longest * len(self._engines) / total if total else 1.0
@@ -157,10 +155,10 @@ class ClusterSim:
         self.prefill_nodes = [self._node(spec.prefill_buffer, window) for _ in range(spec.prefill_nodes)]
         self.decode_nodes = [self._node(spec.decode_buffer, window) for _ in range(spec.decode_nodes)]
         self.prefill_engines: list[PrefillEngine] = []
-        self.decode_engines: list[DecodeNode] = []
+        self.decode_engines: list[DecodeEngine] = []
         prefill_groups = -(-spec.prefill_nodes // spec.prefill_group_nodes)
         self.prefill_groups: list[list[PrefillEngine]] = [[] for _ in range(prefill_groups)]
-        self.decode_groups: list[list[DecodeNode]] = [
+        self.decode_groups: list[list[DecodeEngine]] = [
             [] for _ in range(-(-spec.decode_nodes // spec.decode_group_nodes))
         ]
         for number, node in enumerate(self.prefill_nodes):
@@ -179,7 +177,7 @@ class ClusterSim:
                 engine = first + len(self.decode_engines)
                 group = number // spec.decode_group_nodes
                 report = EngineReport(engine, spec.prefill_nodes + number, prefill_groups + group, 0, 0, 0, capacity)
-                other = DecodeNode(engine, node, Card(rates), report, DecodeEngine(cost), capacity)
+                other = DecodeEngine(engine, node, Card(rates), report, DecodeBatch(cost), capacity)
                 self.decode_engines.append(other)
                 self.decode_groups[group].append(other)
         self._first_decode = first
@@ -356,7 +354,7 @@ class ClusterSim:
             return self.prefill_engines[placement.prefill_engine].report.node
         return self._decode(placement).report.node
 
-    def _decode(self, placement: Placement) -> DecodeNode:
+    def _decode(self, placement: Placement) -> DecodeEngine:
         return self.decode_engines[placement.decode_engine - self._first_decode]
 
     # Reading.
@@ -491,13 +489,13 @@ class ClusterSim:
 
     # Decoding.
 
-    def _wake(self, engine: DecodeNode) -> None:
+    def _wake(self, engine: DecodeEngine) -> None:
         time = engine.batch.next_time
         if time is not None and (engine.wakes is None or time < engine.wakes):
             engine.wakes = time
             self.events.at(time, self._advance, engine, time)
 
-    def _advance(self, engine: DecodeNode, time: float) -> None:
+    def _advance(self, engine: DecodeEngine, time: float) -> None:
         if engine.wakes != time:
             return  # something nearer has come between
         engine.wakes = None

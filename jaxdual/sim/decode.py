@@ -76,7 +76,7 @@ class Finished:
     context: int
 
 
-class DecodeEngine:
+class DecodeBatch:
     """One engine's batch. Times never go back from call to call.
 
     Args:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from jaxdual.scheduling.loads import EngineReport
 from jaxdual.scheduling.paths import Placement
 from jaxdual.scheduling.read_side import ReadSide
-from jaxdual.sim.decode import DecodeEngine
+from jaxdual.sim.decode import DecodeBatch
 from jaxdual.sim.network import Card, Pipe
 
 
@@ -108,8 +108,8 @@ class PrefillEngine:
 
 
 @dataclass(slots=True, eq=False)
-class DecodeNode:
-    """A decode engine with its card.
+class DecodeEngine:
+    """A decode engine and its card.
 
     Attributes:
       used: tokens of KV memory of the prompts that are there.
@@ -122,7 +122,7 @@ class DecodeNode:
     node: Node
     nic: Card
     report: EngineReport
-    batch: DecodeEngine
+    batch: DecodeBatch
     capacity: int
     used: int = 0
     requests: dict[int, Request] = field(default_factory=dict)

@@ -165,8 +165,8 @@ def test_prefill_nodes_are_what_counts_where_they_alone_read() -> None:
     assert of(2, 1, "full") == pytest.approx(of(1, 2, "full"), rel=0.05)
 
 
-class StepwiseEngine:
-    """`DecodeEngine`, one step at a time."""
+class StepwiseBatch:
+    """`DecodeBatch`, one step at a time."""
 
     def __init__(self, cost: DecodeCost) -> None:
         self._cost = cost
@@ -207,7 +207,7 @@ class StepwiseEngine:
 def test_decoding_in_closed_form_is_decoding_step_by_step(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = (*SMALL, "workload.agents=24", "workload.turns=6", "decode.token_seconds=2e-8")
     closed = simulate(config_of(*settings))[1]
-    monkeypatch.setattr(jaxdual.sim.cluster, "DecodeEngine", StepwiseEngine)
+    monkeypatch.setattr(jaxdual.sim.cluster, "DecodeBatch", StepwiseBatch)
     steps = simulate(config_of(*settings))[1]
     assert closed["jct_s"] == pytest.approx(steps["jct_s"], rel=1e-6)
     for name in ("ttft_s", "ttst_s", "tpot_s"):

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxdual.sim.decode import DecodeCost, DecodeEngine
+from jaxdual.sim.decode import DecodeBatch, DecodeCost
 
 COSTS = [
     DecodeCost(0.01, 0.001, 1e-6),
@@ -44,7 +44,7 @@ def stepwise(cost: DecodeCost, arrivals: list[tuple[float, int, int]]) -> dict[i
 
 
 def analytic(cost: DecodeCost, arrivals: list[tuple[float, int, int]]) -> dict[int, tuple[float, float]]:
-    engine = DecodeEngine(cost)
+    engine = DecodeBatch(cost)
     waiting = list(enumerate(arrivals))
     runs: dict[int, float] = {}
     found: dict[int, tuple[float, float]] = {}
@@ -90,7 +90,7 @@ def test_steps_are_the_reverse_of_seconds(cost: DecodeCost, steps: int, sequence
 
 
 def test_contexts_grow_with_each_step() -> None:
-    engine = DecodeEngine(DecodeCost(0.01, 0.0, 0.0))
+    engine = DecodeBatch(DecodeCost(0.01, 0.0, 0.0))
     assert engine.next_time is None
     assert engine.join(1.0, 7, 100, 10) == 1.0
     assert engine.advance(1.0) == []
