@@ -13,17 +13,16 @@ from dataclasses import dataclass
 
 from jaxdual.offline.trace import Session
 from jaxdual.scheduling.decode_placement import DecodePlacement
-from jaxdual.scheduling.loads import EngineReport, PathRequest, Role
+from jaxdual.scheduling.loads import PathRequest, Role
 from jaxdual.scheduling.path_modes import MODES
 from jaxdual.scheduling.paths import PathScheduler, Placement
 from jaxdual.scheduling.prefill_placement import PrefillPlacement
 from jaxdual.scheduling.quota import AttentionCost, ChunkRules, PrefillWork, pack
 from jaxdual.scheduling.read_side import ReadSide
 from jaxdual.sim.config import SimConfig
-from jaxdual.sim.decode import DecodeBatch, DecodeCost
 from jaxdual.sim.events import Events
-from jaxdual.sim.network import Card, Pipe, send_through
-from jaxdual.sim.nodes import Buffer, DecodeEngine, Node, PrefillEngine, Request
+from jaxdual.sim.network import send_through
+from jaxdual.sim.nodes import DecodeEngine, PrefillEngine, Request, build_hardware
 
 
 @dataclass(slots=True)
@@ -150,37 +149,12 @@ class ClusterSim:
         held = 3 * model.kv_token_bytes / model.layers
         self.batch_tokens = prefill.kv_bytes / held if self.mode.layerwise else float("inf")
 
-        rates = spec.nic * (1 - spec.collective_share)
-        window = config.window_seconds
-        self.prefill_nodes = [self._node(spec.prefill_buffer, window) for _ in range(spec.prefill_nodes)]
-        self.decode_nodes = [self._node(spec.decode_buffer, window) for _ in range(spec.decode_nodes)]
-        self.prefill_engines: list[PrefillEngine] = []
-        self.decode_engines: list[DecodeEngine] = []
-        prefill_groups = -(-spec.prefill_nodes // spec.prefill_group_nodes)
-        self.prefill_groups: list[list[PrefillEngine]] = [[] for _ in range(prefill_groups)]
-        self.decode_groups: list[list[DecodeEngine]] = [
-            [] for _ in range(-(-spec.decode_nodes // spec.decode_group_nodes))
-        ]
-        for number, node in enumerate(self.prefill_nodes):
-            for _ in range(spec.gpus):
-                engine = len(self.prefill_engines)
-                group = number // spec.prefill_group_nodes
-                report = EngineReport(engine, number, group, 0, 0, 0)
-                one = PrefillEngine(engine, node, Card(rates), report, Buffer(prefill.kv_bytes))
-                self.prefill_engines.append(one)
-                self.prefill_groups[group].append(one)
-        first = len(self.prefill_engines)
-        cost = DecodeCost(config.decode.step_seconds, config.decode.sequence_seconds, config.decode.token_seconds)
-        capacity = int(config.decode.kv_bytes / model.kv_token_bytes)
-        for number, node in enumerate(self.decode_nodes):
-            for _ in range(spec.gpus):
-                engine = first + len(self.decode_engines)
-                group = number // spec.decode_group_nodes
-                report = EngineReport(engine, spec.prefill_nodes + number, prefill_groups + group, 0, 0, 0, capacity)
-                other = DecodeEngine(engine, node, Card(rates), report, DecodeBatch(cost), capacity)
-                self.decode_engines.append(other)
-                self.decode_groups[group].append(other)
-        self._first_decode = first
+        hardware = build_hardware(config)
+        self.prefill_nodes, self.decode_nodes = hardware.prefill_nodes, hardware.decode_nodes
+        self.prefill_groups, self.decode_groups = hardware.prefill_groups, hardware.decode_groups
+        self.prefill_engines = [engine for group in self.prefill_groups for engine in group]
+        self.decode_engines = [engine for group in self.decode_groups for engine in group]
+        self._nodes = [*self.prefill_nodes, *self.decode_nodes]
         lockstep = self.prefill_groups if model.expert_parallel else [[one] for one in self.prefill_engines]
         self.forwards = [PrefillGroup(self, engines) for engines in lockstep]
         self._forward_of = {
@@ -211,7 +185,6 @@ class ClusterSim:
         )
         self._fetch_pending = False
         self._blocked: set[int] = set()  # nodes whose first read waits for a buffer, by their place in all nodes
-        self._nodes = [*self.prefill_nodes, *self.decode_nodes]
         self._agents_left, self._last = len(sessions), 0.0
         self.decode_memory: list[float] = []
         self.samples: dict[str, list[int]] = {
@@ -242,10 +215,6 @@ class ClusterSim:
         self.decode_memory.append(used / sum(engine.capacity for engine in self.decode_engines))
         if self._agents_left:
             self.events.at(self.events.now + self.config.window_seconds, self._sample)
-
-    def _node(self, buffer: float, window: float) -> Node:
-        spec = self.config.cluster
-        return Node(Card(spec.snic, window), Pipe(spec.dram), Buffer(buffer))
 
     def _compute_rate(self, sessions: Sequence[Session]) -> float:
         """Prompt tokens that an engine moves through in a second, hits included, at these sessions' mean."""
@@ -355,7 +324,7 @@ class ClusterSim:
         return self._decode(placement).report.node
 
     def _decode(self, placement: Placement) -> DecodeEngine:
-        return self.decode_engines[placement.decode_engine - self._first_decode]
+        return self.decode_engines[placement.decode_engine - len(self.prefill_engines)]
 
     # Reading.
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from dataclasses import dataclass, field
 
 from jaxdual.scheduling.loads import EngineReport
 from jaxdual.scheduling.paths import Placement
 from jaxdual.scheduling.read_side import ReadSide
-from jaxdual.sim.decode import DecodeBatch
+from jaxdual.sim.config import SimConfig
+from jaxdual.sim.decode import DecodeBatch, DecodeCost
 from jaxdual.sim.network import Card, Pipe
 
 
@@ -128,3 +130,43 @@ class DecodeEngine:
     requests: dict[int, Request] = field(default_factory=dict)
     joined: list[int] = field(default_factory=list)
     wakes: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Hardware:
+    """All that a cluster has, in the order of the engines' numbers: prefill engines first."""
+
+    prefill_nodes: list[Node]
+    decode_nodes: list[Node]
+    prefill_groups: list[list[PrefillEngine]]
+    decode_groups: list[list[DecodeEngine]]
+
+
+def build_hardware(config: SimConfig) -> Hardware:
+    """Nodes, engines and groups, all idle."""
+    spec, model = config.cluster, config.model
+    cost = DecodeCost(config.decode.step_seconds, config.decode.sequence_seconds, config.decode.token_seconds)
+    capacity = int(config.decode.kv_bytes / model.kv_token_bytes)
+    nic = spec.nic * (1 - spec.collective_share)
+
+    def nodes(count: int, buffer: float) -> list[Node]:
+        return [Node(Card(spec.snic, config.window_seconds), Pipe(spec.dram), Buffer(buffer)) for _ in range(count)]
+
+    prefill_nodes = nodes(spec.prefill_nodes, spec.prefill_buffer)
+    decode_nodes = nodes(spec.decode_nodes, spec.decode_buffer)
+    prefill_groups: list[list[PrefillEngine]] = [[] for _ in range(-(-spec.prefill_nodes // spec.prefill_group_nodes))]
+    decode_groups: list[list[DecodeEngine]] = [[] for _ in range(-(-spec.decode_nodes // spec.decode_group_nodes))]
+    engines = itertools.count()
+    for number, node in enumerate(prefill_nodes):
+        group = number // spec.prefill_group_nodes
+        for engine in itertools.islice(engines, spec.gpus):
+            report = EngineReport(engine, number, group, 0, 0, 0)
+            memory = Buffer(config.prefill.kv_bytes)
+            prefill_groups[group].append(PrefillEngine(engine, node, Card(nic), report, memory))
+    for number, node in enumerate(decode_nodes):
+        group = number // spec.decode_group_nodes
+        for engine in itertools.islice(engines, spec.gpus):
+            place = (len(prefill_nodes) + number, len(prefill_groups) + group)
+            report = EngineReport(engine, *place, 0, 0, 0, capacity)
+            decode_groups[group].append(DecodeEngine(engine, node, Card(nic), report, DecodeBatch(cost), capacity))
+    return Hardware(prefill_nodes, decode_nodes, prefill_groups, decode_groups)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-import jaxdual.sim.cluster
+import jaxdual.sim.nodes
 from jaxdual.config import ConfigError
 from jaxdual.offline.trace import Session, Turn
 from jaxdual.scheduling.capacity import ResourceBytes, allowed_ratio, path_bytes, persist_bytes
@@ -207,7 +207,7 @@ class StepwiseBatch:
 def test_decoding_in_closed_form_is_decoding_step_by_step(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = (*SMALL, "workload.agents=24", "workload.turns=6", "decode.token_seconds=2e-8")
     closed = simulate(config_of(*settings))[1]
-    monkeypatch.setattr(jaxdual.sim.cluster, "DecodeBatch", StepwiseBatch)
+    monkeypatch.setattr(jaxdual.sim.nodes, "DecodeBatch", StepwiseBatch)
     steps = simulate(config_of(*settings))[1]
     assert closed["jct_s"] == pytest.approx(steps["jct_s"], rel=1e-6)
     for name in ("ttft_s", "ttst_s", "tpot_s"):
