@@ -38,7 +38,8 @@ class StoreLookups:
         hangs = self._running is not None and loop.time() - self._called > self._timeout
         loop.call_later(0.0 if hangs else self._timeout, self._expire, number, keys)
         if self._running is None:
-            self._running = asyncio.get_running_loop().create_task(self._run())
+            self._called = loop.time()
+            self._running = loop.create_task(self._run())
 
     async def close(self) -> None:
         """Answers nobody any more, and closes the store."""

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from jaxdual.cluster.lookups import StoreLookups
 from jaxdual.kv.keys import BlockKey
-from jaxdual.kv.store import BlockStore, open_store
+from jaxdual.kv.store import BlockStore, Outcome, open_store
 
 
 def test_a_store_that_hangs_keeps_only_the_first_ones_waiting() -> None:
@@ -35,6 +35,23 @@ def test_a_store_that_hangs_keeps_only_the_first_ones_waiting() -> None:
         lookups.look(9, [b"k" * 32])
         await asyncio.sleep(0.1)
         assert 9 in answered
+        await lookups.close()
+
+    asyncio.run(asyncio.wait_for(main(), 20))
+
+
+def test_prompts_that_come_together_are_all_looked_for() -> None:
+    async def main() -> None:
+        store = open_store("memory:", 1 << 20)
+        assert store.write(b"k" * 32, None, memoryview(b"x" * 64)).result() is Outcome.OK
+        answered: dict[int, int] = {}
+        lookups = StoreLookups(store, answered.__setitem__, 0.5)
+        await asyncio.sleep(0.6)
+        for burst in range(2):
+            for number in range(5 * burst, 5 * burst + 5):
+                lookups.look(number, [b"k" * 32])
+            await asyncio.sleep(0.6)
+        assert answered == dict.fromkeys(range(10), 1)
         await lookups.close()
 
     asyncio.run(asyncio.wait_for(main(), 20))
