@@ -64,4 +64,8 @@ ONLINE: dict[float, tuple[float | None, float | None]] = {
     0.50: (None, None),
     0.55: (None, None),
     0.60: (None, None),
+    0.70: (None, None),
+    0.80: (None, None),
+    0.90: (None, None),
+    1.00: (None, None),
 }

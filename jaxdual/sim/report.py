@@ -60,9 +60,14 @@ class Measures:
 
 
 def build_report(
-    config: SimConfig, sim: ClusterSim, measures: Measures, seconds: float, wall_seconds: float
+    config: SimConfig, sim: ClusterSim, measures: Measures, seconds: float, own: Mapping[str, float]
 ) -> dict[str, Any]:
-    """The report as JSON data; times in simulated seconds, but those of `simulation`."""
+    """The report as JSON data; times in simulated seconds, but those of `simulation`.
+
+    Args:
+      seconds: that were simulated.
+      own: what the simulation took itself.
+    """
     return {
         "config": msgspec.to_builtins(config),
         "mode": config.mode,
@@ -100,7 +105,7 @@ def build_report(
             for side, nodes in (("prefill", sim.prefill_nodes), ("decode", sim.decode_nodes))
         },
         "simulation": {
-            "wall_seconds": wall_seconds,
+            **own,
             "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         },
     }

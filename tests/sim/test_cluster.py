@@ -54,7 +54,7 @@ def simulate(
         done.append(request)
 
     sim = ClusterSim(config, sessions, starts, finished)
-    return sim, build_report(config, sim, measures, sim.run(), 0.0), done
+    return sim, build_report(config, sim, measures, sim.run(), {}), done
 
 
 def read_seconds(*settings: str) -> float:

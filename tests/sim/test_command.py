@@ -28,7 +28,7 @@ def test_the_examples_run(name: str, tmp_path: Path, capsys: pytest.CaptureFixtu
     for times in ("ttft_s", "ttst_s", "tpot_s"):
         assert 0 < found[times]["p50"] <= found[times]["p99"]
     assert {"bytes", "utilisation"} == found["nics"]["kinds"]["prefill storage"]["write"].keys()
-    assert {"wall_seconds", "peak_bytes"} == found["simulation"].keys()
+    assert {"wall_seconds", "cpu_seconds", "peak_bytes"} == found["simulation"].keys()
 
 
 def test_a_request_s_spans_follow_each_other(tmp_path: Path) -> None:
