@@ -14,13 +14,14 @@ from pathlib import Path
 
 from jaxdual.config import ConfigError
 from jaxdual.sim.compare import compare, read_report
-from jaxdual.sim.config import read_sim_config
+from jaxdual.sim.config import SimConfig, read_sim_config
 from jaxdual.sim.nodes import Request
-from jaxdual.sim.pictures import draw
+from jaxdual.sim.pictures import check_picture, draw
 from jaxdual.sim.plan import Trial, format_plan, make_plan, parse_slo
 from jaxdual.sim.report import format_report
 from jaxdual.sim.run import run_simulation
 from jaxdual.sim.spans import write_spans
+from jaxdual.sim.workload import sessions_of
 
 _PROG = "python -m jaxdual.sim"
 
@@ -67,18 +68,17 @@ def _simulate(arguments: Sequence[str]) -> int:
     def finished(request: Request, now: float) -> None:
         if options.spans is not None and (request.agent, request.turn) == options.spans_of:
             write_spans(options.spans, request, now)
-            told.append(request)
 
-    told: list[Request] = []
-    report = run_simulation(config, progress=not options.no_progress, on_finished=finished)
-    if options.spans is not None and not told:
-        agent, turn = options.spans_of
-        raise ConfigError(f"--spans-of {agent}:{turn}: there is no such turn")
+    if options.spans is not None:
+        _check_turn(config, *options.spans_of)
     if options.plot is not None:
-        draw(report, options.plot)
+        check_picture(options.plot)
+    report = run_simulation(config, progress=not options.no_progress, on_finished=finished)
+    print(format_report(report))
     if options.json is not None:
         options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    print(format_report(report))
+    if options.plot is not None:
+        draw(report, options.plot)
     return 0
 
 
@@ -97,6 +97,8 @@ def _plan(arguments: Sequence[str]) -> int:
     _add_settings(parser)
     options = parser.parse_args(arguments[1:])
     slo = parse_slo(options.slo)
+    if options.most_nodes < 2:
+        raise ConfigError(f"--most-nodes {options.most_nodes} must be at least 2: one of each role")
     if options.trace in ("32K", "48K", "64K"):
         load = f'workload.max_len="{options.trace}"'
     else:
@@ -107,7 +109,7 @@ def _plan(arguments: Sequence[str]) -> int:
         print(f"{trial.prefill}P{trial.decode}D: {trial.excess:.2f} of what is promised", file=sys.stderr)
 
     plan = make_plan(config, slo, options.most_nodes, tell)
-    print(format_plan(plan, slo))
+    print(format_plan(plan, slo, options.most_nodes))
     return 0 if plan.chosen is not None else 1
 
 
@@ -120,6 +122,12 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         dest="settings",
         help="another value than the file's, such as cluster.decode_nodes=4 or mode=basic; any number of times",
     )
+
+
+def _check_turn(config: SimConfig, agent: int, turn: int) -> None:
+    sessions = sessions_of(config)
+    if agent >= len(sessions) or turn >= len(sessions[agent].turns):
+        raise ConfigError(f"--spans-of {agent}:{turn}: there is no such turn")
 
 
 def _agent_and_turn(text: str) -> tuple[int, int]:

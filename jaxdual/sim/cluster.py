@@ -22,7 +22,9 @@ from jaxdual.scheduling.read_side import ReadSide
 from jaxdual.sim.config import SimConfig
 from jaxdual.sim.events import Events
 from jaxdual.sim.network import send_through
-from jaxdual.sim.nodes import DecodeEngine, PrefillEngine, Request, build_hardware
+from jaxdual.sim.nodes import DecodeEngine, Node, PrefillEngine, Request, build_hardware
+
+type _Batches = list[tuple[PrefillEngine, list[tuple[Request, int]]]]
 
 
 @dataclass(slots=True)
@@ -70,18 +72,31 @@ class PrefillGroup:
             self.figures.unevenness += longest * len(self._engines) / total if total else 1.0
         # Experts are spread over the group, so that all of it computes what any of its engines is given.
         compute = cluster.pass_seconds + longest + tokens / len(self._engines) * cluster.token_seconds
-        come = go = 0.0
-        if cluster.mode.transfers:
-            for engine, batch in batches:
-                for request, count in batch:
-                    into, out = cluster.stream(engine, request, count)
-                    come, go = max(come, into), max(go, out)
+        begin = events.now
+        come = self._move(batches, cluster.bring)
         if cluster.mode.layerwise:
+            go = self._move(batches, cluster.take_away)
             duration = max(compute, come, go) * (1 + 1 / cluster.layers)
+            events.at(begin + duration, self._end, batches, begin)
         else:
-            duration = come + compute + go
-        self.figures.seconds += duration
-        events.at(events.now + duration, self._end, batches)
+            events.at(begin + come + compute, self._computed, batches, begin)
+
+    def _computed(self, batches: _Batches, begin: float) -> None:
+        """Without layerwise prefill nothing has left yet."""
+        now = self._cluster.events.now
+        self._cluster.events.at(now + self._move(batches, self._cluster.take_away), self._end, batches, begin)
+
+    def _move(self, batches: _Batches, move: Callable[[PrefillEngine, Request, int], tuple[float, float]]) -> float:
+        """Moves what a forward needs, or what it has made; seconds until all of it has passed and was submitted."""
+        longest = 0.0
+        if self._cluster.mode.transfers:
+            for engine, batch in batches:
+                submitted = 0.0
+                for request, count in batch:
+                    passed, submits = move(engine, request, count)
+                    submitted += submits
+                    longest = max(longest, passed, submitted)
+        return longest
 
     def _batch(self, engine: PrefillEngine) -> list[tuple[Request, int]]:
         cluster = self._cluster
@@ -98,7 +113,8 @@ class PrefillGroup:
                 return
             yield PrefillWork(request.number, request.cached, request.prompt - request.cached)
 
-    def _end(self, batches: list[tuple[PrefillEngine, list[tuple[Request, int]]]]) -> None:
+    def _end(self, batches: _Batches, begin: float) -> None:
+        self.figures.seconds += self._cluster.events.now - begin
         # Others become ready meanwhile, and wait for the next forward.
         for engine, batch in batches:
             for request, count in batch:
@@ -121,7 +137,7 @@ class ClusterSim:
 
     Attributes:
       samples: requests by where they are, once each `window_seconds`.
-      decode_memory: part of all decode engines' memory that prompts have, likewise.
+      promised_seconds: tokens of the decode engines' memory that are promised or used, times the seconds that they are.
     """
 
     def __init__(
@@ -177,6 +193,7 @@ class ClusterSim:
         self._known: set[int] = set()  # ids of a trace's blocks that are stored
         self._numbers = 0
         self._waiting: dict[int, Request] = {}  # that are not placed, by number
+        self.promised_seconds = 0.0
         # Groups fetch one after another; each slot of the period has those of both roles whose turn it is then.
         slots = max(len(self.prefill_groups), len(self.decode_groups))
         self._slot_seconds = spec.fetch_seconds / slots
@@ -186,7 +203,7 @@ class ClusterSim:
         self._fetch_pending = False
         self._blocked: set[int] = set()  # nodes whose first read waits for a buffer, by their place in all nodes
         self._agents_left, self._last = len(sessions), 0.0
-        self.decode_memory: list[float] = []
+        self._promised, self._promised_since = 0, 0.0
         self.samples: dict[str, list[int]] = {
             name: [] for name in ("wait for engines", "wait for the store", "at prefill engines", "decode")
         }
@@ -199,9 +216,9 @@ class ClusterSim:
         for others in self.decode_groups:
             reports = [engine.report for engine in others]
             self.scheduler.report(Role.DECODE, reports[0].group, reports)
-        self._sample()
         for agent, start in enumerate(self._starts):
             self.events.at(start, self._next_turn, agent, 0)
+        self._sample()
         self.events.run()
         return self._last
 
@@ -211,8 +228,8 @@ class ClusterSim:
         self.samples["wait for the store"].append(sum(len(node.queue) + node.reading for node in self._nodes))
         self.samples["at prefill engines"].append(sum(len(engine.ready) for engine in self.prefill_engines))
         self.samples["decode"].append(sum(len(engine.requests) for engine in self.decode_engines))
-        used = sum(engine.used for engine in self.decode_engines)
-        self.decode_memory.append(used / sum(engine.capacity for engine in self.decode_engines))
+        if self._agents_left and len(self.events) == self._fetch_pending:
+            raise RuntimeError(f"{self._agents_left} agents wait for what never comes: a defect of the simulator")
         if self._agents_left:
             self.events.at(self.events.now + self.config.window_seconds, self._sample)
 
@@ -251,6 +268,7 @@ class ClusterSim:
         """All tokens of a request are given."""
         now, plan = self.events.now, request.plan
         self.scheduler.finished(plan.number)
+        self._promise(-request.prompt - request.output)
         self._fetch_soon()
         context = request.prompt + request.output
         stored = context // self._block * self._block
@@ -258,8 +276,7 @@ class ClusterSim:
             engine = self._decode(plan)
             new = max(0, stored - request.prompt // self._block * self._block) * self._token_bytes
             end = send_through(now, new, (engine.nic.read, engine.nic.write, engine.node.dram))
-            engine.node.dram.send(end, new)
-            engine.node.snic.read.send(end, new)
+            self.events.at(end, self._write, engine.node, new)
         self._stored[request.agent] = stored
         self._known.update(self._sessions[request.agent].turns[request.turn].block_ids)
         self._finished(request, now)
@@ -270,6 +287,10 @@ class ClusterSim:
         else:
             self._agents_left -= 1
             self._last = now
+
+    def _write(self, node: Node, nbytes: int) -> None:
+        """Stores what is in a node's memory; nobody waits for it."""
+        send_through(self.events.now, nbytes, (node.dram, node.snic.read))
 
     # Placing.
 
@@ -303,20 +324,29 @@ class ClusterSim:
 
     def _place(self, placement: Placement) -> None:
         request = self._waiting.pop(placement.request.request_id)
+        self._promise(request.prompt + request.output)
         request.placement, request.placed = placement, self.events.now
         if not self.mode.transfers:
             request.allocated = self.events.now
             self._ready(request)
             return
         read = placement.read
-        parts = [(ReadSide.PREFILL, read.prefill_tokens), (ReadSide.DECODE, read.decode_tokens)]
-        # What has nothing to read waits for its buffer in the same queue.
-        parts = [part for part in parts if part[1]] or [(ReadSide.DECODE, 0)]
+        sides = ((ReadSide.PREFILL, read.prefill_tokens), (ReadSide.DECODE, read.decode_tokens))
+        parts = [part for part in sides if part[1]]
         request.reads = len(parts)
+        if not parts:
+            node = self._node_of(placement, ReadSide.DECODE)
+            self._nodes[node].cold.append(request)
+            self._read_next(node)
         for side, tokens in parts:
             node = self._node_of(placement, side)
             self._nodes[node].queue.append((request, side, tokens))
             self._read_next(node)
+
+    def _promise(self, tokens: int) -> None:
+        now = self.events.now
+        self.promised_seconds += self._promised * (now - self._promised_since)
+        self._promised, self._promised_since = self._promised + tokens, now
 
     def _node_of(self, placement: Placement, side: ReadSide) -> int:
         if side is ReadSide.PREFILL:
@@ -333,29 +363,42 @@ class ClusterSim:
         with a buffer keeps others from reading.
         """
         node = self._nodes[number]
-        while node.queue and not node.reading:
-            request, side, tokens = node.queue[0]
+        while node.cold and self._allocate(node.cold[0], ReadSide.DECODE, 0):
+            self._ready(node.cold.popleft())
+        if node.cold:
+            self._blocked.add(number)
+        # Of a read on both sides the prefill side's part begins first: whoever holds a part of a decode side's buffer
+        # is being read then, and gives it back.
+        place = next((i for i, (request, side, _) in enumerate(node.queue) if self._may_begin(request, side)), None)
+        if place is not None and not node.reading:
+            request, side, tokens = node.queue[place]
             if not self._allocate(request, side, tokens):
                 self._blocked.add(number)
                 request.blocked = self.events.now if request.blocked is None else request.blocked
                 return
-            node.queue.popleft()
-            if not tokens:
-                self._read_over(number, request, side, 0)
-                continue
+            del node.queue[place]
             node.reading = True
-            nbytes = tokens * self._token_bytes
-            end = node.snic.write.send(self.events.now, nbytes)
-            node.dram.send(self.events.now, nbytes)
+            end = send_through(self.events.now, tokens * self._token_bytes, (node.snic.write, node.dram))
             self.events.at(end, self._read_done, number, request, side, tokens)
+            if side is ReadSide.PREFILL:
+                request.prefill_part_began = True
+                self._read_next(self._node_of(request.plan, ReadSide.DECODE))
+
+    @staticmethod
+    def _may_begin(request: Request, side: ReadSide) -> bool:
+        return side is ReadSide.PREFILL or request.prefill_part_began or not request.plan.read.prefill_tokens
 
     def _allocate(self, request: Request, side: ReadSide, tokens: int) -> bool:
-        decode = self._decode(request.plan).node.buffer
+        """Takes what a read fills, all of it or nothing. Of a read on both sides each takes its own: else the one would
+        hold what those before the other wait for.
+        """
+        read = request.plan.read
+        decode = None if side is ReadSide.PREFILL and read.decode_tokens else self._decode(request.plan).node.buffer
         own = self._nodes[self._node_of(request.plan, side)].buffer if side is ReadSide.PREFILL else None
         # Without layerwise prefill nothing is read for an engine that has no memory for all of it.
         memory = None if self.mode.layerwise else self.prefill_engines[request.plan.prefill_engine].memory
         whole, part = request.prompt * self._token_bytes, tokens * self._token_bytes
-        if not request.holds_decode_buffer and not decode.fits(whole):
+        if decode is not None and not decode.fits(whole):
             return False
         if own is not None and not own.fits(part):
             return False
@@ -363,7 +406,7 @@ class ClusterSim:
             return False
         if memory is not None:
             memory.take(whole)
-        if not request.holds_decode_buffer:
+        if decode is not None:
             decode.take(whole)
             request.holds_decode_buffer = whole
             request.allocated = self.events.now
@@ -380,14 +423,11 @@ class ClusterSim:
 
     def _read_done(self, number: int, request: Request, side: ReadSide, tokens: int) -> None:
         self._nodes[number].reading = False
-        self._read_over(number, request, side, tokens)
-        self._read_next(number)
-
-    def _read_over(self, number: int, request: Request, side: ReadSide, tokens: int) -> None:
         self.scheduler.read_progress(request.plan.number, side, tokens)
         request.reads -= 1
         if not request.reads:
             self._ready(request)
+        self._read_next(number)
 
     def _ready(self, request: Request) -> None:
         request.ready = self.events.now
@@ -397,25 +437,30 @@ class ClusterSim:
 
     # Computing.
 
-    def stream(self, engine: PrefillEngine, request: Request, count: int) -> tuple[float, float]:
-        """Sends the keys and values of a part of a prompt to the prefill engine, and what it makes of it away; how long
-        each of the two takes.
-        """
+    def bring(self, engine: PrefillEngine, request: Request, count: int) -> tuple[float, float]:
+        """Sends what is known of a prompt to its prefill engine; seconds until it has passed, and to submit it."""
         now, decode = self.events.now, self._decode(request.plan)
         by_prefill = request.plan.read.prefill_tokens
         again = request.pushed and not self.mode.layerwise  # all of it is still there
         from_prefill = 0 if again else min(request.cached, by_prefill) * self._token_bytes
         from_decode = 0 if again else max(0, request.cached - by_prefill) * self._token_bytes
-        out = (count + (0 if request.pushed else by_prefill)) * self._token_bytes
-        request.pushed = True
         come = max(
             send_through(now, from_prefill, (engine.node.dram, engine.nic.read, engine.nic.write)),  # PE3, PE4
             send_through(now, from_decode, (decode.node.dram, decode.nic.read, engine.nic.write)),  # DE3 to DE5
         )
+        return come - now, self._submit_seconds(from_prefill + from_decode)
+
+    def take_away(self, engine: PrefillEngine, request: Request, count: int) -> tuple[float, float]:
+        """Sends what a forward makes of a prompt to the decode side; likewise."""
+        now, decode = self.events.now, self._decode(request.plan)
+        out = (count + (0 if request.pushed else request.plan.read.prefill_tokens)) * self._token_bytes
+        request.pushed = True
         go = send_through(now, out, (engine.nic.read, decode.nic.write, decode.node.dram))  # PE5 to PE7
-        copies = self.config.cluster.copy_seconds * self.layers / self._block
-        blocks_in, blocks_out = (from_prefill + from_decode) / self._token_bytes, out / self._token_bytes
-        return max(come - now, blocks_in * copies), max(go - now, blocks_out * copies)
+        return go - now, self._submit_seconds(out)
+
+    def _submit_seconds(self, nbytes: float) -> float:
+        """To submit the copies of the Layer Blocks of so many bytes."""
+        return nbytes / (self._token_bytes * self._block) * self.layers * self.config.cluster.copy_seconds
 
     def prefilled(self, request: Request) -> None:
         """A prompt is computed, and its first token is there."""
@@ -434,9 +479,7 @@ class ClusterSim:
         whole = request.prompt * self._token_bytes
         end = send_through(now, whole, (decode.node.dram, decode.nic.read, decode.nic.write))  # PE8, PE9 or DE6, DE7
         new = (request.prompt // self._block * self._block - request.hit) * self._token_bytes
-        if new > 0:  # its full blocks are stored from the buffer
-            decode.node.dram.send(now, new)
-            decode.node.snic.read.send(now, new)
+        self._write(decode.node, max(0, new))  # its full blocks are stored from the buffer
         self.events.at(end, self._in_memory, request)
         self._freed()
 

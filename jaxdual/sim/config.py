@@ -12,6 +12,7 @@ from msgspec import Meta
 
 from jaxdual.config import ConfigError
 from jaxdual.scheduling.capacity import NodeRates
+from jaxdual.scheduling.path_modes import MODES
 from jaxdual.scheduling.quota import AttentionShape, GroupedAttention, SparseLatentAttention
 
 type Count = Annotated[int, Meta(ge=1)]
@@ -202,6 +203,13 @@ class SimConfig(_Section, frozen=True, kw_only=True):
     window_seconds: Above = 10.0
 
 
+_CHOICES = {
+    "mode": tuple(MODES),
+    "workload.max_len": ("32K", "48K", "64K"),
+    "model.attention.kind": ("sparse-latent", "grouped"),
+}
+
+
 def read_sim_config(path: Path, settings: Sequence[str] = ()) -> SimConfig:
     """Reads a file and puts `section.key=value` over it; a value is TOML, or a bare word.
 
@@ -220,6 +228,8 @@ def read_sim_config(path: Path, settings: Sequence[str] = ()) -> SimConfig:
         config = msgspec.convert(values, SimConfig)
     except msgspec.ValidationError as error:
         raise ConfigError(f"{path}: {_in_keys(str(error))}") from None
+    if not (config.decode.step_seconds or config.decode.sequence_seconds or config.decode.token_seconds):
+        raise ConfigError(f"{path}: decode: step_seconds, sequence_seconds or token_seconds must be above 0")
     if config.workload.trace is None:
         return config
     trace = str(path.parent / config.workload.trace)
@@ -245,4 +255,6 @@ def _put(values: dict[str, Any], setting: str) -> None:
 def _in_keys(message: str) -> str:
     """`Expected ... - at `$.cluster.gpus`` the other way round, as the file names it."""
     expected, at, place = message.partition(" - at `$.")
+    if (choices := _CHOICES.get(place.rstrip("`"))) is not None:
+        expected += f"; accepted are {', '.join(choices)}"
     return f"{place.rstrip('`')}: {expected[0].lower()}{expected[1:]}" if at else f"{expected[0].lower()}{expected[1:]}"

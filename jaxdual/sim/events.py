@@ -19,6 +19,10 @@ class Events:
         self._heap: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         self._number = 0
 
+    def __len__(self) -> int:
+        """Calls to come."""
+        return len(self._heap)
+
     def at(self, time: float, call: Callable[..., None], *arguments: Any) -> None:
         """`call(*arguments)` at a time that is not past."""
         self._number += 1

@@ -28,12 +28,14 @@ class Pipe:
         self._window = window_seconds
 
     def send(self, now: float, nbytes: float) -> float:
-        """Queues bytes; when the last of them has passed."""
+        """Queues bytes; when the last of them has passed. None of them wait for nothing."""
+        if not nbytes:
+            return now
         begin = self.busy_until if self.busy_until > now else now
         end = begin + nbytes / self.rate
         self.nbytes += nbytes
         self.busy_until = end
-        if self._window is not None and nbytes:
+        if self._window is not None:
             self._account(begin, end, nbytes)
         return end
 

@@ -26,6 +26,7 @@ class Request:
       holds_decode_buffer: bytes of the decode node's buffer.
       holds_prefill_buffer: of the prefill node's.
       cached: of the prompt, what is computed or read.
+      prefill_part_began: whether what the prefill side reads has begun to be read.
       blocked: since when the card was free and a buffer had no room, if it was so.
       pushed: whether what the prefill side read has gone to the decode side.
     """
@@ -42,6 +43,7 @@ class Request:
     reads: int = 0
     holds_decode_buffer: float = 0.0
     holds_prefill_buffer: float = 0.0
+    prefill_part_began: bool = False
     blocked: float | None = None
     allocated: float = 0.0
     ready: float = 0.0
@@ -83,6 +85,7 @@ class Node:
 
     Attributes:
       queue: reads in order, with their side and tokens.
+      cold: requests that have nothing to read, and wait for room in the buffer only.
       reading: whether the first of them has begun.
     """
 
@@ -90,6 +93,7 @@ class Node:
     dram: Pipe
     buffer: Buffer
     queue: deque[tuple[Request, ReadSide, int]] = field(default_factory=deque)
+    cold: deque[Request] = field(default_factory=deque)
     reading: bool = False
 
 

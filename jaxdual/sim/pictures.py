@@ -11,19 +11,27 @@ from jaxdual.config import ConfigError
 _MOST_LINES = 16  # of a kind of card; above, the middle and the outermost are drawn
 
 
-def draw(report: Mapping[str, Any], path: Path) -> None:
-    """Draws a report's figures over time.
+def check_picture(path: Path) -> None:
+    """Makes sure that a picture can be drawn.
 
     Raises:
       ConfigError: matplotlib is not installed, or the file's ending is none of its formats.
     """
     try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
     except ImportError:
         raise ConfigError("--plot needs matplotlib: pip install 'jaxdual[plot]'") from None
+    known = FigureCanvasAgg.get_supported_filetypes()
+    if path.suffix.removeprefix(".") not in known:
+        raise ConfigError(f"--plot {path}: its ending must be one of {', '.join(sorted(known))}")
+
+
+def draw(report: Mapping[str, Any], path: Path) -> None:
+    """Draws a report's figures over time; see `check_picture`."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
     import numpy as np
 
     window, series = report["config"]["window_seconds"], report["over_time"]
@@ -44,9 +52,5 @@ def draw(report: Mapping[str, Any], path: Path) -> None:
     cluster = report["config"]["cluster"]
     name = f"{report['config']['model']['name']}, {cluster['prefill_nodes']}P{cluster['decode_nodes']}D"
     figure.suptitle(f"{name}, {report['mode']}: {report['jct_s']:.0f} s")
-    try:
-        figure.savefig(path, dpi=120)
-    except ValueError as error:
-        raise ConfigError(f"--plot {path}: {error}") from None
-    finally:
-        plt.close(figure)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

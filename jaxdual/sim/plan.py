@@ -40,7 +40,7 @@ class Plan:
     Attributes:
       chosen: the cluster that keeps the promises; None if no tried one does.
       tried: all of them, in order.
-      next_prefill, next_decode: the chosen one with a node more; None without it.
+      next_prefill, next_decode: the chosen one with a node, or group, more; None without it.
     """
 
     chosen: Trial | None
@@ -69,12 +69,12 @@ def parse_slo(text: str) -> dict[str, float]:
 
 
 def make_plan(config: SimConfig, slo: Mapping[str, float], most_nodes: int, on_trial: Callable[[Trial], None]) -> Plan:
-    """Adds the node that helps most until all promises are kept, and takes away what is not needed.
+    """Adds the node, or group of nodes, that helps most until all promises are kept, and takes away what is not needed.
 
     The way is greedy: a smaller cluster that keeps the promises may exist where neither node alone brings one closer.
 
     Args:
-      config: load, models and rates; begins with one node of each role.
+      config: load, model and rates; begins with a node of each role, or a group where the model is expert-parallel.
       slo: of `parse_slo`.
       most_nodes: of both roles together.
       on_trial: called with each simulated cluster.
@@ -90,35 +90,39 @@ def make_plan(config: SimConfig, slo: Mapping[str, float], most_nodes: int, on_t
             on_trial(known[prefill, decode])
         return known[prefill, decode]
 
-    best = trial(1, 1)
-    while best.excess > 1 and best.prefill + best.decode < most_nodes:
-        larger = (trial(best.prefill + 1, best.decode), trial(best.prefill, best.decode + 1))
+    # Experts are spread over the nodes of a group: fewer would not hold them.
+    whole = config.model.expert_parallel
+    prefill_step = config.cluster.prefill_group_nodes if whole else 1
+    decode_step = config.cluster.decode_group_nodes if whole else 1
+    best = trial(prefill_step, decode_step)
+    while best.excess > 1 and best.prefill + best.decode + min(prefill_step, decode_step) <= most_nodes:
+        larger = (trial(best.prefill + prefill_step, best.decode), trial(best.prefill, best.decode + decode_step))
         best = min(larger, key=lambda one: one.excess)
     if best.excess > 1:
         return Plan(None, tuple(known.values()))
     shrinks = True
     while shrinks:
         shrinks = False
-        for prefill, decode in ((best.prefill - 1, best.decode), (best.prefill, best.decode - 1)):
+        for prefill, decode in ((best.prefill - prefill_step, best.decode), (best.prefill, best.decode - decode_step)):
             if prefill and decode and trial(prefill, decode).excess <= 1:
                 best, shrinks = trial(prefill, decode), True
                 break
-    more = trial(best.prefill + 1, best.decode), trial(best.prefill, best.decode + 1)
+    more = trial(best.prefill + prefill_step, best.decode), trial(best.prefill, best.decode + decode_step)
     return Plan(best, tuple(known.values()), *more)
 
 
-def format_plan(plan: Plan, slo: Mapping[str, float]) -> str:
+def format_plan(plan: Plan, slo: Mapping[str, float], most_nodes: int) -> str:
     """The plan for people."""
     promised = ", ".join(f"{name.upper()} {seconds:g} s" for name, seconds in slo.items())
     if plan.chosen is None:
         last = min(plan.tried, key=lambda one: one.excess)
-        return f"no cluster of up to {last.prefill + last.decode} nodes keeps {promised}; nearest: {_line(last)}"
+        return f"no cluster of up to {most_nodes} nodes that was tried keeps {promised}; nearest: {_line(last)}"
     lines = [f"{_line(plan.chosen)} keeps {promised}"]
     busiest = ", ".join(f"{name} {part:.0%}" for name, part in plan.chosen.uses[:3])
     lines.append(f"most used: {busiest}")
     for kind, one in (("prefill", plan.next_prefill), ("decode", plan.next_decode)):
         if one is not None:
-            lines.append(f"one more {kind} node: {_line(one)}")
+            lines.append(f"more {kind} nodes: {_line(one)}")
     return "\n".join(lines)
 
 
@@ -141,5 +145,5 @@ def _uses(report: Mapping[str, Any]) -> tuple[tuple[str, float], ...]:
         for direction, carried in directions.items()
     }
     uses["prefill engines"] = report["engines"]["prefill_busy"]
-    uses["decode memory"] = report["engines"]["decode_memory_used"]
+    uses["decode memory"] = report["engines"]["decode_memory_promised"]
     return tuple(sorted(uses.items(), key=lambda item: -item[1]))

@@ -91,7 +91,8 @@ def build_report(
         "attention_max_over_avg": _attention(sim),
         "engines": {
             "prefill_busy": sum(group.figures.seconds for group in sim.forwards) / (seconds * len(sim.forwards)),
-            "decode_memory_used": float(np.mean(sim.decode_memory)),
+            "decode_memory_promised": sim.promised_seconds
+            / (seconds * sum(engine.capacity for engine in sim.decode_engines)),
         },
         "over_time": {
             "storage_read_bytes": {
@@ -142,7 +143,7 @@ def format_report(report: Mapping[str, Any]) -> str:
             for direction, nic in directions.items()
         ),
         ("prefill engines", f"{report['engines']['prefill_busy']:.1%} busy"),
-        ("decode memory", f"{report['engines']['decode_memory_used']:.1%} used by prompts"),
+        ("decode memory", f"{report['engines']['decode_memory_promised']:.1%} used or promised"),
         (
             "storage cards",
             "-" if report["snic_max_over_avg"] is None else f"max / mean {report['snic_max_over_avg']:.3f}",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +164,49 @@ def test_prefill_nodes_are_what_counts_where_they_alone_read() -> None:
     assert of(1, 1, "basic") == pytest.approx(of(1, 2, "basic"), rel=0.05)
     assert of(1, 1, "full") == pytest.approx(of(2, 1, "basic"), rel=0.05)
     assert of(2, 1, "full") == pytest.approx(of(1, 2, "full"), rel=0.05)
+
+
+@pytest.mark.parametrize("mode", ["basic", "full", "roundrobin", "split"])
+@pytest.mark.parametrize("buffer", [3e9, 6e9])
+def test_buffers_for_a_few_prompts_are_enough(mode: str, buffer: float) -> None:
+    rng = random.Random(buffer)
+    sessions = [
+        Session(str(agent), (Turn(rng.randrange(1_000, 50_000), 20), *[Turn(rng.randrange(1, 900), 20)] * 5))
+        for agent in range(60)
+    ]
+    settings = (f"cluster.decode_buffer={buffer}", f"cluster.prefill_buffer={buffer}", "cluster.gpus=4")
+    sim, report, _ = simulate(config_of(*settings, f"mode={mode}"), sessions)
+    assert report["requests"]["ok"] == 360
+    assert not any(node.queue or node.cold for node in (*sim.prefill_nodes, *sim.decode_nodes))
+
+
+def first_token(mode: str, *settings: str, agents: int = 1) -> float:
+    """Seconds from the end of the read to the last agent's first token, of prompts of 20,032 tokens that are stored but
+    for one, computed in no time.
+    """
+    nodes = ("cluster.prefill_nodes=1", "cluster.decode_nodes=1", "cluster.gpus=1", "workload.stored=true")
+    sessions = [Session(str(agent), (Turn(20_033, 1),)) for agent in range(agents)]
+    done = simulate(config_of(*FAST, *nodes, f"mode={mode}", *settings), sessions)[2]
+    return max(request.first for request in done) - max(request.ready for request in done)
+
+
+def test_moving_takes_what_cards_and_submission_need() -> None:
+    token_bytes = config_of().model.kv_token_bytes
+    in_seconds, out_seconds = 20_032 * token_bytes / 50e9, 20_033 * token_bytes / 50e9
+    # All that came goes to the decode side: one after the other, or together but through one direction of the card.
+    assert first_token("basic") == pytest.approx(in_seconds + out_seconds, rel=1e-3)
+    assert first_token("layerwise") == pytest.approx((in_seconds + out_seconds) * 62 / 61, rel=1e-3)
+    copies = 2 * 313 * 61
+    slow = first_token("basic", "cluster.copy_seconds=1e-4")
+    assert slow == pytest.approx(copies * 1e-4, rel=1e-2)
+
+
+def test_a_memory_that_is_slower_than_the_card_is_what_reads_wait_for() -> None:
+    nodes = ("cluster.prefill_nodes=1", "cluster.decode_nodes=1", "cluster.gpus=1", "workload.stored=true")
+    sessions = [Session("0", (Turn(20_033, 1),))]
+    (request,) = simulate(config_of(*FAST, *nodes, "mode=basic", "cluster.dram=1e9"), sessions)[2]
+    read = 20_032 * config_of().model.kv_token_bytes
+    assert request.ready - request.placed == pytest.approx(read / 1e9)
 
 
 class StepwiseBatch:

@@ -10,7 +10,7 @@ import pytest
 
 from jaxdual.sim.__main__ import main
 from jaxdual.sim.config import read_sim_config
-from jaxdual.sim.plan import make_plan
+from jaxdual.sim.plan import format_plan, make_plan
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "sim"
 SMALL = [str(EXAMPLES / "ds660b.toml"), "--no-progress", "--set", "workload.agents=16", "--set", "workload.turns=3"]
@@ -64,7 +64,8 @@ def test_reports_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 def test_a_plan_keeps_what_is_promised_with_no_node_too_many() -> None:
     load = ("workload.max_len=32K", "workload.agents=60", "workload.turns=6", "workload.arrivals_per_second=3.0")
-    config = read_sim_config(EXAMPLES / "ds660b.toml", load)
+    groups = ("cluster.prefill_group_nodes=1", "cluster.decode_group_nodes=1")
+    config = read_sim_config(EXAMPLES / "ds660b.toml", load + groups)
     slo = {"ttft": 0.6, "tpot": 0.0252}
     plan = make_plan(config, slo, 12, lambda trial: None)
     assert plan.chosen is not None
@@ -78,13 +79,24 @@ def test_a_plan_keeps_what_is_promised_with_no_node_too_many() -> None:
         assert not (prefill and decode) or tried[prefill, decode].excess > 1
     assert plan.next_prefill is not None
     assert plan.next_prefill.prefill == plan.chosen.prefill + 1
-    assert make_plan(config, {"ttft": 1e-3}, 4, lambda trial: None).chosen is None
+    none = make_plan(config, {"ttft": 1e-3}, 4, lambda trial: None)
+    assert none.chosen is None
+    assert "no cluster of up to 4 nodes" in format_plan(none, {"ttft": 1e-3}, 4)
+
+
+def test_experts_are_not_spread_over_fewer_nodes_than_a_group() -> None:
+    config = read_sim_config(EXAMPLES / "ds660b.toml", ("workload.agents=4", "workload.turns=2"))
+    plan = make_plan(config, {"ttft": 1e3}, 16, lambda trial: None)
+    assert [(one.prefill, one.decode) for one in plan.tried] == [(2, 4), (4, 4), (2, 8)]
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         (["/none.toml"], "/none.toml: cannot be read"),
+        ([*SMALL, "--set", "mode=dualpath"], "mode: invalid enum value 'dualpath'; accepted are basic, layerwise"),
+        ([*SMALL, "--set", "decode.step_seconds=0", "--set", "decode.sequence_seconds=0"], "must be above 0"),
+        (["plan", "--model", SMALL[0], "--trace", "64K", "--slo", "ttft=1", "--most-nodes", "1"], "at least 2"),
         ([*SMALL, "--set", "cluster.gpus=x"], "cluster.gpus: expected `int`"),
         (["plan", "--model", SMALL[0], "--trace", "64K", "--slo", "ttft=0"], "--slo 'ttft=0' must be seconds above 0"),
         (["plan", "--model", SMALL[0], "--trace", "/none", "--slo", "ttft=1"], "/none: cannot be read"),
