@@ -24,6 +24,8 @@ from jaxdual.sim.events import Events
 from jaxdual.sim.network import send_through
 from jaxdual.sim.nodes import DecodeEngine, Node, PrefillEngine, Request, build_hardware
 
+_MOST_IDLE_SAMPLES = 100
+
 type _Batches = list[tuple[PrefillEngine, list[tuple[Request, int]]]]
 
 
@@ -203,6 +205,7 @@ class ClusterSim:
         self._fetch_pending = False
         self._blocked: set[int] = set()  # nodes whose first read waits for a buffer, by their place in all nodes
         self._agents_left, self._last = len(sessions), 0.0
+        self._idle_samples = 0  # in a row, in which nothing was under way
         self._promised, self._promised_since = 0, 0.0
         self.samples: dict[str, list[int]] = {
             name: [] for name in ("wait for engines", "wait for the store", "at prefill engines", "decode")
@@ -228,7 +231,9 @@ class ClusterSim:
         self.samples["wait for the store"].append(sum(len(node.queue) + node.reading for node in self._nodes))
         self.samples["at prefill engines"].append(sum(len(engine.ready) for engine in self.prefill_engines))
         self.samples["decode"].append(sum(len(engine.requests) for engine in self.decode_engines))
-        if self._agents_left and len(self.events) == self._fetch_pending:
+        # Groups that fetch, and get nothing, keep a simulation going for ever.
+        self._idle_samples = self._idle_samples + 1 if len(self.events) <= self._fetch_pending else 0
+        if self._agents_left and self._idle_samples > _MOST_IDLE_SAMPLES:
             raise RuntimeError(f"{self._agents_left} agents wait for what never comes: a defect of the simulator")
         if self._agents_left:
             self.events.at(self.events.now + self.config.window_seconds, self._sample)
