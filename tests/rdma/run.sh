@@ -3,10 +3,10 @@
 # Exit status of the tests. What can't be had here (no network, no package) is no failure, but is said loudly.
 . "$(dirname "$0")/vm/common.sh"
 host_python=$1
-blocks=$cache/out/blocks
+blocks=$cache/out/blocks limit=240
 
-# The emulator is never left behind.
-boot() { RDMA_UNTIL=$(($(date +%s) + 240)) "$vm/boot.sh" "$@"; }
+# The emulator is never left behind. JAX in it takes two minutes, or more than four on a busy machine.
+boot() { RDMA_UNTIL=$(($(date +%s) + limit)) "$vm/boot.sh" "$@"; }
 
 skipped() {
   echo "===================================================="
@@ -41,6 +41,7 @@ if [ $status -eq $NO_NETWORK ]; then
   exit 0
 fi
 [ $status -eq 0 ] || exit $status
+limit=330
 # Compiled as fast as can be: the emulator is slow, and the programs run a few times.
 boot --site 'export JAX_PLATFORMS=cpu NO_COLOR=1
   export XLA_FLAGS="--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
