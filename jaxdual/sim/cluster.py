@@ -372,10 +372,12 @@ class ClusterSim:
             self._ready(node.cold.popleft())
         if node.cold:
             self._blocked.add(number)
+        if node.reading:
+            return
         # Of a read on both sides the prefill side's part begins first: whoever holds a part of a decode side's buffer
         # is being read then, and gives it back.
         place = next((i for i, (request, side, _) in enumerate(node.queue) if self._may_begin(request, side)), None)
-        if place is not None and not node.reading:
+        if place is not None:
             request, side, tokens = node.queue[place]
             if not self._allocate(request, side, tokens):
                 self._blocked.add(number)
