@@ -6,6 +6,8 @@ import msgspec
 
 from jaxdual.frames import Message
 
+ALIVE_SECONDS = 1.0  # between two `Alive`
+
 
 class GroupSlots(msgspec.Struct, frozen=True):
     """Where the staging slots of a layer group lie in the slab.
@@ -187,8 +189,6 @@ class PeerGone(Message, frozen=True, tag=True):
 class Alive(Message, frozen=True, tag=True):
     """Comes unasked, every `ALIVE_SECONDS`: an agent that does not say it any more is stopped, or hangs."""
 
-
-ALIVE_SECONDS = 1.0
 
 ToAgent = Attach | Lookup | Load | Save | Push | Pull | ToDevice | Disconnect | AwaitGone
 FromAgent = Attached | AttachFailed | Alive | Found | Done | PeerGone

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from jaxdual.config import ConfigError
 from jaxdual.sim.compare import compare, read_report
-from jaxdual.sim.config import SimConfig, read_sim_config
+from jaxdual.sim.config import MAX_LENS, SimConfig, read_sim_config
 from jaxdual.sim.nodes import Request
 from jaxdual.sim.pictures import check_picture, draw
 from jaxdual.sim.plan import Trial, format_plan, make_plan, parse_slo
@@ -90,7 +90,10 @@ def _plan(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--model", metavar="CONFIG.toml", type=Path, required=True, help="model and hardware")
     parser.add_argument(
-        "--trace", metavar="TRACE", required=True, help="a file of requests or sessions, or one of 32K, 48K, 64K"
+        "--trace",
+        metavar="TRACE",
+        required=True,
+        help=f"a file of requests or sessions, or one of {', '.join(MAX_LENS)}",
     )
     parser.add_argument("--slo", metavar="ttft=S,tpot=S", required=True, help="mean times, in seconds")
     parser.add_argument("--most-nodes", type=int, default=32, help="that are tried (default: 32)")
@@ -99,7 +102,7 @@ def _plan(arguments: Sequence[str]) -> int:
     slo = parse_slo(options.slo)
     if options.most_nodes < 2:
         raise ConfigError(f"--most-nodes {options.most_nodes} must be at least 2: one of each role")
-    if options.trace in ("32K", "48K", "64K"):
+    if options.trace in MAX_LENS:
         load = f'workload.max_len="{options.trace}"'
     else:
         load = f"workload.trace={json.dumps(str(Path(options.trace).absolute()))}"

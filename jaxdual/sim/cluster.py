@@ -8,8 +8,7 @@ whose numbers are named here as in `scheduling.capacity`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 from jaxdual.offline.trace import Session
 from jaxdual.scheduling.decode_placement import DecodePlacement
@@ -17,115 +16,14 @@ from jaxdual.scheduling.loads import PathRequest, Role
 from jaxdual.scheduling.path_modes import MODES
 from jaxdual.scheduling.paths import PathScheduler, Placement
 from jaxdual.scheduling.prefill_placement import PrefillPlacement
-from jaxdual.scheduling.quota import AttentionCost, ChunkRules, PrefillWork, pack
 from jaxdual.scheduling.read_side import ReadSide
 from jaxdual.sim.config import SimConfig
 from jaxdual.sim.events import Events
 from jaxdual.sim.network import send_through
 from jaxdual.sim.nodes import DecodeEngine, Node, PrefillEngine, Request, build_hardware
+from jaxdual.sim.prefill import PrefillGroup, PrefillModel
 
-_MOST_IDLE_SAMPLES = 100
-
-type _Batches = list[tuple[PrefillEngine, list[tuple[Request, int]]]]
-
-
-@dataclass(slots=True)
-class ForwardFigures:
-    """Of a group's forwards: how many, the seconds that they took, and the sum of each one's longest over mean
-    attention.
-    """
-
-    count: int = 0
-    seconds: float = 0.0
-    unevenness: float = 0.0
-
-
-class PrefillGroup:
-    """Prefill engines that compute in lock step: a forward takes as long as the longest attention among them.
-
-    Args:
-      cluster: whose they are.
-      engines: of the group.
-    """
-
-    def __init__(self, cluster: ClusterSim, engines: Sequence[PrefillEngine]) -> None:
-        self._cluster, self._engines = cluster, engines
-        self._running = False
-        self.figures = ForwardFigures()
-
-    def start(self) -> None:
-        """Begins a forward if there is anything to compute and none is under way."""
-        if self._running:
-            return
-        cluster = self._cluster
-        events, cost = cluster.events, cluster.attention
-        batches = [(engine, self._batch(engine)) for engine in self._engines if engine.ready]
-        if not batches:
-            return
-        self._running = True
-        longest = total = tokens = 0.0
-        for _, batch in batches:
-            flops = sum(cost.shape.flops(request.cached, count) for request, count in batch)
-            seconds = cost.seconds(flops, len(batch))
-            longest, total = max(longest, seconds), total + seconds
-            tokens += sum(count for _, count in batch)
-        self.figures.count += 1
-        if len(self._engines) > 1:
-            self.figures.unevenness += longest * len(self._engines) / total if total else 1.0
-        # Experts are spread over the group, so that all of it computes what any of its engines is given.
-        compute = cluster.pass_seconds + longest + tokens / len(self._engines) * cluster.token_seconds
-        begin = events.now
-        come = self._move(batches, cluster.bring)
-        if cluster.mode.layerwise:
-            go = self._move(batches, cluster.take_away)
-            duration = max(compute, come, go) * (1 + 1 / cluster.layers)
-            events.at(begin + duration, self._end, batches, begin)
-        else:
-            events.at(begin + come + compute, self._computed, batches, begin)
-
-    def _computed(self, batches: _Batches, begin: float) -> None:
-        """Without layerwise prefill nothing has left yet."""
-        now = self._cluster.events.now
-        self._cluster.events.at(now + self._move(batches, self._cluster.take_away), self._end, batches, begin)
-
-    def _move(self, batches: _Batches, move: Callable[[PrefillEngine, Request, int], tuple[float, float]]) -> float:
-        """Moves what a forward needs, or what it has made; seconds until all of it has passed and was submitted."""
-        longest = 0.0
-        if self._cluster.mode.transfers:
-            for engine, batch in batches:
-                submitted = 0.0
-                for request, count in batch:
-                    passed, submits = move(engine, request, count)
-                    submitted += submits
-                    longest = max(longest, passed, submitted)
-        return longest
-
-    def _batch(self, engine: PrefillEngine) -> list[tuple[Request, int]]:
-        cluster = self._cluster
-        quota = cluster.quota if cluster.mode.quota else float("inf")
-        packed = pack(self._work(engine), quota, cluster.attention, cluster.rules)
-        return [(engine.ready[number], count) for number, (_, count) in enumerate(packed)]
-
-    def _work(self, engine: PrefillEngine) -> Iterator[PrefillWork]:
-        """Prompts in order, as long as their keys and values find room."""
-        room = self._cluster.batch_tokens
-        for number, request in enumerate(engine.ready):
-            room -= request.prompt
-            if room < 0 and number:
-                return
-            yield PrefillWork(request.number, request.cached, request.prompt - request.cached)
-
-    def _end(self, batches: _Batches, begin: float) -> None:
-        self.figures.seconds += self._cluster.events.now - begin
-        # Others become ready meanwhile, and wait for the next forward.
-        for engine, batch in batches:
-            for request, count in batch:
-                request.cached += count
-                if request.cached == request.prompt:
-                    engine.ready.popleft()
-                    self._cluster.prefilled(request)
-        self._running = False
-        self.start()
+_MOST_IDLE_SAMPLES = 100  # in a row: nothing is under way that could end the wait
 
 
 class ClusterSim:
@@ -152,21 +50,9 @@ class ClusterSim:
         self.config, self.events = config, Events()
         self.mode = MODES[config.mode]
         spec, model = config.cluster, config.model
-        self.layers = model.layers
         self._token_bytes = model.kv_token_bytes
         self._block = config.scheduler.block_tokens
-        prefill = config.prefill
-        self.attention = AttentionCost(
-            model.attention.shape(model.layers), 0.0, 1 / prefill.attention_flops, prefill.item_seconds
-        )
-        self.pass_seconds = prefill.pass_seconds
-        self.token_seconds = 2 * model.active_parameters / prefill.flops
-        self.quota = prefill.quota_seconds
-        self.rules = ChunkRules(prefill.min_chunk, 1, None if self.mode.quota else prefill.batch_tokens)
-        # A layer that comes, one that is computed and one that goes. Where whole prompts are held, `_allocate` counts.
-        held = 3 * model.kv_token_bytes / model.layers
-        self.batch_tokens = prefill.kv_bytes / held if self.mode.layerwise else float("inf")
-
+        self._prefill = PrefillModel(config, self.mode)
         hardware = build_hardware(config)
         self.prefill_nodes, self.decode_nodes = hardware.prefill_nodes, hardware.decode_nodes
         self.prefill_groups, self.decode_groups = hardware.prefill_groups, hardware.decode_groups
@@ -174,15 +60,15 @@ class ClusterSim:
         self.decode_engines = [engine for group in self.decode_groups for engine in group]
         self._nodes = [*self.prefill_nodes, *self.decode_nodes]
         lockstep = self.prefill_groups if model.expert_parallel else [[one] for one in self.prefill_engines]
-        self.forwards = [PrefillGroup(self, engines) for engines in lockstep]
+        self.forwards = [PrefillGroup(self, self._prefill, engines) for engines in lockstep]
         self._forward_of = {
-            one.number: group for group, engines in zip(self.forwards, lockstep, strict=True) for one in engines
+            one.report.engine: group for group, engines in zip(self.forwards, lockstep, strict=True) for one in engines
         }
         self.scheduler = PathScheduler(
             self.mode,
             PrefillPlacement.from_rates(
                 spec.snic / model.kv_token_bytes,
-                self._compute_rate(sessions),
+                self._prefill.rate(sessions),
                 read_seconds=config.scheduler.read_seconds,
                 compute_seconds=config.scheduler.compute_seconds,
             ),
@@ -237,17 +123,6 @@ class ClusterSim:
             raise RuntimeError(f"{self._agents_left} agents wait for what never comes: a defect of the simulator")
         if self._agents_left:
             self.events.at(self.events.now + self.config.window_seconds, self._sample)
-
-    def _compute_rate(self, sessions: Sequence[Session]) -> float:
-        """Prompt tokens that an engine moves through in a second, hits included, at these sessions' mean."""
-        tokens = seconds = 0.0
-        for session in sessions[:100]:
-            for turn, prompt in zip(session.turns, session.prompt_lengths(), strict=True):
-                count = min(turn.append, prompt)
-                tokens += prompt
-                flops = self.attention.shape.flops(prompt - count, count)
-                seconds += self.attention.seconds(flops, 1) + count * self.token_seconds
-        return tokens / seconds
 
     # Agents.
 
@@ -415,11 +290,9 @@ class ClusterSim:
             memory.take(whole)
         if decode is not None:
             decode.take(whole)
-            request.holds_decode_buffer = whole
             request.allocated = self.events.now
         if own is not None:
             own.take(part)
-            request.holds_prefill_buffer = part
         return True
 
     def _freed(self) -> None:
@@ -440,7 +313,7 @@ class ClusterSim:
         request.ready = self.events.now
         engine = self.prefill_engines[request.plan.prefill_engine]
         engine.ready.append(request)
-        self._forward_of[engine.number].start()
+        self._forward_of[engine.report.engine].start()
 
     # Computing.
 
@@ -467,7 +340,7 @@ class ClusterSim:
 
     def _submit_seconds(self, nbytes: float) -> float:
         """To submit the copies of the Layer Blocks of so many bytes."""
-        return nbytes / (self._token_bytes * self._block) * self.layers * self.config.cluster.copy_seconds
+        return nbytes / (self._token_bytes * self._block) * self._prefill.layers * self.config.cluster.copy_seconds
 
     def prefilled(self, request: Request) -> None:
         """A prompt is computed, and its first token is there."""
@@ -480,8 +353,9 @@ class ClusterSim:
             return
         if not self.mode.layerwise:
             self.prefill_engines[plan.prefill_engine].memory.give_back(request.prompt * self._token_bytes)
-        if request.holds_prefill_buffer:
-            self._nodes[self._node_of(plan, ReadSide.PREFILL)].buffer.give_back(request.holds_prefill_buffer)
+        if plan.read.prefill_tokens:
+            buffer = self._nodes[self._node_of(plan, ReadSide.PREFILL)].buffer
+            buffer.give_back(plan.read.prefill_tokens * self._token_bytes)
         decode = self._decode(plan)
         whole = request.prompt * self._token_bytes
         end = send_through(now, whole, (decode.node.dram, decode.nic.read, decode.nic.write))  # PE8, PE9 or DE6, DE7
@@ -493,8 +367,8 @@ class ClusterSim:
     def _in_memory(self, request: Request) -> None:
         """A prompt is in its decode engine's memory."""
         now, engine = self.events.now, self._decode(request.plan)
-        if request.holds_decode_buffer:
-            engine.node.buffer.give_back(request.holds_decode_buffer)
+        if self.mode.transfers:
+            engine.node.buffer.give_back(request.prompt * self._token_bytes)
             self._freed()
         self.scheduler.decoding(request.plan.number)
         if request.output == 1:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import msgspec
 from msgspec import Meta
@@ -19,7 +19,11 @@ type Count = Annotated[int, Meta(ge=1)]
 type Whole = Annotated[int, Meta(ge=0)]
 type Above = Annotated[float, Meta(gt=0)]
 type AtLeast = Annotated[float, Meta(ge=0)]
+type MaxLen = Literal["32K", "48K", "64K"]
 type Share = Annotated[float, Meta(ge=0, lt=1)]
+
+
+MAX_LENS: tuple[str, ...] = get_args(MaxLen.__value__)
 
 
 class _Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -172,7 +176,7 @@ class WorkloadSpec(_Section, frozen=True, kw_only=True):
       speed: agents start by the trace's timestamps, so many times as fast.
     """
 
-    max_len: Literal["32K", "48K", "64K"] = "64K"
+    max_len: MaxLen = "64K"
     trace: str | None = None
     stored: bool = False
     agents: Count | None = None
@@ -205,7 +209,7 @@ class SimConfig(_Section, frozen=True, kw_only=True):
 
 _CHOICES = {
     "mode": tuple(MODES),
-    "workload.max_len": ("32K", "48K", "64K"),
+    "workload.max_len": MAX_LENS,
     "model.attention.kind": ("sparse-latent", "grouped"),
 }
 

@@ -52,7 +52,8 @@ class DecodeCost:
         growth = self.per_token * sequences / 2
         # growth * k^2 + (first - growth) * k = seconds, in the form that loses no digits where growth is small.
         slope = first - growth
-        steps = int(2 * seconds / (slope + math.sqrt(slope * slope + 4 * growth * seconds)))
+        divisor = slope + math.sqrt(slope * slope + 4 * growth * seconds)
+        steps = int(2 * seconds / divisor) if divisor else 0
         # Rounding may be off by one at the very end of a step.
         while self.seconds(steps + 1, sequences, tokens) <= seconds:
             steps += 1

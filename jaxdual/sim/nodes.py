@@ -23,8 +23,6 @@ class Request:
       number: for the scheduler.
       prompt, hit, output: all, stored, to be given.
       reads: sides that have not read their part yet.
-      holds_decode_buffer: bytes of the decode node's buffer.
-      holds_prefill_buffer: of the prefill node's.
       cached: of the prompt, what is computed or read.
       prefill_part_began: whether what the prefill side reads has begun to be read.
       blocked: since when the card was free and a buffer had no room, if it was so.
@@ -41,8 +39,6 @@ class Request:
     placement: Placement | None = None
     placed: float = 0.0
     reads: int = 0
-    holds_decode_buffer: float = 0.0
-    holds_prefill_buffer: float = 0.0
     prefill_part_began: bool = False
     blocked: float | None = None
     allocated: float = 0.0
@@ -86,7 +82,7 @@ class Node:
     Attributes:
       queue: reads in order, with their side and tokens.
       cold: requests that have nothing to read, and wait for room in the buffer only.
-      reading: whether the first of them has begun.
+      reading: whether the card is reading one that has left the queue.
     """
 
     snic: Card
@@ -105,7 +101,6 @@ class PrefillEngine:
       memory: for keys and values of all layers of prompts, in modes where these are there together.
     """
 
-    number: int
     node: Node
     nic: Card
     report: EngineReport
@@ -124,7 +119,6 @@ class DecodeEngine:
       wakes: when `batch` changes next, as far as an event is scheduled for it; None for no event.
     """
 
-    number: int
     node: Node
     nic: Card
     report: EngineReport
@@ -166,11 +160,11 @@ def build_hardware(config: SimConfig) -> Hardware:
         for engine in itertools.islice(engines, spec.gpus):
             report = EngineReport(engine, number, group, 0, 0, 0)
             memory = Buffer(config.prefill.kv_bytes)
-            prefill_groups[group].append(PrefillEngine(engine, node, Card(nic), report, memory))
+            prefill_groups[group].append(PrefillEngine(node, Card(nic), report, memory))
     for number, node in enumerate(decode_nodes):
         group = number // spec.decode_group_nodes
         for engine in itertools.islice(engines, spec.gpus):
             place = (len(prefill_nodes) + number, len(prefill_groups) + group)
             report = EngineReport(engine, *place, 0, 0, 0, capacity)
-            decode_groups[group].append(DecodeEngine(engine, node, Card(nic), report, DecodeBatch(cost), capacity))
+            decode_groups[group].append(DecodeEngine(node, Card(nic), report, DecodeBatch(cost), capacity))
     return Hardware(prefill_nodes, decode_nodes, prefill_groups, decode_groups)
