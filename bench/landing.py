@@ -65,7 +65,7 @@ def _runner(landing: str) -> Runner:
 def _land(runner: Runner, count: int) -> None:
     pages = np.random.default_rng(0).permutation(_PAGES)[:count].tolist()
     copies = tuple(PageCopy("in", page, slot) for slot, page in enumerate(pages))
-    runner.dispatch(StepPlan(copies=copies, tables=(), admitted=(), chunks=(), rows=(), preempted=()), [], {})
+    runner.dispatch([StepPlan(copies=copies, tables=(), admitted=(), chunks=(), rows=(), preempted=())], [], {})
     jax.block_until_ready(runner.arenas)
 
 

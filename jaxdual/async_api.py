@@ -70,7 +70,7 @@ class AsyncLLM(ServedModel):
         if not cluster:
             config.check_alone()
         self.config = config
-        self._most_running = config.max_num_seqs * (cluster.decode if cluster else 1)
+        self._most_running = config.max_num_seqs * (cluster.decode if cluster else config.num_ranks)
         self.max_queued_requests = max_queued_requests
         self._engine = EngineSupervisor(
             config, cluster, on_ready=self._on_ready, on_events=self._on_events, on_lost=self._on_lost

@@ -24,6 +24,8 @@ class ConfigError(ValueError):
 class EngineConfig:
     """Settings of one engine. Names are vLLM's where the meaning is the same.
 
+    Sequences, tokens and memory are those of a rank, where data or expert parallelism make several.
+
     Attributes:
       model: folder in Hugging Face layout, or a hub name; None for the model that ships with jaxdual.
       served_model_name: name in responses; the hub name, or the folder's own name, if None.
@@ -58,7 +60,29 @@ class EngineConfig:
       kv_landing: how blocks come from host memory into KV memory: "scatter" by a program; "direct" by a copy straight
         to its address, which is there on a CPU only, and faster.
       enable_prefix_caching: shares blocks of equal prefixes between requests.
+      scheduling_policy: who is next of those that wait, within a priority: "fcfs" first come, first served; "sjf" the
+        shortest prompt, but whoever has waited for `theta_age` before all others; "sjf_rolling" the same with a limit
+        of 0.9 of the latest requests' 99th percentile of TTFT; "sjf_linear" by length, 600 tokens less for each second.
+      theta_age: seconds after which a request goes before shorter ones, under "sjf"; inf for never.
       preemption_mode: "recompute" or "swap", for sequences that must give way.
+      tensor_parallel_size: devices that share each layer: attention by key-value heads, MLPs by their width.
+      expert_parallel_size: devices that share the experts of each layer; each has sequences and KV memory of its own.
+      data_parallel_size: how often all of that is repeated, on devices of its own with sequences of its own.
+      redundant_experts: slots of each layer beyond one for each expert, for further copies of some.
+      expert_placement: where the experts of each layer lie, decided anew every `expert_interval` steps: "linear" in
+        order, for ever; "eplb" so that loads are balanced; "edr" Algorithm 3 of arXiv 2602.21626, which pins experts
+        that follow each other on one device and balances the others, "edr_column" with one assignment for all layers;
+        "source" near the sequences that choose them.
+      expert_interval: steps between two relocations.
+      expert_window: steps whose choices a relocation looks at.
+      router_statistics: what is counted of the routers' choices: "off", "activations" of experts, or also "transitions"
+        between neighbouring layers; None for what `expert_placement` needs.
+      dispatch_policy: which of the data and expert parallel ranks gets a request: "rr" in turn; "vllm_counts" the one
+        with the fewest requests; "gimbal" Algorithm 1 of arXiv 2602.21626 as printed, "gimbal_relaxed" with its load
+        rule also below saturation; "score" the best sum of load and KV memory.
+      theta_kv: KV usage from which "gimbal" takes a rank for saturated.
+      theta_diff: difference of KV usages from which "gimbal" avoids the fuller rank.
+      theta_load: difference of loads, in tokens, above which "gimbal" avoids the busier rank.
       async_scheduling: plans the next step while the device works on this one; False is the plain loop that it must
         agree with.
       seed: of the seeds drawn for requests that bring none; None for a random one.
@@ -89,7 +113,21 @@ class EngineConfig:
     kv_load_timeout: float = 10.0
     kv_landing: Literal["scatter", "direct"] = "scatter"
     enable_prefix_caching: bool = True
+    scheduling_policy: Literal["fcfs", "sjf", "sjf_rolling", "sjf_linear"] = "fcfs"
+    theta_age: float = 5.0
     preemption_mode: Literal["recompute", "swap"] = "recompute"
+    tensor_parallel_size: int = 1
+    expert_parallel_size: int = 1
+    data_parallel_size: int = 1
+    redundant_experts: int = 0
+    expert_placement: Literal["linear", "eplb", "edr", "edr_column", "source"] = "linear"
+    expert_interval: int = 3000
+    expert_window: int = 1000
+    router_statistics: Literal["off", "activations", "transitions"] | None = None
+    dispatch_policy: Literal["rr", "vllm_counts", "gimbal", "gimbal_relaxed", "score"] = "vllm_counts"
+    theta_kv: float = 0.9
+    theta_diff: float = 0.10
+    theta_load: int = 3000
     async_scheduling: bool = True
     seed: int | None = None
     compilation_cache_dir: str | None = None
@@ -107,6 +145,13 @@ class EngineConfig:
             ("host_cache_bytes", 0),
             ("kv_store_capacity_bytes", 1),
             ("kv_staging_bytes", 1),
+            ("tensor_parallel_size", 1),
+            ("expert_parallel_size", 1),
+            ("data_parallel_size", 1),
+            ("redundant_experts", 0),
+            ("expert_interval", 1),
+            ("expert_window", 1),
+            ("theta_load", 0),
         ):
             value = getattr(self, name)
             if value is not None and value < low:
@@ -128,8 +173,55 @@ class EngineConfig:
             raise ConfigError(f"kv_secret of {len(self.kv_secret)} characters; at least {_LEAST_SECRET} are needed")
         if not 0 < self.kv_load_timeout < float("inf"):
             raise ConfigError(f"kv_load_timeout={self.kv_load_timeout} must be above 0 seconds")
+        self._check_experts()
+        for name in ("theta_kv", "theta_diff"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name}={getattr(self, name)} must be in [0, 1]")
+        if self.needs_kv_agent and self.num_ranks > 1:
+            setting = "kv_store" if self.kv_store is not None else "kv_transport"
+            raise ConfigError(
+                f"{setting} needs an engine with one rank: data_parallel_size={self.data_parallel_size} and "
+                f"expert_parallel_size={self.expert_parallel_size} must be 1"
+            )
+        if self.kv_landing == "direct" and self.num_devices > 1:
+            raise ConfigError(f'kv_landing="direct" writes to one device, and this engine has {self.num_devices}')
+        if not self.theta_age > 0:
+            raise ConfigError(f"theta_age={self.theta_age} must be above 0 seconds")
         if self.preemption_mode == "swap" and not self.host_cache_bytes:
             raise ConfigError('preemption_mode="swap" needs host_cache_bytes above 0')
+
+    def _check_experts(self) -> None:
+        pinned = self.expert_placement in ("edr", "edr_column")
+        if self.expert_placement != "linear" and self.expert_parallel_size == 1:
+            raise ConfigError(f"expert_placement={self.expert_placement!r} needs expert_parallel_size above 1")
+        if self.redundant_experts and self.expert_placement not in ("linear", "eplb"):
+            raise ConfigError(
+                f"redundant_experts={self.redundant_experts} have no use under "
+                f"expert_placement={self.expert_placement!r}"
+            )
+        if self.counted_of_routers == "off" and self.expert_placement != "linear":
+            raise ConfigError(f'router_statistics="off": expert_placement={self.expert_placement!r} needs them')
+        if pinned and self.counted_of_routers != "transitions":
+            raise ConfigError(f'expert_placement={self.expert_placement!r} needs router_statistics="transitions"')
+
+    @property
+    def counted_of_routers(self) -> Literal["off", "activations", "transitions"]:
+        """`router_statistics`, or what the placement needs."""
+        if self.router_statistics is not None:
+            return self.router_statistics
+        if self.expert_placement == "linear":
+            return "off"
+        return "transitions" if self.expert_placement in ("edr", "edr_column") else "activations"
+
+    @property
+    def num_ranks(self) -> int:
+        """Parts of the engine that have sequences of their own."""
+        return self.data_parallel_size * self.expert_parallel_size
+
+    @property
+    def num_devices(self) -> int:
+        """Devices that the engine runs on."""
+        return self.num_ranks * self.tensor_parallel_size
 
     @property
     def shares_kv_store(self) -> bool:

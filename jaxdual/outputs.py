@@ -125,7 +125,7 @@ class EngineInfo:
       dtype: of weights, activations and KV cache.
       device: kind of device that it runs on.
       max_model_len: tokens of prompt and output together.
-      max_num_seqs: sequences that run at once.
+      max_num_seqs: sequences that run at once, of all ranks.
       block_size: tokens of a KV page.
       fingerprint: identifies weights and number type, in hexadecimal digits.
       default_sampling: fields of `SamplingParams` for which the model recommends a value.
@@ -182,6 +182,9 @@ class EngineStats:
       kv_agent_restarts: times that the process that reads and writes the store had died.
       restarts: of a cluster: times that an engine of it was started again.
       engines: of a cluster: figures of each engine, such as "prefill 0"; their counters go on when one starts again.
+      expert_relocations, experts_moved: of experts between devices: how often, and weights of one expert in one layer.
+      expert_imbalance, expert_imbalance_worst: load of the busiest device by the mean, of experts as they lie now and
+        were chosen lately; mean and worst of all layers.
       load_seconds, compile_seconds: loading the model; compiling programs, or reading them from the compilation cache.
       compilations: programs compiled or read from the compilation cache.
     """
@@ -215,5 +218,9 @@ class EngineStats:
     kv_staging_blocks_used: int = 0
     handed_over_tokens: int = 0
     restarts: int = 0
+    expert_relocations: int = 0
+    experts_moved: int = 0
+    expert_imbalance: float = 1.0
+    expert_imbalance_worst: float = 1.0
     card_bytes: Mapping[str, int] = field(default_factory=dict)
     engines: Mapping[str, EngineStats] = field(default_factory=dict)

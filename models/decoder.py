@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike
 from models.attention import dense_attend
 from models.config import ModelConfig
 from models.families import family_of
-from models.layers import Attend, Linear, RMSNorm, matmul_precision, random_weights
+from models.layers import Attend, Linear, Mix, RMSNorm, matmul_precision, random_weights
 from models.moe import MoE
 from models.rope import Rope, rope_table
 
@@ -56,7 +56,7 @@ class Decoder(nnx.Module):
         return rope_table(self.config.rope, self.config.head_dim, positions)
 
     def layer(
-        self, index: int, x: Float[Array, "T D"], rope: Rope, attend: Attend, cache: Any
+        self, index: int, x: Float[Array, "T D"], rope: Rope, attend: Attend, cache: Any, mix: Mix | None = None
     ) -> tuple[Float[Array, "T D"], Any]:
         """Layer `index` alone.
 
@@ -67,11 +67,14 @@ class Decoder(nnx.Module):
           attend: `(layer, q [T Hq d], k [T Hkv d], v [T Hkv d], cache) -> (out [T Hq d], cache)`; it writes k and v
             into the cache and attends over it.
           cache: any pytree, handed to `attend` and back.
+          mix: `(layer, mlp, x [T D]) -> out [T D]`, in place of `mlp(x)`: for experts that lie on other devices, or
+            are counted; None for the MLP itself.
 
         Returns:
           Residual stream after the layer, and the cache.
         """
-        return self.layers[index](x, rope, partial(attend, index), cache)  # type: ignore[no-any-return]
+        of_layer = None if mix is None else partial(mix, index)
+        return self.layers[index](x, rope, partial(attend, index), cache, of_layer)  # type: ignore[no-any-return]
 
     def final_norm(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
         """The norm before the output head: the last hidden state of the model."""
@@ -96,20 +99,20 @@ class Decoder(nnx.Module):
         return self.unembed(self.final_norm(x))
 
     def __call__(
-        self, tokens: Int[Array, "T"], positions: Int[Array, "T"], attend: Attend, cache: Any
+        self, tokens: Int[Array, "T"], positions: Int[Array, "T"], attend: Attend, cache: Any, mix: Mix | None = None
     ) -> tuple[Float[Array, "T D"], Any]:
         """Embedding and all layers.
 
         Args:
           tokens, positions: `[T]` each; rows of different sequences may be mixed, `attend` keeps them apart.
-          attend, cache: as for `layer`.
+          attend, cache, mix: as for `layer`.
 
         Returns:
           Residual stream before the final norm, and the cache.
         """
         x, rope = self.embed(tokens), self.rope(positions)
         for index in range(self.config.num_layers):
-            x, cache = self.layer(index, x, rope, attend, cache)
+            x, cache = self.layer(index, x, rope, attend, cache, mix)
         return x, cache
 
     def dense_logits(self, tokens: Int[Array, "B L"]) -> Float32[Array, "B L V"]:

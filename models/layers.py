@@ -21,6 +21,10 @@ from models.rope import Rope, rotate
 type LayerAttend = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
 # The same for any layer, its index (from 0) first.
 type Attend = Callable[[int, jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
+# MLP of one layer as the caller computes it: (mlp, x [T D]) -> out [T D]
+type LayerMix = Callable[[nnx.Module, jax.Array], jax.Array]
+# The same for any layer, its index (from 0) first.
+type Mix = Callable[[int, nnx.Module, jax.Array], jax.Array]
 
 INIT_STDDEV = 0.02
 
@@ -120,12 +124,18 @@ class DecoderLayer(nnx.Module):
         self.mlp = mlp
 
     def __call__(
-        self, x: Float[Array, "T D"], rope: Rope, attend: LayerAttend, cache: Any
+        self, x: Float[Array, "T D"], rope: Rope, attend: LayerAttend, cache: Any, mix: LayerMix | None = None
     ) -> tuple[Float[Array, "T D"], Any]:
-        """The residual stream after this layer, and the cache that `attend` returned."""
+        """The residual stream after this layer, and the cache that `attend` returned.
+
+        Without `mix`, the layer applies its MLP itself.
+        """
         q, k, v = _before_attention(self, x, rope)
         out, cache = attend(q, k, v, cache)
-        return _after_attention(self, x, out), cache
+        if mix is None:
+            return _after_attention(self, x, out), cache
+        x, normed = _between(self, x, out)
+        return x + mix(self.mlp, normed), cache
 
 
 # Jitted within whatever jits the model, which costs nothing there: tracing is most of the time that a program takes to
@@ -141,6 +151,15 @@ def _before_attention(
 
 @jax.jit
 def _after_attention(layer: DecoderLayer, x: Float[Array, "T D"], out: Float[Array, "T Hq d"]) -> Float[Array, "T D"]:
-    x = x + layer.attention.o(out.reshape(x.shape[0], -1))
-    mixed: jax.Array = x + layer.mlp(layer.mlp_norm(x))
+    x, normed = _between(layer, x, out)
+    mixed: jax.Array = x + layer.mlp(normed)
     return mixed
+
+
+@jax.jit
+def _between(
+    layer: DecoderLayer, x: Float[Array, "T D"], out: Float[Array, "T Hq d"]
+) -> tuple[Float[Array, "T D"], Float[Array, "T D"]]:
+    """The residual stream after the attention, and what the MLP makes of it."""
+    x = x + layer.attention.o(out.reshape(x.shape[0], -1))
+    return x, layer.mlp_norm(x)

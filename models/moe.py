@@ -56,6 +56,11 @@ class MoE(nnx.Module):
 
     def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
         """Route, compute each chosen expert, and add up."""
-        experts, weights = self.route(x)
+        return self.apply(x, *self.route(x))
+
+    def apply(
+        self, x: Float[Array, "T D"], experts: Int32[Array, "T k"], weights: Float32[Array, "T k"]
+    ) -> Float[Array, "T D"]:
+        """The weighted sum of what the chosen experts make of each token."""
         rows, group_sizes, order = dispatch(x, experts, self.experts.gate.shape[0])
         return combine(self.experts(rows, group_sizes, self.implementation), order, weights.astype(x.dtype))

@@ -49,6 +49,8 @@ _ENGINE_COUNTERS = (
     ("kv_store_timeouts", "store_timeouts", "Requests that went on without the blocks that they waited for."),
     ("kv_agent_restarts", "kv_agent_restarts", "Times that the process beside the engine had died."),
     ("engine_restarts", "restarts", "Engines started after the first."),
+    ("expert_relocations", "expert_relocations", "Times that experts were placed anew on their devices."),
+    ("experts_moved", "experts_moved", "Weights of one expert in one layer that moved to another slot."),
 )
 
 
@@ -277,6 +279,10 @@ def _gauges(load: EngineStats) -> Iterator[tuple[str, str, float]]:
     yield "kv_cache_usage_perc", "Part of the KV blocks that sequences use, 1 for all.", part
     yield "kv_blocks_live", "KV blocks that sequences use.", used
     yield "kv_blocks_cached", "KV blocks that only the prefix cache uses.", load.kv_blocks_cached
+    text = "Load of the busiest device by the mean, of experts as they lie now; mean of all layers."
+    yield "expert_imbalance", text, load.expert_imbalance
+    text = "Load of the busiest device by the mean, of experts as they lie now; in the most uneven layer."
+    yield "expert_imbalance_worst", text, load.expert_imbalance_worst
     yield "kv_blocks_free", "KV blocks that hold nothing.", load.kv_blocks_available - load.kv_blocks_cached
 
 

@@ -5,8 +5,11 @@ import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+import jax
 import pytest
 from jaxtyping import install_import_hook
+
+jax.config.update("jax_num_cpu_devices", 8)  # for meshes; everything else stays on the first
 
 ARRAY_MODULES = [
     "pallas_kernels",
@@ -16,9 +19,11 @@ ARRAY_MODULES = [
     "models.moe",
     "models.rope",
     "jaxdual.engine.layerwise.programs",
+    "jaxdual.engine.mesh_programs",
     "jaxdual.engine.paged",
     "jaxdual.engine.sampler",
     "jaxdual.engine.steps",
+    "jaxdual.parallel.exchange",
 ]
 if importlib.util.find_spec("beartype"):
     install_import_hook(ARRAY_MODULES, "beartype.beartype")

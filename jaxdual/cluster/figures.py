@@ -12,11 +12,12 @@ from jaxdual.scheduling.loads import Role
 _MEMORY = ("kv_blocks", "kv_blocks_cached", "kv_blocks_available")
 _PRESENT = ("num_running", "num_waiting", "kv_staging_blocks_used", *_MEMORY)
 _START = ("load_seconds", "compile_seconds")
+_UNEVEN = ("expert_imbalance", "expert_imbalance_worst")
 _OF_CLUSTERS = ("engines", "card_bytes")
 _COUNTERS = tuple(
     field.name
     for field in dataclasses.fields(EngineStats)
-    if field.name not in (*_PRESENT, *_START, *_OF_CLUSTERS, "restarts")
+    if field.name not in (*_PRESENT, *_START, *_UNEVEN, *_OF_CLUSTERS, "restarts")
 )
 
 
@@ -68,8 +69,9 @@ def cluster_figures(
     decode = [stats for _, role, stats in members if role is not Role.PREFILL]
     figures = {name: sum(getattr(stats, name) for stats in every) for name in (*_COUNTERS, *_PRESENT, "restarts")}
     figures |= {name: sum(getattr(stats, name) for stats in decode) for name in _MEMORY}
-    # They start side by side.
+    # They start side by side, and the most uneven one is what is told.
     figures |= {name: max((getattr(stats, name) for stats in every), default=0.0) for name in _START}
+    figures |= {name: max((getattr(stats, name) for stats in every), default=1.0) for name in _UNEVEN}
     figures["num_waiting"] += num_waiting
     figures["prompt_tokens"] = prompt_tokens
     return EngineStats(**figures, card_bytes=card_bytes, engines={name: stats for name, _, stats in members})

@@ -31,10 +31,10 @@ class PrefillShape:
 
 @dataclass(frozen=True, slots=True)
 class PrefillBatch:
-    """Chunks that run together, and the shape that they are padded to."""
+    """Chunks of each rank that run together, and the shape that each rank's are padded to."""
 
     shape: PrefillShape
-    chunks: tuple[Chunk, ...]
+    chunks: tuple[tuple[Chunk, ...], ...]
 
 
 class Buckets:
@@ -73,22 +73,23 @@ class Buckets:
                 return size
         raise ValueError(f"{rows=} is above the largest bucket {self.rows[-1]}")
 
-    def prefill(self, chunks: Sequence[Chunk]) -> list[PrefillBatch]:
-        """Groups chunks into batches, longest first, so that little is padded."""
-        remaining = sorted(chunks, key=lambda chunk: len(chunk.tokens), reverse=True)
+    def prefill(self, chunks: Sequence[Sequence[Chunk]]) -> list[PrefillBatch]:
+        """Groups the chunks of each rank into batches, longest first, so that little is padded."""
+        remaining = [sorted(of_rank, key=lambda chunk: len(chunk.tokens), reverse=True) for of_rank in chunks]
         batches = []
-        while remaining:
+        while any(remaining):
             shape = self._best_shape(remaining)
-            batches.append(PrefillBatch(shape, tuple(remaining[: shape.rows])))
-            remaining = remaining[shape.rows :]
+            batches.append(PrefillBatch(shape, tuple(tuple(of_rank[: shape.rows]) for of_rank in remaining)))
+            remaining = [of_rank[shape.rows :] for of_rank in remaining]
         return batches
 
-    def _best_shape(self, chunks: Sequence[Chunk]) -> PrefillShape:
-        """The shape that spends the fewest padded tokens for each real one on the first of `chunks`, longest first."""
-        longest = len(chunks[0].tokens)
+    def _best_shape(self, chunks: Sequence[Sequence[Chunk]]) -> PrefillShape:
+        """The shape that pads least for each real token of the first of each rank's chunks, longest first."""
+        longest = max(len(of_rank[0].tokens) for of_rank in chunks if of_rank)
 
         def waste(shape: PrefillShape) -> tuple[float, int]:
-            return shape.tokens / sum(len(chunk.tokens) for chunk in chunks[: shape.rows]), -shape.rows
+            real = sum(len(chunk.tokens) for of_rank in chunks for chunk in of_rank[: shape.rows])
+            return shape.tokens / real, -shape.rows
 
         return min((shape for shape in self.prefill_shapes if shape.chunk >= longest), key=waste)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,12 +13,18 @@ from jaxdual.engine.buckets import Buckets
 from jaxdual.engine.build_transfers import build_transfers, host_memory
 from jaxdual.engine.direct_landing import lands_directly
 from jaxdual.engine.engine import Engine
+from jaxdual.engine.expert_balancer import ExpertBalancer
 from jaxdual.engine.loading import LoadedModel, load_model
 from jaxdual.engine.memory import check_host_memory, group_pages
+from jaxdual.engine.mesh_programs import MeshPrograms
+from jaxdual.engine.ranks import Rank, Ranks
 from jaxdual.engine.runner import Runner
-from jaxdual.kv.manager import KVManager
+from jaxdual.kv.manager import GroupPages, KVManager
 from jaxdual.outputs import EngineInfo, EngineStats
 from jaxdual.scheduling.batch import BatchLimits, BatchScheduler
+from jaxdual.scheduling.dispatch import GimbalThresholds, dispatch_policy
+from jaxdual.scheduling.expert_policies import expert_policy
+from jaxdual.scheduling.queues import waiting_queue
 
 if TYPE_CHECKING:  # an engine by itself needs none of its packages
     from jaxdual.engine.cluster_part import ClusterPart
@@ -73,14 +80,7 @@ def engine_of(loaded: LoadedModel, config: EngineConfig, part: ClusterPart | Non
     layout, max_chunk = loaded.layout, loaded.max_chunk
     memory = group_pages(config, layout, loaded.max_model_len, max_chunk, loaded.model.config)
     check_host_memory(config, layout, memory, loaded.model.config)
-    kv = KVManager(
-        memory,
-        config.block_size,
-        prefix_caching=config.enable_prefix_caching,
-        max_chunk=max_chunk,
-        report_published=config.kv_store is not None and not config.kv_store_read_only,
-    )
-    host, slab = host_memory(layout, memory, shared=config.needs_kv_agent)
+    host, slab = host_memory(layout, memory, shared=config.needs_kv_agent, ranks=config.num_ranks)
     limits = BatchLimits(
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
@@ -98,18 +98,49 @@ def engine_of(loaded: LoadedModel, config: EngineConfig, part: ClusterPart | Non
         buckets=Buckets(config.max_num_seqs, max_chunk),
         host=host,
         direct=lands_directly(config),
+        mesh=loaded.mesh,
+        count_routers=config.counted_of_routers,
+        placement=loaded.placement,
     )
+    dispatch = dispatch_policy(
+        config.dispatch_policy, GimbalThresholds(config.theta_kv, config.theta_diff, config.theta_load)
+    )
+    ranks = Ranks([_rank(config, memory, limits) for _ in range(config.num_ranks)], dispatch)
     engine = Engine(
         runner,
-        BatchScheduler(limits, kv),
-        kv,
+        ranks,
         eos_token_ids=loaded.eos_token_ids,
         model_fingerprint=loaded.identity,
-        transfers=None if slab is None else build_transfers(config, part, kv, runner, memory, host, slab),
+        transfers=None if slab is None else build_transfers(config, part, ranks[0].kv, runner, memory, host, slab),
+        balancer=_balancer(config, loaded, runner),
         overlap=config.async_scheduling,
         seed=config.seed,
     )
     return Built(engine, loaded)
+
+
+def _rank(config: EngineConfig, memory: Sequence[GroupPages], limits: BatchLimits) -> Rank:
+    kv = KVManager(
+        memory,
+        config.block_size,
+        prefix_caching=config.enable_prefix_caching,
+        max_chunk=limits.max_chunk,
+        report_published=config.kv_store is not None and not config.kv_store_read_only,
+    )
+    return Rank(BatchScheduler(limits, kv, waiting_queue(config.scheduling_policy, config.theta_age)), kv)
+
+
+def _balancer(config: EngineConfig, loaded: LoadedModel, runner: Runner) -> ExpertBalancer | None:
+    if loaded.placement is None or not isinstance(runner.programs, MeshPrograms):
+        return None
+    return ExpertBalancer(
+        runner,
+        runner.programs,
+        loaded.placement,
+        policy=expert_policy(config.expert_placement, config.expert_parallel_size, redundant=config.redundant_experts),
+        interval=config.expert_interval,
+        window=config.expert_window,
+    )
 
 
 def _prefill_beside_decode(config: EngineConfig) -> int | None:

@@ -24,16 +24,17 @@ _ALIGNMENT = 4096  # of slots: files are read past the page cache into whole pag
 
 
 def host_memory(
-    layout: KVLayout, memory: Sequence[GroupPages], *, shared: bool
+    layout: KVLayout, memory: Sequence[GroupPages], *, shared: bool, ranks: int = 1
 ) -> tuple[tuple[np.ndarray, ...], SharedSlab | None]:
-    """Blocks in host memory of each layer group, `[host_pages + staging_pages, *block]`.
+    """Blocks in host memory of each layer group, `[ranks * (host_pages + staging_pages), *block]`.
 
     Args:
       shared: in a slab that other processes can map, which comes with them; else in memory of this process.
     """
     dtype = jnp.dtype(layout.dtype)
     shapes = [
-        (pages.host_pages + pages.staging_pages, *layout.block_shape(group)) for group, pages in enumerate(memory)
+        (ranks * (pages.host_pages + pages.staging_pages), *layout.block_shape(group))
+        for group, pages in enumerate(memory)
     ]
     if not shared:
         return tuple(np.zeros(shape, dtype) for shape in shapes), None

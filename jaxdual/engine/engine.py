@@ -9,14 +9,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from jaxdual.engine.expert_balancer import ExpertBalancer
+from jaxdual.engine.ranks import Ranks
 from jaxdual.engine.request import Hits, Request, Target, TokenEvent, TokenLogprobs
 from jaxdual.engine.runner import Launch, Runner, ScoreTargets, StepResult
 from jaxdual.engine.sampler import SlotSampling, seed_of, slot_sampling, stop_tokens
 from jaxdual.engine.slot_sampler import SlotBinding
 from jaxdual.errors import EngineDeadError
 from jaxdual.kv.keys import KeyChain, root_key
-from jaxdual.kv.manager import KVManager
-from jaxdual.scheduling.batch import BatchScheduler, FinishReason, Phase, SequenceState, StepPlan
+from jaxdual.scheduling.batch import FinishReason, Phase, SequenceState, StepPlan
 
 if TYPE_CHECKING:  # it speaks with processes, in messages that an engine by itself needs no package for
     from jaxdual.engine.transfers import Transfers
@@ -32,6 +33,7 @@ class _Output:
 
     request: Request
     index: int
+    rank: int
     sequence: SequenceState
     sampling: SlotSampling
     wants_prompt_logprobs: bool
@@ -46,7 +48,6 @@ class _Output:
 class _Flight:
     """A step under way, and how many copies of blocks off the device came before it."""
 
-    plan: StepPlan
     launch: Launch
     gathered: int
 
@@ -59,36 +60,37 @@ class Engine:
 
     Args:
       runner: the device side.
-      scheduler: chooses the work of each step.
-      kv: page accounting; the same object that the scheduler asks.
+      ranks: of its devices.
       eos_token_ids: the model's end-of-sequence tokens.
       model_fingerprint: identifies the weights in block keys.
-      transfers: what moves blocks to and from a block store, if there is one.
+      transfers: what moves blocks to and from a block store, if there is one; for an engine of one rank.
+      balancer: what moves experts between devices, where they lie on several.
       overlap: see above.
       seed: of the seeds drawn for requests without one; None for a random one.
       clock: seconds, monotonic.
 
     Attributes:
       prompt_tokens, generation_tokens: of all requests since the start.
+      steps: since the start.
     """
 
     def __init__(
         self,
         runner: Runner,
-        scheduler: BatchScheduler,
-        kv: KVManager,
+        ranks: Ranks,
         *,
         eos_token_ids: Sequence[int],
         model_fingerprint: bytes,
         transfers: Transfers | None = None,
+        balancer: ExpertBalancer | None = None,
         overlap: bool = True,
         seed: int | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.runner = runner
-        self.scheduler = scheduler
-        self.kv = kv
+        self.ranks = ranks
         self.transfers = transfers
+        self.balancer = balancer
         self._eos = tuple(eos_token_ids)
         self._fingerprint = model_fingerprint
         self._overlap = overlap
@@ -102,12 +104,13 @@ class Engine:
         self._dead: str | None = None
         self.prompt_tokens = 0
         self.generation_tokens = 0
+        self.steps = 0
 
     @property
     def has_work(self) -> bool:
         """Whether `step` has anything to do: requests, events to hand out, a step under way, or blocks to be stored."""
         unsent = self.transfers is not None and self.transfers.has_unsent
-        return bool(self._requests or self._events or self._flight or self.kv.has_news or unsent)
+        return bool(self._requests or self._events or self._flight or self.ranks.have_news or unsent)
 
     def warm_ups(self) -> Iterator[tuple[str, Callable[[], float]]]:
         """See `Runner.warm_ups`."""
@@ -141,7 +144,7 @@ class Engine:
             self.transfers.fetch([output.sequence for output in outputs])
             return
         for output in outputs:
-            self.scheduler.add(output.sequence)
+            self.ranks[output.rank].scheduler.add(output.sequence)
 
     def prefill(self, request: Request, target: Target, hits: Hits, *, moves: bool) -> None:
         """Queues a request for another engine; see `wire.Prefill`. This one holds all layers, and so looks for hits as
@@ -193,7 +196,7 @@ class Engine:
         given = [tokens if tokens is None else list(tokens) for tokens in request.resumed or [()] * params.n]
         if len(given) != params.n or all(tokens is None or len(tokens) >= max_output for tokens in given):
             raise ValueError(f"{len(given)} outputs are resumed of {params.n}, or all of them are complete")
-        outputs: list[_Output] = []
+        rank, outputs = self.ranks.choose(request, self._clock()), list[_Output]()
         for index, before in enumerate(given):
             if before is None:
                 continue
@@ -205,13 +208,13 @@ class Engine:
                 max_output=max_output,
                 stop_token_ids=stops,
                 min_output=params.min_tokens,
-                keys=KeyChain(root, self.kv.page_size),
+                keys=KeyChain(root, self.runner.layout.page_size),
                 priority=request.priority,
                 arrival=request.arrival,
                 use_cache=not wants_prompt,
             )
             sampling = slot_sampling(params, base_seed, index, stops)
-            outputs.append(_Output(request, index, sequence, sampling, wants_prompt, self._clock()))
+            outputs.append(_Output(request, index, rank, sequence, sampling, wants_prompt, self._clock()))
         self._requests[request.request_id] = outputs
         self.prompt_tokens += len(request.prompt_token_ids)
         for output in outputs:
@@ -227,7 +230,7 @@ class Engine:
             self.transfers.exports.cancel(request_id)
         for output in list(self._requests.get(request_id, ())):
             if index is None or output.index == index:
-                self._finish(output.sequence, "abort")
+                self._finish(output, "abort")
                 self._emit_end(output, None)
 
     def handle(self, message: Expect | Forget | Settled | PeerDied) -> None:
@@ -274,31 +277,22 @@ class Engine:
 
     def stats(self) -> dict[str, Any]:
         """Counters and figures, named as in `EngineStats`."""
-        kv, scheduler, transfers = self.kv, self.scheduler, self.transfers
+        transfers, figures = self.transfers, self.ranks.stats()
+        if transfers is not None:
+            figures["num_waiting"] += transfers.num_waiting
         return {
-            "num_running": scheduler.num_running,
-            "num_waiting": scheduler.num_waiting + (0 if transfers is None else transfers.num_waiting),
+            **figures,
             "prompt_tokens": self.prompt_tokens,
             "generation_tokens": self.generation_tokens,
-            "computed_prompt_tokens": scheduler.stats.prefill_tokens,
-            "prefix_cache_queries": kv.stats.prefix_queries,
-            "prefix_cache_hits": kv.stats.prefix_hits,
-            "host_cache_hits": kv.stats.host_hits,
-            "blocks_copied_out": kv.stats.copied_out,
-            "blocks_copied_in": kv.stats.copied_in,
-            "preemptions": scheduler.stats.preemptions_recompute + scheduler.stats.preemptions_swap,
-            "steps": scheduler.stats.steps,
-            "kv_blocks": kv.num_pages,
-            "kv_blocks_cached": kv.num_cached,
-            "kv_blocks_available": kv.num_available,
-            "store_cache_hits": kv.stats.staged_hits,
-            "handed_over_tokens": kv.stats.handed_over,
+            "steps": self.steps,
             **({} if transfers is None else transfers.stats()),
+            **({} if self.balancer is None else self.balancer.stats()),
         }
 
     def check_integrity(self) -> None:
         """Raises `IntegrityError` if KV accounting, queues or requests contradict each other."""
-        self.scheduler.check_integrity()
+        for rank in self.ranks:
+            rank.scheduler.check_integrity()
         self.runner.check_arena()
         if self.transfers is not None:
             self.transfers.check_integrity()
@@ -315,43 +309,56 @@ class Engine:
 
     def _poll_transfers(self, transfers: Transfers) -> None:
         """Queues the sequences that have waited for stored blocks; waits for some if there is nothing else to do."""
-        idle = not (self._flight or self._events or self.scheduler.num_waiting or self.scheduler.num_running)
+        (rank,) = self.ranks
+        idle = not (self._flight or self._events or rank.scheduler.num_waiting or rank.scheduler.num_running)
         wait = idle and (transfers.num_waiting or transfers.has_unsent)
         for sequence, waited in transfers.poll(_TRANSFER_WAIT_SECONDS if wait else 0.0):
             self._outputs[sequence.seq_id].read_seconds = waited
-            self.scheduler.add(sequence)
+            rank.scheduler.add(sequence)
 
     def _export(self, transfers: Transfers, plan: StepPlan) -> None:
         """Has prompts leave that the dispatched step completes; one whose last token was all that was left is a row."""
         if not transfers.exports.any_wanted:
             return
         completed = [chunk.seq_id for chunk in plan.chunks if chunk.samples]
+        (rank,) = self.ranks
         for seq_id in (*completed, *(row.seq_id for row in plan.rows)):
-            groups = range(len(self.kv.groups))
-            held = [(self.kv.first_of(seq_id, group), tuple(self.kv.pages_of(seq_id, group))) for group in groups]
+            groups = range(len(rank.kv.groups))
+            held = [(rank.kv.first_of(seq_id, group), tuple(rank.kv.pages_of(seq_id, group))) for group in groups]
             transfers.exports.computed(seq_id, held)
 
     # The two loops.
 
     def _step_plain(self) -> None:
-        plan = self.scheduler.plan()
-        if not plan.is_empty:
-            self._retire(self._dispatch(plan))
+        flight = self._launch()
+        if flight is not None:
+            self._retire(flight)
 
     def _step_overlapped(self) -> None:
-        plan = self.scheduler.plan()
-        before, self._flight = self._flight, None if plan.is_empty else self._dispatch(plan)
+        before, self._flight = self._flight, self._launch()
         if before is not None:
             self._retire(before)
 
-    def _dispatch(self, plan: StepPlan) -> _Flight:
+    def _launch(self) -> _Flight | None:
+        """Starts the next step; None if there is nothing to do."""
+        now = self._clock()
+        plans = [rank.scheduler.plan(now) for rank in self.ranks]
+        if all(plan.is_empty for plan in plans):
+            return None
+        self.steps += 1
+        if self.balancer is not None:
+            self.balancer.before_step()
+        return self._dispatch(plans)
+
+    def _dispatch(self, plans: Sequence[StepPlan]) -> _Flight:
         bindings = []
-        for seq_id in plan.admitted:
+        for seq_id in (seq_id for plan in plans for seq_id in plan.admitted):
             output = self._outputs[seq_id]
             sequence = output.sequence
             output.ran = self._clock() if output.ran is None else output.ran
             bindings.append(
                 SlotBinding(
+                    rank=output.rank,
                     slot=sequence.slot,
                     sampling=output.sampling,
                     prompt=sequence.tokens[: sequence.prompt_length],
@@ -359,7 +366,7 @@ class Engine:
                 )
             )
         targets: dict[int, ScoreTargets] = {}
-        for chunk in plan.chunks:
+        for chunk in (chunk for plan in plans for chunk in plan.chunks):
             output = self._outputs[chunk.seq_id]
             if output.wants_prompt_logprobs:
                 prompt = output.request.prompt_token_ids
@@ -370,13 +377,14 @@ class Engine:
                         skip=output.num_scored - chunk.start, tokens=tuple(prompt[output.num_scored + 1 : end + 1])
                     )
                     output.num_scored = end
-        if self.transfers is not None:
-            self.transfers.save(plan.published)
-        launch = self.runner.dispatch(plan, bindings, targets)
-        if self.transfers is not None:
-            self.transfers.unstaged(plan.unstaged)
-            self._export(self.transfers, plan)
-        return _Flight(plan, launch, self.transfers.num_gathered if self.transfers is not None else 0)
+        if self.transfers is None:
+            return _Flight(self.runner.dispatch(plans, bindings, targets), 0)
+        (plan,) = plans
+        self.transfers.save(plan.published)
+        launch = self.runner.dispatch(plans, bindings, targets)
+        self.transfers.unstaged(plan.unstaged)
+        self._export(self.transfers, plan)
+        return _Flight(launch, self.transfers.num_gathered)
 
     def _retire(self, flight: _Flight) -> None:
         result = self.runner.fetch(flight.launch)
@@ -392,7 +400,10 @@ class Engine:
             (output, sampled) for sampled in result.sampled if (output := self._outputs.get(sampled.seq_id)) is not None
         ]
         self.generation_tokens += len(live)
-        self.scheduler.complete((output.sequence, sampled.token) for output, sampled in live)
+        now = self._clock()
+        for number, rank in enumerate(self.ranks):
+            own = ((output.sequence, sampled.token) for output, sampled in live if output.rank == number)
+            rank.scheduler.complete(own, now)
         for output, sampled in live:
             sequence = output.sequence
             event = TokenEvent(
@@ -416,14 +427,15 @@ class Engine:
 
     # Ends.
 
-    def _finish(self, sequence: SequenceState, reason: FinishReason) -> None:
+    def _finish(self, output: _Output, reason: FinishReason) -> None:
         """Ends a sequence wherever it is."""
+        sequence = output.sequence
         if self.transfers is not None:
             self.transfers.exports.drop(sequence.seq_id)
         if self.transfers is not None and self.transfers.drop(sequence):
             sequence.phase, sequence.finish_reason = Phase.FINISHED, reason
         else:
-            self.scheduler.finish(sequence, reason)
+            self.ranks[output.rank].scheduler.finish(sequence, reason)
 
     def _emit_end(self, output: _Output, error: str | None) -> None:
         sequence = output.sequence
@@ -445,10 +457,11 @@ class Engine:
         outputs.remove(output)
         if not outputs:
             del self._requests[output.request.request_id]
+            self.ranks.ended(output.rank, output.request.request_id)
 
     def _fail(self, error: Exception) -> None:
         self._flight = None
         self._dead = f"the engine has failed: {type(error).__name__}: {error}"
         for output in list(self._outputs.values()):
-            self._finish(output.sequence, "error")
+            self._finish(output, "error")
             self._emit_end(output, self._dead)

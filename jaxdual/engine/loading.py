@@ -14,10 +14,15 @@ from jaxdual.config import ConfigError, EngineConfig
 from jaxdual.kv.layout import KVLayout
 from jaxdual.model_folder import find_model
 from jaxdual.outputs import EngineInfo
+from jaxdual.parallel.mesh import DeviceMesh, ParallelSizes, claim_devices, device_mesh
+from jaxdual.parallel.placement import first_placement, put_experts
 from jaxdual.sampling_params import MAX_STOP_TOKENS, RECOMMENDED_SAMPLING
+from jaxdual.scheduling.experts import Placement
 from jaxdual.telemetry import CompileCounter
 from models import Decoder, GenerationConfig, ModelConfig, init, load, load_config, load_generation_config
 from models.fingerprint import model_fingerprint
+from models.shapes import ShardingRule
+from models.sharding import sharding_rule
 
 _CPU_MODEL_LEN = 8192
 
@@ -35,6 +40,8 @@ class LoadedModel:
       info: what a front needs to know.
       load_seconds: time that loading took.
       compiles: counts compilations from before that on.
+      mesh: of the devices that it lies on; None for one.
+      placement: of its experts on them; None for a model without, or on one device.
     """
 
     model: Decoder
@@ -46,6 +53,8 @@ class LoadedModel:
     info: EngineInfo
     load_seconds: float
     compiles: CompileCounter
+    mesh: DeviceMesh | None = None
+    placement: Placement | None = None
 
 
 def load_model(config: EngineConfig) -> LoadedModel:
@@ -55,6 +64,8 @@ def load_model(config: EngineConfig) -> LoadedModel:
       ModelError: no such model, or its files can't be used.
       ConfigError: settings that don't fit the model.
     """
+    sizes = ParallelSizes(config.data_parallel_size, config.expert_parallel_size, config.tensor_parallel_size)
+    claim_devices(sizes.devices)
     use_compilation_cache(config.compilation_cache_dir)
     compiles = CompileCounter()
     start = time.perf_counter()
@@ -62,7 +73,15 @@ def load_model(config: EngineConfig) -> LoadedModel:
     model_config = load_config(folder)
     generation = load_generation_config(folder)
     max_model_len = _max_model_len(config, model_config)
-    model = _model(config, folder, model_config)
+    mesh, placement = None, None
+    if sizes.devices > 1 or config.redundant_experts:
+        sizes.check(model_config, config.redundant_experts)
+        mesh = device_mesh(sizes)
+    model = _model(config, folder, model_config, None if mesh is None else sharding_rule(mesh.mesh, mesh.rules))
+    if mesh is not None:
+        placement = first_placement(model_config, mesh, config.redundant_experts)
+        if placement is not None:
+            put_experts(model, placement, mesh)
     load_seconds = time.perf_counter() - start
 
     dtype = jnp.dtype(model.embedding[...].dtype)
@@ -89,7 +108,7 @@ def load_model(config: EngineConfig) -> LoadedModel:
         dtype=dtype.name,
         device=jax.devices()[0].device_kind,
         max_model_len=max_model_len,
-        max_num_seqs=config.max_num_seqs,
+        max_num_seqs=config.max_num_seqs * sizes.ranks,
         block_size=config.block_size,
         fingerprint=identity.hex(),
         default_sampling=_default_sampling(generation),
@@ -107,6 +126,8 @@ def load_model(config: EngineConfig) -> LoadedModel:
         info,
         load_seconds,
         compiles,
+        mesh,
+        placement,
     )
 
 
@@ -127,11 +148,11 @@ def use_compilation_cache(folder: str | None) -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-def _model(config: EngineConfig, folder: Path, model: ModelConfig) -> Decoder:
+def _model(config: EngineConfig, folder: Path, model: ModelConfig, sharding: ShardingRule | None) -> Decoder:
     if config.load_format == "auto":
-        return load(folder, dtype=config.dtype)
+        return load(folder, dtype=config.dtype, sharding=sharding)
     dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    return init(model, dtype=dtype if config.dtype == "auto" else config.dtype)
+    return init(model, dtype=dtype if config.dtype == "auto" else config.dtype, sharding=sharding)
 
 
 def _default_sampling(generation: GenerationConfig) -> dict[str, float]:

@@ -45,6 +45,7 @@ def group_pages(
     """
     needed = _sequence_pages(layout, max_model_len, max_chunk)
     sequence_bytes = sum(pages * layout.full_block_bytes(group) for group, pages in enumerate(needed))
+    device_bytes = sequence_bytes // config.tensor_parallel_size  # of a sequence, on each device of its rank
     if config.num_kv_blocks is not None:
         source = blocks_setting
         num_pages = [config.num_kv_blocks, *(-(-config.num_kv_blocks * pages // needed[0]) for pages in needed[1:])]
@@ -52,15 +53,16 @@ def group_pages(
         if config.kv_cache_memory_bytes is not None:
             memory, source = config.kv_cache_memory_bytes, "kv_cache_memory_bytes"
         elif jax.default_backend() == "cpu":
-            memory, source = max(_CPU_KV_BYTES, sequence_bytes), "the default KV memory"
+            memory, source = max(_CPU_KV_BYTES, device_bytes), "the default KV memory"
         else:
             memory, source = _free_device_memory(config, layout, model), "gpu_memory_utilization"
-        num_pages = [min(memory * pages // sequence_bytes, config.max_num_seqs * pages) for pages in needed]
+        num_pages = [min(memory * pages // device_bytes, config.max_num_seqs * pages) for pages in needed]
     for group, (pages, most) in enumerate(zip(num_pages, needed, strict=True)):
         if pages < most:
             raise ConfigError(
                 f"{source} gives {pages} KV pages, but one sequence of {max_model_len} tokens needs "
-                f"{most} ({most * layout.full_block_bytes(group)} bytes): give more memory or a smaller max_model_len"
+                f"{most} ({most * layout.full_block_bytes(group) // config.tensor_parallel_size} bytes): give more "
+                "memory or a smaller max_model_len"
             )
     staging = 0
     if config.needs_kv_agent:
@@ -96,12 +98,12 @@ def check_host_memory(
     staging = sum(pages.staging_pages * layout.full_block_bytes(group) for group, pages in enumerate(memory))
     for need, setting in (
         (
-            device * on_cpu,
+            device * on_cpu * config.num_ranks,
             f"KV memory of {sum(pages.num_pages for pages in memory)} pages of block_size={layout.page_size}",
         ),
-        (host, f"host_cache_bytes={config.host_cache_bytes}"),
+        (host * config.num_ranks, f"host_cache_bytes={config.host_cache_bytes}"),
         (staging + rings, f"kv_staging_bytes={config.kv_staging_bytes}"),
-        (config.max_num_seqs * per_sequence * on_cpu, f"max_num_seqs={config.max_num_seqs}"),
+        (config.num_ranks * config.max_num_seqs * per_sequence * on_cpu, f"max_num_seqs={config.max_num_seqs}"),
     ):
         if need > total:
             raise ConfigError(f"{setting} needs {need} bytes; this machine has {total}")

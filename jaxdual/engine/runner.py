@@ -6,22 +6,29 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Int32
 
 from jaxdual.engine.buckets import Buckets, PrefillBatch
 from jaxdual.engine.direct_landing import DirectLanding
+from jaxdual.engine.mesh_programs import MeshPrograms
 from jaxdual.engine.paged import GroupTable
 from jaxdual.engine.request import TokenLogprobs
+from jaxdual.engine.router_counts import RouterCounts, no_counts
 from jaxdual.engine.slot_sampler import SampleBatch, Sampled, SampleRow, SlotBinding, SlotSampler
 from jaxdual.engine.steps import Programs
 from jaxdual.engine.warm_up import timed
 from jaxdual.kv.layout import KVLayout, most_blocks
 from jaxdual.kv.manager import GroupPages, PageCopy, TableChange
 from jaxdual.kv.slots import IntegrityError
+from jaxdual.parallel.mesh import DeviceMesh
+from jaxdual.parallel.placement import sparse_layers
 from jaxdual.scheduling.batch import Row, StepPlan
+from jaxdual.scheduling.experts import Placement
 from models import Decoder
 
 # Pages moved by one program between tiers: a copy or two of waste at the end of a long move costs less than another
@@ -59,11 +66,11 @@ class _Scored:
 
 
 class _Tables:
-    """Page tables of all slots in one layer group, as the plans' changes left them.
+    """Page tables of all slots of all ranks in one layer group, as the plans' changes left them.
 
     Args:
       memory: of the group.
-      slots: rows; the last one is padding's and stays zero.
+      slots: rows; those that are padding's stay zero.
       page_size: tokens a page.
       max_pages: pages of the longest sequence.
       max_chunk: tokens of the longest chunk.
@@ -99,16 +106,22 @@ class Runner:
 
     Dispatch returns at once; the device works in dispatch order, so a later step sees what an earlier one wrote.
 
+    On a mesh each rank has sequences and pages of its own, which are counted from 0 in each; a step is that of all
+    ranks together, in the one shape that holds each one's part.
+
     Args:
       model: to run.
       layout: of the arenas.
-      memory: of each layer group, in the order of the layout's.
-      max_num_seqs: sequences that run at once.
+      memory: of a rank, for each layer group, in the order of the layout's.
+      max_num_seqs: sequences of a rank that run at once.
       max_model_len: tokens of the longest sequence.
       max_chunk: tokens of the longest chunk.
       buckets: padded shapes.
-      host: host memory of each layer group, `[host_pages + staging_pages, *block]`.
+      host: host memory of each layer group, `[ranks * (host_pages + staging_pages), *block]`.
       direct: writes blocks straight into the arenas; see `DirectLanding`.
+      mesh: of the devices that the model lies on; None for one.
+      placement: of the model's experts on them.
+      count_routers: what steps count of the routers' choices, of a model with experts.
     """
 
     def __init__(
@@ -123,23 +136,40 @@ class Runner:
         buckets: Buckets,
         host: Sequence[np.ndarray],
         direct: bool = False,
+        mesh: DeviceMesh | None = None,
+        placement: Placement | None = None,
+        count_routers: Literal["off", "activations", "transitions"] = "off",
     ) -> None:
         self.buckets = buckets
-        self.programs = Programs(model, layout)
+        self.programs: Programs = (
+            Programs(model, layout) if mesh is None else MeshPrograms(model, layout, mesh, placement)
+        )
         self.layout = layout
-        # Committed to the weights' device from the start, as what programs return is: else they compile twice.
-        (device,) = self.programs.leaves[0].devices()
+        self.ranks = ranks = 1 if mesh is None else mesh.sizes.ranks
+        # Committed to the weights' devices from the start, as what programs return is: else they compile twice.
         self.arenas = tuple(
-            jax.device_put(jnp.zeros(layout.arena_shape(pages.num_pages, group), layout.dtype), device)
+            jnp.zeros(
+                layout.arena_shape(ranks * pages.num_pages, group), layout.dtype, device=self.programs.arena_sharding
+            )
             for group, pages in enumerate(memory)
         )
-        self._addresses = [arena.unsafe_buffer_pointer() for arena in self.arenas]
+        self._addresses = [_addresses(arena) for arena in self.arenas]
         self._tables = [
-            _Tables(pages, max_num_seqs + 1, layout.page_size, layout.pages_for(max_model_len), max_chunk)
+            _Tables(pages, ranks * (max_num_seqs + 1), layout.page_size, layout.pages_for(max_model_len), max_chunk)
             for pages in memory
         ]
-        self._sampler = SlotSampler(self.programs, max_num_seqs, model.config.vocab_size)
+        self._sampler = SlotSampler(self.programs, max_num_seqs, model.config.vocab_size, ranks)
         self._padding_slot = self._sampler.padding_slot
+        moe = model.config.moe
+        self._router_counts: RouterCounts | None = None
+        if count_routers != "off" and moe is not None:
+            self._router_counts = no_counts(
+                ranks,
+                len(sparse_layers(model.config)),
+                moe.num_experts,
+                self.programs.slot_sharding,
+                transitions=count_routers == "transitions",
+            )
         self._memory = tuple(memory)
         self._host = tuple(host)
         self._landing: deque[tuple[int, jax.Array, list[int]]] = deque()
@@ -147,24 +177,27 @@ class Runner:
         if direct:
             self._direct = DirectLanding([one.shape[1:] for one in host], self.check_arena)
 
-    def dispatch(self, plan: StepPlan, bindings: Sequence[SlotBinding], targets: Mapping[int, ScoreTargets]) -> Launch:
+    def dispatch(
+        self, plans: Sequence[StepPlan], bindings: Sequence[SlotBinding], targets: Mapping[int, ScoreTargets]
+    ) -> Launch:
         """Starts a step.
 
         Args:
-          plan: what to do.
-          bindings: of the sequences admitted by it.
+          plans: what to do, of each rank.
+          bindings: of the sequences admitted by them.
           targets: of the sequences whose chunk in this step wants prompt log-probabilities.
         """
         launch = Launch()
-        self._copy(plan.copies)
-        for slot, change in plan.tables:
-            self._tables[change.group].change(slot, change)
+        for rank, plan in enumerate(plans):
+            self._copy(rank, plan.copies)
+            for slot, change in plan.tables:
+                self._tables[change.group].change(self._slot(rank, slot), change)
         for binding in bindings:
             self._sampler.bind(binding)
         # Rows before chunks: they wait for the step before this one already, so their tokens come first.
-        if plan.rows:
-            self._decode(launch, plan.rows)
-        for batch in self.buckets.prefill(plan.chunks):
+        if any(plan.rows for plan in plans):
+            self._decode(launch, [plan.rows for plan in plans])
+        for batch in self.buckets.prefill([plan.chunks for plan in plans]):
             self._prefill(launch, batch, targets)
         return launch
 
@@ -196,66 +229,88 @@ class Runner:
         return timed(self._warm_up_runs())
 
     def gather(self, group: int, pages: Sequence[int]) -> jax.Array:
-        """Starts a copy of up to `COPY_PAGES` pages of a group off the device: the first blocks of the result."""
+        """Starts a copy of up to `COPY_PAGES` pages of a group off the device: the first blocks of the result.
+
+        Args:
+          pages: counted over all ranks.
+        """
         return self._run_gather(group, self._padded(group, pages))
+
+    def take_router_counts(self) -> RouterCounts | None:
+        """What routers have chosen since the last call, on the host; waits for it. None where nothing is counted."""
+        counts = self._router_counts
+        if counts is None:
+            return None
+        taken = jax.tree.map(np.asarray, counts)
+        self._router_counts = jax.tree.map(lambda one: jnp.zeros(one.shape, one.dtype, device=one.sharding), counts)
+        return RouterCounts(*taken)
 
     def check_arena(self) -> None:
         """Raises `IntegrityError` if an arena is not the buffer that it was at the start."""
         for group, (arena, before) in enumerate(zip(self.arenas, self._addresses, strict=True)):
-            address = arena.unsafe_buffer_pointer()
-            if address != before:
-                raise IntegrityError(f"the arena of group {group} moved from {before:#x} to {address:#x}")
+            addresses = _addresses(arena)
+            if addresses != before:
+                raise IntegrityError(f"the arena of group {group} moved from {before} to {addresses}")
 
-    # Parts of a step.
+    # Parts of a step. Arrays have a part for each rank; rows of all parts are numbered through.
 
-    def _decode(self, launch: Launch, rows: Sequence[Row]) -> None:
-        padded = self.buckets.decode(len(rows))
-        slots = np.full(padded, self._padding_slot, np.int32)
-        tokens = np.zeros(padded, np.int32)
-        positions = np.full(padded, -1, np.int32)
-        slots[: len(rows)] = [row.slot for row in rows]
-        tokens[: len(rows)] = [-1 if row.token is None else row.token for row in rows]
-        positions[: len(rows)] = [row.position for row in rows]
-        x = self._run_decode(slots, tokens, positions, self._group_tables(slots, 1))
-        sampling = [SampleRow(index, row.seq_id, row.slot, row.output_index) for index, row in enumerate(rows)]
+    def _decode(self, launch: Launch, rows_of: Sequence[Sequence[Row]]) -> None:
+        padded = self.buckets.decode(max(map(len, rows_of)))
+        slots = np.full((self.ranks, padded), self._padding_slot, np.int32)
+        tokens = np.zeros((self.ranks, padded), np.int32)
+        positions = np.full((self.ranks, padded), -1, np.int32)
+        sampling: list[SampleRow] = []
+        for rank, rows in enumerate(rows_of):
+            slots[rank, : len(rows)] = [row.slot for row in rows]
+            tokens[rank, : len(rows)] = [-1 if row.token is None else row.token for row in rows]
+            positions[rank, : len(rows)] = [row.position for row in rows]
+            first = rank * padded
+            sampling += [
+                SampleRow(first + index, row.seq_id, rank, row.slot, row.output_index) for index, row in enumerate(rows)
+            ]
+        x = self._run_decode(slots, tokens, positions)
         launch.batches.append(self._sampler.sample(x, sampling))
 
     def _prefill(self, launch: Launch, batch: PrefillBatch, targets: Mapping[int, ScoreTargets]) -> None:
         shape = batch.shape
-        tokens = np.zeros((shape.rows, shape.chunk), np.int32)
-        starts = np.zeros(shape.rows, np.int32)
-        counts = np.zeros(shape.rows, np.int32)
-        slots = np.full(shape.rows, self._padding_slot, np.int32)
-        for index, chunk in enumerate(batch.chunks):
-            tokens[index, : len(chunk.tokens)] = chunk.tokens
-            starts[index] = chunk.start
-            counts[index] = len(chunk.tokens)
-            slots[index] = chunk.slot
-        x, last = self._run_prefill(tokens, starts, counts, self._group_tables(slots, shape.chunk))
-        parts = tuple(
-            (chunk.seq_id, index * shape.chunk + targets[chunk.seq_id].skip, targets[chunk.seq_id].tokens)
-            for index, chunk in enumerate(batch.chunks)
-            if chunk.seq_id in targets
-        )
+        tokens = np.zeros((self.ranks, shape.rows, shape.chunk), np.int32)
+        starts = np.zeros((self.ranks, shape.rows), np.int32)
+        counts = np.zeros((self.ranks, shape.rows), np.int32)
+        slots = np.full((self.ranks, shape.rows), self._padding_slot, np.int32)
+        parts, sampling = [], []
+        for rank, chunks in enumerate(batch.chunks):
+            for index, chunk in enumerate(chunks):
+                tokens[rank, index, : len(chunk.tokens)] = chunk.tokens
+                starts[rank, index] = chunk.start
+                counts[rank, index] = len(chunk.tokens)
+                slots[rank, index] = chunk.slot
+                row, wanted = rank * shape.rows + index, targets.get(chunk.seq_id)
+                if wanted is not None:
+                    parts.append((chunk.seq_id, row * shape.chunk + wanted.skip, wanted.tokens))
+                if chunk.samples:
+                    sampling.append(SampleRow(row, chunk.seq_id, rank, chunk.slot, chunk.output_index))
+        x, last = self._run_prefill(tokens, starts, counts, slots)
         if parts:
-            launch.scored.append(_Scored(x, parts))
-        sampling = [
-            SampleRow(index, chunk.seq_id, chunk.slot, chunk.output_index)
-            for index, chunk in enumerate(batch.chunks)
-            if chunk.samples
-        ]
+            launch.scored.append(_Scored(x, tuple(parts)))
         if sampling:
             launch.batches.append(self._sampler.sample(last, sampling))
 
-    def _group_tables(self, slots: np.ndarray, chunk: int) -> tuple[GroupTable, ...]:
-        return tuple(tables.of(slots, chunk) for tables in self._tables)
+    def _slot(self, rank: int, slot: int) -> int:
+        """Row of the tables of all ranks."""
+        return rank * (self._padding_slot + 1) + slot
+
+    def _group_tables(self, slots: Int32[np.ndarray, "ranks rows"], chunk: int) -> tuple[GroupTable, ...]:
+        rows = slots + np.arange(self.ranks)[:, None] * (self._padding_slot + 1)
+        return tuple(tables.of(rows.reshape(-1), chunk) for tables in self._tables)
 
     # Copies between tiers.
 
-    def _copy(self, copies: Sequence[PageCopy]) -> None:
+    def _copy(self, rank: int, copies: Sequence[PageCopy]) -> None:
         for run in _runs(copies):
-            group, pages, slots = run[0].group, [copy.page for copy in run], [copy.slot for copy in run]
-            host = self._host[group]
+            group = run[0].group
+            host, first_page = self._host[group], rank * self._memory[group].num_pages
+            first_slot = rank * (len(host) // self.ranks)
+            pages, slots = [first_page + copy.page for copy in run], [first_slot + copy.slot for copy in run]
             if run[0].direction == "out":
                 self._landing.append((group, self.gather(group, pages), slots))
                 continue
@@ -269,7 +324,7 @@ class Runner:
 
     def _padded(self, group: int, pages: Sequence[int]) -> np.ndarray:
         """Pages of one program, and behind them one that the arena doesn't have: it is not moved."""
-        padded = np.full(COPY_PAGES, self._memory[group].num_pages, np.int32)
+        padded = np.full(COPY_PAGES, self.ranks * self._memory[group].num_pages, np.int32)
         padded[: len(pages)] = pages
         return padded
 
@@ -282,20 +337,42 @@ class Runner:
     # Programs: each is called in one place, so that warm-up and steps can't differ.
 
     def _run_decode(
-        self, slots: np.ndarray, tokens: np.ndarray, positions: np.ndarray, tables: tuple[GroupTable, ...]
+        self,
+        slots: Int32[np.ndarray, "ranks rows"],
+        tokens: Int32[np.ndarray, "ranks rows"],
+        positions: Int32[np.ndarray, "ranks rows"],
     ) -> jax.Array:
-        programs = self.programs
+        programs, tables = self.programs, self._group_tables(slots, 1)
+        batch = (slots.reshape(-1), tokens.reshape(-1), positions.reshape(-1))
         x: jax.Array
-        self.arenas, x = programs.decode(
-            programs.leaves, self.arenas, self._sampler.last_token, slots, tokens, positions, tables
+        self.arenas, x, self._router_counts = programs.decode(
+            programs.leaves,
+            self.arenas,
+            self._sampler.last_token,
+            *batch,
+            tables,
+            programs.experts,
+            self._router_counts,
         )
         return x
 
     def _run_prefill(
-        self, tokens: np.ndarray, starts: np.ndarray, counts: np.ndarray, tables: tuple[GroupTable, ...]
+        self,
+        tokens: Int32[np.ndarray, "ranks rows chunk"],
+        starts: Int32[np.ndarray, "ranks rows"],
+        counts: Int32[np.ndarray, "ranks rows"],
+        slots: Int32[np.ndarray, "ranks rows"],
     ) -> tuple[jax.Array, jax.Array]:
-        programs = self.programs
-        self.arenas, x, last = programs.prefill(programs.leaves, self.arenas, tokens, starts, counts, tables)
+        programs, chunk = self.programs, tokens.shape[2]
+        batch = (tokens.reshape(-1, chunk), starts.reshape(-1), counts.reshape(-1))
+        self.arenas, x, last, self._router_counts = programs.prefill(
+            programs.leaves,
+            self.arenas,
+            *batch,
+            self._group_tables(slots, chunk),
+            programs.experts,
+            self._router_counts,
+        )
         return x, last
 
     def _run_gather(self, group: int, pages: np.ndarray) -> jax.Array:
@@ -314,14 +391,15 @@ class Runner:
         hidden: dict[int, jax.Array] = {}
 
         def decode(rows: int) -> object:
-            slots, empty = np.full(rows, self._padding_slot, np.int32), np.zeros(rows, np.int32)
-            hidden[rows] = self._run_decode(slots, empty, empty - 1, self._group_tables(slots, 1))
+            slots = np.full((self.ranks, rows), self._padding_slot, np.int32)
+            empty = np.zeros_like(slots)
+            hidden[rows] = self._run_decode(slots, empty, empty - 1)
             return hidden[rows]
 
         def prefill(rows: int, chunk: int) -> object:
-            tokens, empty = np.zeros((rows, chunk), np.int32), np.zeros(rows, np.int32)
-            slots = np.full(rows, self._padding_slot, np.int32)
-            return self._run_prefill(tokens, empty, empty, self._group_tables(slots, chunk))
+            slots = np.full((self.ranks, rows), self._padding_slot, np.int32)
+            empty = np.zeros_like(slots)
+            return self._run_prefill(np.zeros((self.ranks, rows, chunk), np.int32), empty, empty, slots)
 
         def copy_out(group: int) -> object:
             return self.gather(group, ())
@@ -341,6 +419,11 @@ class Runner:
                 yield f"copy out group={group} pages={COPY_PAGES}", partial(copy_out, group)
                 if self._direct is None:
                     yield f"copy in group={group} pages={COPY_PAGES}", partial(copy_in, group)
+
+
+def _addresses(arena: jax.Array) -> tuple[int, ...]:
+    """Where an arena lies on each of this process's devices."""
+    return tuple(shard.data.unsafe_buffer_pointer() for shard in arena.addressable_shards)
 
 
 def _runs(copies: Sequence[PageCopy]) -> Iterator[list[PageCopy]]:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Sharding
 from jaxtyping import Array, Bool, Float, Float32, Int32, UInt32
 
 from jaxdual.sampling_params import MAX_LOGPROBS, MAX_STOP_TOKENS, SamplingParams
@@ -21,7 +22,7 @@ SAMPLER_BYTES_PER_TOKEN_ID = 4 + 1 + 4
 
 
 class SamplerState(NamedTuple):
-    """Per-sequence state on the device; row `max_num_seqs` belongs to padding.
+    """Per-sequence state on the device; row `max_num_seqs` of each rank belongs to padding.
 
     Attributes:
       last_token: newest sampled token.
@@ -115,14 +116,13 @@ def slot_sampling(params: SamplingParams, seed: int, index: int, stops: frozense
     return SlotSampling(params, (seed & 0xFFFFFFFF, seed >> 32), tuple(sorted(stops)))
 
 
-def new_state(max_num_seqs: int, vocab_size: int) -> SamplerState:
-    """State of `max_num_seqs` sequences and the padding row."""
-    slots = max_num_seqs + 1
+def new_state(slots: int, vocab_size: int, sharding: Sharding | None = None) -> SamplerState:
+    """State of so many rows, with this sharding of the rows; None for the default device."""
     return SamplerState(
-        last_token=jnp.zeros((slots,), jnp.int32),
-        output_counts=jnp.zeros((slots, vocab_size), jnp.int32),
-        in_prompt=jnp.zeros((slots, vocab_size), bool),
-        bias=jnp.zeros((slots, vocab_size), jnp.float32),
+        last_token=jnp.zeros((slots,), jnp.int32, device=sharding),
+        output_counts=jnp.zeros((slots, vocab_size), jnp.int32, device=sharding),
+        in_prompt=jnp.zeros((slots, vocab_size), bool, device=sharding),
+        bias=jnp.zeros((slots, vocab_size), jnp.float32, device=sharding),
     )
 
 

@@ -19,8 +19,9 @@ _SCORE_TOKENS = 128  # scored by one program: waste at the end costs less than a
 
 @dataclass(frozen=True, slots=True)
 class SlotBinding:
-    """A sequence that runs from a step on: its slot, how it is sampled, and the tokens that penalties look at."""
+    """A sequence that runs from a step on: where, how it is sampled, and the tokens that penalties look at."""
 
+    rank: int
     slot: int
     sampling: SlotSampling
     prompt: Sequence[int]
@@ -33,12 +34,13 @@ class SampleRow:
 
     Attributes:
       index: of the row.
-      seq_id, slot: its sequence.
+      seq_id, rank, slot: its sequence.
       output_index: number of the output token, from 0.
     """
 
     index: int
     seq_id: int
+    rank: int
     slot: int
     output_index: int
 
@@ -74,16 +76,17 @@ class SlotSampler:
 
     Args:
       programs: of the model.
-      max_num_seqs: slots; one more, `padding_slot`, is padding's.
+      max_num_seqs: slots of a rank; one more, `padding_slot`, is padding's.
       vocab_size: of the model.
+      ranks: that have slots.
     """
 
-    def __init__(self, programs: Programs, max_num_seqs: int, vocab_size: int) -> None:
-        (device,) = programs.leaves[0].devices()
+    def __init__(self, programs: Programs, max_num_seqs: int, vocab_size: int, ranks: int = 1) -> None:
         self.padding_slot = max_num_seqs
-        self._programs, self._vocab_size = programs, vocab_size
-        self._state = jax.device_put(sampler.new_state(max_num_seqs, vocab_size), device)
-        self._sampling: dict[int, SlotSampling] = {}
+        self._programs, self._vocab_size, self._ranks = programs, vocab_size, ranks
+        slots = ranks * (max_num_seqs + 1)
+        self._state = sampler.new_state(slots, vocab_size, programs.slot_sharding)
+        self._sampling: dict[tuple[int, int], SlotSampling] = {}
 
     @property
     def last_token(self) -> jax.Array:
@@ -94,7 +97,7 @@ class SlotSampler:
     def bind(self, binding: SlotBinding) -> None:
         """Gives a slot to a sequence."""
         params = binding.sampling.params
-        self._sampling[binding.slot] = binding.sampling
+        self._sampling[binding.rank, binding.slot] = binding.sampling
         if not (params.has_penalties or params.logit_bias):
             return
         in_prompt = np.zeros(self._vocab_size, bool)
@@ -103,13 +106,13 @@ class SlotSampler:
         for token, value in (params.logit_bias or {}).items():
             bias[token] = value
         counts = np.bincount(np.asarray(binding.output, np.int64), minlength=self._vocab_size).astype(np.int32)
-        self._run_set_slot(binding.slot, counts, in_prompt, bias)
+        self._run_set_slot(binding.rank * (self.padding_slot + 1) + binding.slot, counts, in_prompt, bias)
 
     def sample(self, x: jax.Array, rows: Sequence[SampleRow]) -> SampleBatch:
         """Starts to sample rows of the residual stream `x`, `[rows, hidden]`."""
         packed: list[tuple[int, int, SlotSampling] | None] = [None] * x.shape[0]
         for row in rows:
-            packed[row.index] = (row.slot, row.output_index, self._sampling[row.slot])
+            packed[row.index] = (row.slot, row.output_index, self._sampling[row.rank, row.slot])
         inputs = sampler.pack(packed, self.padding_slot, self._vocab_size)
         tokens, logprobs = self._run_sample(x, inputs)
         return SampleBatch(tuple(rows), tokens, logprobs if inputs.wants_logprobs.any() else None)
@@ -136,12 +139,13 @@ class SlotSampler:
         """Name and call of every program in every shape, all on padding.
 
         Args:
-          hidden: a residual stream of so many rows, asked for by the calls.
-          sizes: of the streams that are sampled.
+          hidden: a residual stream of so many rows a rank, asked for by the calls.
+          sizes: rows a rank of the streams that are sampled.
         """
 
         def sample(rows: int) -> object:
-            return self._run_sample(hidden(rows), sampler.pack([None] * rows, self.padding_slot, self._vocab_size))
+            empty = [None] * (self._ranks * rows)
+            return self._run_sample(hidden(rows), sampler.pack(empty, self.padding_slot, self._vocab_size))
 
         def score() -> object:
             x = hidden(sizes[0])

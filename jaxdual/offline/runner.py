@@ -61,7 +61,7 @@ class BatchRunner:
         self._tokenizer = _tokenizer_of(llm)
         defaults = llm.get_default_sampling_params()
         self._default_sampling = {name: getattr(defaults, name) for name in RECOMMENDED_SAMPLING}
-        self._window = _WINDOW * llm.config.max_num_seqs
+        self._window = _WINDOW * llm.config.max_num_seqs * llm.config.num_ranks
         self._jobs: dict[str, tuple[_Job, int]] = {}
 
     def run(self, lines: Iterable[BatchLine | RejectedLine]) -> Totals:

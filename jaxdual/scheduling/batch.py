@@ -16,6 +16,8 @@ from typing import Literal
 from jaxdual.kv.keys import BlockKey, KeyChain
 from jaxdual.kv.manager import KVManager, PageCopy, PublishedBlock, TableChange
 from jaxdual.kv.slots import IntegrityError
+from jaxdual.scheduling.dispatch import EngineLoad
+from jaxdual.scheduling.queues import FixedOrder, WaitingQueue, arrival_key
 
 
 class Phase(Enum):
@@ -175,7 +177,6 @@ class BatchLimits:
 class BatchStats:
     """Counters since start."""
 
-    steps: int = 0
     prefill_tokens: int = 0
     preemptions_recompute: int = 0
     preemptions_swap: int = 0
@@ -194,7 +195,7 @@ class _Plan:
 
 
 class BatchScheduler:
-    """Continuous batching: decode first, then prompts in order, in chunks.
+    """Continuous batching: decode first, then prompts in the order of a queue, in chunks.
 
     A prompt has room from its admission on: all pages, or behind a sliding window those of the window and a chunk. A
     decoding sequence takes a page at a time. If none is to be had, the sequence last in order gives way. The first in
@@ -207,13 +208,15 @@ class BatchScheduler:
     Args:
       limits: of a step.
       kv: page accounting.
+      queue: who is next to be admitted; first come, first served where left out. What runs is not asked to give way
+        for it: running sequences go by priority and arrival.
     """
 
-    def __init__(self, limits: BatchLimits, kv: KVManager) -> None:
+    def __init__(self, limits: BatchLimits, kv: KVManager, queue: WaitingQueue[SequenceState] | None = None) -> None:
         self.limits = limits
         self.stats = BatchStats()
         self._kv = kv
-        self._waiting: list[SequenceState] = []
+        self._waiting: WaitingQueue[SequenceState] = FixedOrder(arrival_key) if queue is None else queue
         self._running: list[SequenceState] = []
         self._slots = list(range(limits.max_num_seqs - 1, -1, -1))
         # Blocks that running sequences will compute and share, and which sequence each.
@@ -230,7 +233,7 @@ class BatchScheduler:
 
     def add(self, sequence: SequenceState) -> None:
         """Queues a new sequence."""
-        bisect.insort(self._waiting, sequence, key=lambda s: s.order)
+        self._waiting.add(sequence)
 
     def finish(self, sequence: SequenceState, reason: FinishReason) -> None:
         """Ends a sequence at once, whatever it is doing; results still under way for it are ignored."""
@@ -244,16 +247,20 @@ class BatchScheduler:
         sequence.phase = Phase.FINISHED
         sequence.finish_reason = reason
 
-    def plan(self) -> StepPlan:
-        """Chooses the work of the next step and moves the sequences on as if it had run."""
+    def plan(self, now: float) -> StepPlan:
+        """Chooses the work of the next step and moves the sequences on as if it had run.
+
+        Args:
+          now: seconds, on the clock of the sequences' `arrival`.
+        """
         step = _Plan(budget=self.limits.max_num_batched_tokens)
         self._plan_rows(step)
         if step.rows and self.limits.prefill_beside_decode is not None:
             step.budget = min(step.budget, self.limits.prefill_beside_decode)
         self._plan_chunks(step)
         if not step.preempted:
-            self._admit(step)
-        plan = StepPlan(
+            self._admit(step, now)
+        return StepPlan(
             copies=self._kv.take_copies(),
             tables=tuple(step.tables),
             admitted=tuple(step.admitted),
@@ -263,27 +270,43 @@ class BatchScheduler:
             published=self._kv.take_published(),
             unstaged=self._kv.take_unstaged(),
         )
-        if not plan.is_empty:
-            self.stats.steps += 1
-        return plan
 
-    def complete(self, sampled: Iterable[tuple[SequenceState, int]]) -> None:
+    def complete(self, sampled: Iterable[tuple[SequenceState, int]], now: float) -> None:
         """Takes the tokens that a planned step sampled.
 
         Args:
           sampled: sequence and token; those of sequences finished meanwhile are ignored.
+          now: seconds, as for `plan`.
         """
         for sequence, token in sampled:
             if sequence.phase is Phase.FINISHED:
                 continue
             sequence.pending -= 1
             sequence.tokens.append(token)
+            if sequence.num_output == 1:
+                self._waiting.first_token(now - sequence.arrival)
             if sequence.phase is Phase.RUNNING:
                 self._publish(sequence)
             if token in sequence.stop_token_ids and sequence.num_output > sequence.min_output:
                 self.finish(sequence, "stop")
             elif sequence.num_output >= sequence.max_output:
                 self.finish(sequence, "length")
+
+    def load(self) -> EngineLoad:
+        """What a choice among several engines looks at."""
+        context = remaining = 0
+        for sequence in self._running:
+            context += sequence.computed
+            remaining += 1 if sequence.wants_decode else len(sequence.tokens) - sequence.computed
+        waiting = sum(len(sequence.tokens) for sequence in self._waiting)
+        return EngineLoad(
+            kv_used=self._kv.num_pages - self._kv.num_available,
+            kv_capacity=self._kv.num_pages,
+            num_waiting=len(self._waiting),
+            num_running=len(self._running),
+            context_tokens=context + waiting,
+            remaining_tokens=remaining + waiting,
+        )
 
     def check_integrity(self) -> None:
         """Raises `IntegrityError` unless queues, slots and KV accounting agree."""
@@ -298,7 +321,7 @@ class BatchScheduler:
         running = {sequence.seq_id for sequence in self._running}
         if not running.issuperset(self._coming.values()):
             raise IntegrityError("a block is expected of a sequence that does not run")
-        if not self._running and not self._waiting and self._kv.num_held:
+        if not self._running and not len(self._waiting) and self._kv.num_held:
             raise IntegrityError(f"{self._kv.num_held} sequences hold pages, but none is there")
 
     # Rows.
@@ -401,14 +424,13 @@ class BatchScheduler:
         step.budget -= length
         self.stats.prefill_tokens += length
 
-    def _admit(self, step: _Plan) -> None:
-        position = 0
-        while position < len(self._waiting) and step.budget > 0 and self._slots:
-            sequence = self._waiting[position]
+    def _admit(self, step: _Plan, now: float) -> None:
+        for sequence in tuple(self._waiting.in_order(now)):
+            if not step.budget or not self._slots:
+                return
             length = len(sequence.tokens)
             keys = sequence.keys.upto(sequence.tokens, (length - 1) // self._kv.page_size)
             if sequence.pending or self._is_coming(sequence, keys):
-                position += 1
                 continue
             admission = self._kv.admit(
                 sequence.seq_id,
@@ -419,7 +441,7 @@ class BatchScheduler:
             )
             if admission is None:
                 return
-            del self._waiting[position]
+            self._waiting.remove(sequence)
             sequence.phase = Phase.RUNNING
             sequence.slot = self._slots.pop()
             sequence.computed = admission.computed

@@ -54,7 +54,7 @@ def test_clock_keeps_time_of_programs_and_of_waiting_apart_from_the_loop_s(llm, 
 
     for _ in decode(llm):
         llm.step()  # compiles
-    runner, scheduler = llm._engine.runner, llm._engine.scheduler
+    runner, scheduler = llm._engine.runner, llm._engine.ranks[0].scheduler
     program, plan, block = runner.programs.decode, scheduler.plan, jax.block_until_ready
 
     class Slow:
@@ -65,7 +65,7 @@ def test_clock_keeps_time_of_programs_and_of_waiting_apart_from_the_loop_s(llm, 
             return program(*args)
 
     monkeypatch.setattr(runner.programs, "decode", Slow())
-    monkeypatch.setattr(scheduler, "plan", lambda: (busy(0.005), plan())[1])
+    monkeypatch.setattr(scheduler, "plan", lambda now: (busy(0.005), plan(now))[1])
     monkeypatch.setattr(jax, "block_until_ready", lambda value: (time.sleep(0.01), block(value))[1])
     with StepClock(llm, blocking=False) as clock:
         for _ in decode(llm, tokens=12):

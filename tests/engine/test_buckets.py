@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -25,14 +27,19 @@ def test_every_shape_of_run_time_is_enumerated_and_holds_its_work(size: tuple[in
     assert buckets.decode(rows) in buckets.rows
     assert rows <= buckets.decode(rows) < 2 * rows or rows == 1
 
-    lengths = data.draw(st.lists(st.integers(1, max_chunk), max_size=min(max_num_seqs, 12)))
-    batches = buckets.prefill([chunk_of(seq_id, length) for seq_id, length in enumerate(lengths)])
-    assert sorted(chunk.seq_id for batch in batches for chunk in batch.chunks) == list(range(len(lengths)))
+    lengths = st.lists(st.integers(1, max_chunk), max_size=min(max_num_seqs, 12))
+    ids = itertools.count()
+    ranks = data.draw(st.lists(lengths, min_size=1, max_size=3))
+    chunks = [[chunk_of(next(ids), length) for length in of_rank] for of_rank in ranks]
+    batches = buckets.prefill(chunks)
+    for rank, wanted in enumerate(chunks):
+        given_out = [chunk.seq_id for batch in batches for chunk in batch.chunks[rank]]
+        assert sorted(given_out) == [chunk.seq_id for chunk in wanted]
     for batch in batches:
         assert batch.shape in buckets.prefill_shapes
         assert batch.shape.rows in buckets.rows  # the sampler is compiled for these row counts only
-        assert 1 <= len(batch.chunks) <= batch.shape.rows
-        assert all(len(chunk.tokens) <= batch.shape.chunk for chunk in batch.chunks)
+        assert 1 <= max(map(len, batch.chunks)) <= batch.shape.rows
+        assert all(len(chunk.tokens) <= batch.shape.chunk for of_rank in batch.chunks for chunk in of_rank)
         assert batch.shape.tokens == batch.shape.rows * batch.shape.chunk
 
 
@@ -61,9 +68,9 @@ def test_number_of_programs_stays_small() -> None:
 
 def test_short_prompts_share_a_prefill() -> None:
     buckets = Buckets(max_num_seqs=64, max_chunk=512)
-    (batch,) = buckets.prefill([chunk_of(i, 20) for i in range(16)])
+    (batch,) = buckets.prefill([[chunk_of(i, 20) for i in range(16)]])
     assert (batch.shape.rows, batch.shape.chunk) == (16, 32)
-    (batch,) = buckets.prefill([chunk_of(0, 400)])
+    (batch,) = buckets.prefill([[chunk_of(0, 400)]])
     assert (batch.shape.rows, batch.shape.chunk) == (1, 512)
 
 
@@ -73,11 +80,11 @@ def test_more_rows_than_the_largest_bucket_are_refused() -> None:
 
 
 def test_nothing_to_prefill_is_no_batch() -> None:
-    assert Buckets(64, 512).prefill([]) == []
+    assert Buckets(64, 512).prefill([(), ()]) == []
 
 
 def test_a_lone_chunk_is_padded_to_less_than_twice_its_length() -> None:
     buckets = Buckets(64, 512)
     for length in range(32, 513):
-        (batch,) = buckets.prefill([chunk_of(0, length)])
+        (batch,) = buckets.prefill([[chunk_of(0, length)]])
         assert batch.shape.tokens < 2 * length

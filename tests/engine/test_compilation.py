@@ -143,7 +143,7 @@ def test_a_layer_by_itself_aliases_its_arena_and_copies_none_of_it(name: str) ->
 
 def test_sampling_updates_its_state_in_place() -> None:
     programs = Programs(load("qwen3"), LAYOUTS[0])
-    state = jax.eval_shape(lambda: sampler.new_state(64, 320))
+    state = jax.eval_shape(lambda: sampler.new_state(65, 320))
     inputs = sampler.pack([None] * 4, 64, 320)
     compiled = programs.sample.lower(programs.leaves, spec(4, 64, dtype=jnp.float32), state, inputs).compile()
     memory = compiled.memory_analysis()

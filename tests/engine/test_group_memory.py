@@ -16,7 +16,7 @@ SEQUENCE_BYTES = (FULL + 2 * BEHIND) * LAYER_BLOCK  # one layer of three attends
 
 def memory_of(name: str, **settings: object) -> tuple[GroupPages, ...]:
     llm = LLM(folder(name), block_size=8, max_model_len=160, max_num_batched_tokens=24, max_num_seqs=4, **settings)
-    return tuple(group.memory for group in llm._engine.kv.groups)
+    return tuple(group.memory for group in llm._engine.ranks[0].kv.groups)
 
 
 def test_bytes_are_split_so_that_the_same_number_of_sequences_fits_everywhere() -> None:
@@ -36,7 +36,7 @@ def test_num_kv_blocks_counts_pages_of_the_first_group() -> None:
 
 def test_a_window_that_no_sequence_outgrows_is_full_attention() -> None:
     llm = LLM(folder("mistral_mixed"), block_size=4, max_model_len=WINDOW, max_num_seqs=4, num_kv_blocks=9)
-    assert [group.memory for group in llm._engine.kv.groups] == [GroupPages(9)]
+    assert [group.memory for group in llm._engine.ranks[0].kv.groups] == [GroupPages(9)]
 
 
 @pytest.mark.parametrize(

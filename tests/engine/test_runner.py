@@ -46,9 +46,9 @@ def test_a_block_that_leaves_and_returns_at_once_keeps_its_contents(steps: int, 
     again = [PageCopy("out", 10, 3), PageCopy("in", 0, 3)]
     launches = []
     if steps == 1:
-        launches.append(runner.dispatch(plan(*out, *back, *again), [], {}))
+        launches.append(runner.dispatch([plan(*out, *back, *again)], [], {}))
     else:  # the second is dispatched before the first is fetched, as the overlapped loop does
-        launches += [runner.dispatch(plan(*out), [], {}), runner.dispatch(plan(*back, *again), [], {})]
+        launches += [runner.dispatch([plan(*out)], [], {}), runner.dispatch([plan(*back, *again)], [], {})]
     for launch in launches:
         runner.fetch(launch)
     arena = np.asarray(runner.arenas[0]).reshape(contents.shape)
@@ -73,7 +73,7 @@ def test_a_page_is_not_landed_in_before_its_last_owner_has_written(direct: bool)
     last = jnp.ones((1, *LAYOUT.block_shape())) + late_zero(0.5)
     runner.arenas = (runner.programs.scatter(runner.arenas[0], np.array([5], np.int32), last),)
     assert not runner.arenas[0].is_ready()
-    runner.fetch(runner.dispatch(plan(PageCopy("in", 5, 3)), [], {}))
+    runner.fetch(runner.dispatch([plan(PageCopy("in", 5, 3))], [], {}))
     assert (page(runner, 5) == 7.0).all()
 
 
@@ -92,7 +92,7 @@ def test_a_page_is_not_landed_in_before_it_was_read(direct: bool) -> None:
     runner.programs.gather = late
     blocks = runner.gather(0, [5])
     assert not blocks.is_ready()
-    runner.fetch(runner.dispatch(plan(PageCopy("in", 5, 3)), [], {}))
+    runner.fetch(runner.dispatch([plan(PageCopy("in", 5, 3))], [], {}))
     assert (np.asarray(blocks)[0] == 0.0).all()
     assert (page(runner, 5) == 7.0).all()
 

@@ -206,7 +206,7 @@ def test_windows_give_the_tokens_of_the_dense_forward_pass(name: str, chunk: int
 @pytest.mark.parametrize("name", ["mistral", "mistral_mixed"])
 def test_windowed_layers_hold_few_pages_and_give_them_back(name: str) -> None:
     llm = engine(name, replace(PLAIN, seqs=1))
-    group = llm._engine.kv.groups[-1]
+    group = llm._engine.ranks[0].kv.groups[-1]
     most = most_blocks(WINDOW, PLAIN.chunk, PAGE, MODEL_LEN // PAGE)
     held = []
     llm.submit({"prompt_token_ids": [5] * 80}, greedy(60), "long")

@@ -59,7 +59,7 @@ def state_of(
         output_counts[token] = count
     for token, value in (bias or {}).items():
         biases[token] = value
-    state = sampler.new_state(SLOTS, VOCAB) if state is None else state
+    state = sampler.new_state(SLOTS + 1, VOCAB) if state is None else state
     return sampler.set_slot(
         state, jnp.int32(slot), jnp.asarray(output_counts), jnp.asarray(in_prompt), jnp.asarray(biases)
     )
@@ -189,12 +189,12 @@ def test_temperature_zero_takes_the_likeliest_after_penalties_and_biases(case: s
 def test_a_very_small_temperature_takes_the_likeliest(temperature: float) -> None:
     logits = np.zeros(VOCAB, np.float32)
     logits[[2, 5, 9]] = 10.0, 20.0, 15.0
-    assert set(draw(logits, sampler.new_state(SLOTS, VOCAB), sampling_of(temperature=temperature), 1)) == {5}
+    assert set(draw(logits, sampler.new_state(SLOTS + 1, VOCAB), sampling_of(temperature=temperature), 1)) == {5}
 
 
 def test_a_very_large_temperature_gives_every_token_but_suppressed_ones() -> None:
     sampling = sampling_of(temperature=1e30, min_tokens=9999, max_tokens=9999, suppressed=(0,))
-    tokens = draw(logits_of(0), sampler.new_state(SLOTS, VOCAB), sampling, 10)
+    tokens = draw(logits_of(0), sampler.new_state(SLOTS + 1, VOCAB), sampling, 10)
     assert set(tokens) == set(range(1, VOCAB))
 
 
@@ -202,7 +202,7 @@ def test_suppressed_tokens_come_back_after_min_tokens() -> None:
     logits = np.zeros(VOCAB, np.float32)
     logits[7] = 50
     sampling = sampling_of(temperature=0.0, min_tokens=3, suppressed=(7,))
-    tokens = draw(logits, sampler.new_state(SLOTS, VOCAB), sampling, 1)
+    tokens = draw(logits, sampler.new_state(SLOTS + 1, VOCAB), sampling, 1)
     assert 7 not in tokens[:3]
     assert set(tokens[3:]) == {7}
 
@@ -220,7 +220,7 @@ KINDS = [
 
 
 def state_for_kinds() -> SamplerState:
-    state = sampler.new_state(SLOTS, VOCAB)
+    state = sampler.new_state(SLOTS + 1, VOCAB)
     for slot, kind in enumerate(KINDS):
         state = state_of(slot, {slot: 2, 3: 1}, (slot + 1, 8), kind.params.logit_bias, state)
     return state
@@ -290,7 +290,7 @@ def test_a_new_sequence_in_a_slot_starts_from_what_it_is_given() -> None:
 
 
 def test_seeds_and_output_indices_draw_independently() -> None:
-    logits, state = np.zeros(VOCAB, np.float32), sampler.new_state(SLOTS, VOCAB)
+    logits, state = np.zeros(VOCAB, np.float32), sampler.new_state(SLOTS + 1, VOCAB)
     runs = [draw(logits, state, SlotSampling(SamplingParams(), s, ()), 2) for s in ((0, 0), (1, 0), (0, 1), (1, 1))]
     for one, other in itertools.combinations(runs, 2):
         assert 0 < np.mean(one == other) < 4 / VOCAB
@@ -332,5 +332,5 @@ def test_logprobs_of_a_vocabulary_smaller_than_the_greatest_number_of_them() -> 
 
 
 def test_nobody_wants_logprobs_so_none_are_computed() -> None:
-    _, _, logprobs = sample_few([logits_of(1)], sampler.new_state(SLOTS, VOCAB), [(0, 0, sampling_of())])
+    _, _, logprobs = sample_few([logits_of(1)], sampler.new_state(SLOTS + 1, VOCAB), [(0, 0, sampling_of())])
     assert not any(np.asarray(part).any() for part in logprobs)

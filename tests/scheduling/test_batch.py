@@ -17,6 +17,7 @@ from jaxdual.kv.layout import most_blocks
 from jaxdual.kv.manager import GroupPages, KVManager
 from jaxdual.kv.slots import IntegrityError
 from jaxdual.scheduling.batch import BatchLimits, BatchScheduler, Phase, SequenceState, StepPlan
+from jaxdual.scheduling.queues import QUEUE_POLICIES, waiting_queue
 from tests.kv.memory import Memory
 
 VOCAB = 11
@@ -60,9 +61,10 @@ class Simulation:
     page is seen at once.
     """
 
-    def __init__(self, kv: KVManager, limits: BatchLimits, *, late: bool) -> None:
-        self.kv, self.limits, self.late = kv, limits, late
-        self.scheduler = BatchScheduler(limits, kv)
+    def __init__(self, kv: KVManager, limits: BatchLimits, *, late: bool, policy: str = "fcfs") -> None:
+        self.kv, self.limits, self.late, self.policy = kv, limits, late, policy
+        self.scheduler = BatchScheduler(limits, kv, waiting_queue(policy, 3.0))
+        self.now = 0.0
         self.windows = [group.memory.window for group in kv.groups]
         self.memory = Memory(kv.page_size, self.windows)
         # Page tables of each slot: first block and pages in each group, as the plans' changes left them.
@@ -82,7 +84,8 @@ class Simulation:
     def step(self) -> bool:
         """One turn of the loop; whether anything was done."""
         running = [job.sequence for job in self.jobs.values() if job.sequence.phase is Phase.RUNNING]
-        plan = self.scheduler.plan()
+        self.now += 1
+        plan = self.scheduler.plan(self.now)
         self._check_limits(plan, running)
         before, self.flight = self.flight, None if plan.is_empty else (plan, self._execute(plan))
         if not self.late and self.flight is not None:
@@ -134,7 +137,7 @@ class Simulation:
             assert {s.seq_id for s in before[-len(plan.preempted) :]} == set(plan.preempted)
             if len(before) > 1:
                 assert before[0].seq_id not in plan.preempted
-        for seq_id in plan.admitted:
+        for seq_id in plan.admitted if self.policy == "fcfs" else ():
             order = self.jobs[seq_id].sequence.order
             passed = [
                 job.sequence
@@ -215,7 +218,7 @@ class Simulation:
 
     def _retire(self, plan: StepPlan, sampled: list[tuple[int, int]]) -> None:
         for seq_id, token in sampled:
-            self.scheduler.complete([(self.jobs[seq_id].sequence, token)])
+            self.scheduler.complete([(self.jobs[seq_id].sequence, token)], self.now)
 
 
 def sequence_of(
@@ -240,6 +243,7 @@ def run_random(
     prefix_caching: bool,
     host_pages: int,
     windows: tuple[int | None, ...] = (None,),
+    policy: str = "fcfs",
 ) -> Simulation:
     """Requests, groups and aborts at random times, in very little memory."""
     draw = random.Random(seed)
@@ -256,7 +260,7 @@ def run_random(
             least_pages = most_blocks(window, limits.max_chunk, page_size, blocks)
             memory.append(GroupPages(least_pages + draw.choice((0, 1, 4)), host_pages, window))
     kv = KVManager(memory, page_size, prefix_caching=prefix_caching, max_chunk=limits.max_chunk)
-    simulation = Simulation(kv, limits, late=late)
+    simulation = Simulation(kv, limits, late=late, policy=policy)
     ids = 0
     for _ in range(draw.randint(2, 9)):
         length = min(draw.randint(1, longest - 1) for _ in range(2))
@@ -323,6 +327,14 @@ def test_every_sequence_gets_its_tokens(
     )
 
 
+@pytest.mark.parametrize("policy", QUEUE_POLICIES)
+@settings(max_examples=100, derandomize=True, deadline=None)
+@given(seed=st.integers(0, 2**32), swap=st.booleans())
+def test_every_sequence_gets_its_tokens_in_any_order(policy: str, seed: int, swap: bool) -> None:
+    preemption: Literal["recompute", "swap"] = "swap" if swap else "recompute"
+    run_random(seed, late=True, preemption=preemption, prefix_caching=True, host_pages=4, policy=policy)
+
+
 @pytest.mark.parametrize("windows", [(None,), (5,), (None, 4)])
 def test_random_runs_preempt_swap_and_hit_the_cache(windows: tuple[int | None, ...]) -> None:
     swaps = recomputes = hits = host_hits = 0
@@ -346,7 +358,7 @@ def scheduler_of(num_pages: int = 16, *, seqs: int = 4, tokens: int = 8, chunk: 
 def test_prompt_is_cut_into_chunks_and_only_the_last_one_samples() -> None:
     scheduler = scheduler_of(tokens=4, chunk=3)
     scheduler.add(sequence_of(0, [1] * 8, 2))
-    seen = [(chunk.start, len(chunk.tokens), chunk.samples) for _ in range(3) for chunk in scheduler.plan().chunks]
+    seen = [(chunk.start, len(chunk.tokens), chunk.samples) for _ in range(3) for chunk in scheduler.plan(0.0).chunks]
     assert seen == [(0, 3, False), (3, 3, False), (6, 2, True)]
 
 
@@ -354,10 +366,10 @@ def test_decode_comes_before_prompts_and_takes_from_their_budget() -> None:
     scheduler = scheduler_of(tokens=4, chunk=4)
     first = sequence_of(0, [1, 1], 5)
     scheduler.add(first)
-    scheduler.plan()
-    scheduler.complete([(first, 7)])
+    scheduler.plan(0.0)
+    scheduler.complete([(first, 7)], 0.0)
     scheduler.add(sequence_of(1, [2] * 8, 1))
-    plan = scheduler.plan()
+    plan = scheduler.plan(0.0)
     assert [(row.seq_id, row.position, row.token, row.output_index) for row in plan.rows] == [(0, 2, 7, 1)]
     assert [(chunk.seq_id, len(chunk.tokens)) for chunk in plan.chunks] == [(1, 3)]
 
@@ -365,7 +377,7 @@ def test_decode_comes_before_prompts_and_takes_from_their_budget() -> None:
 def test_the_last_token_of_a_prompt_runs_as_a_row() -> None:
     scheduler = scheduler_of()
     scheduler.add(sequence_of(0, [5], 1))
-    plans = [scheduler.plan() for _ in range(3)]
+    plans = [scheduler.plan(0.0) for _ in range(3)]
     assert not any(plan.chunks for plan in plans)
     assert [(row.position, row.token, row.output_index) for plan in plans for row in plan.rows] == [(0, 5, 0)]
 
@@ -374,11 +386,11 @@ def test_second_plan_before_the_first_result_goes_on_from_the_unknown_token() ->
     scheduler = scheduler_of()
     first = sequence_of(0, [1, 2], 3)
     scheduler.add(first)
-    scheduler.plan()
-    (row,) = scheduler.plan().rows
+    scheduler.plan(0.0)
+    (row,) = scheduler.plan(0.0).rows
     assert (row.token, row.position, row.output_index) == (None, 2, 1)
-    scheduler.plan()
-    assert scheduler.plan().is_empty  # three tokens are under way, and no more are wanted
+    scheduler.plan(0.0)
+    assert scheduler.plan(0.0).is_empty  # three tokens are under way, and no more are wanted
 
 
 def test_a_slot_is_free_once_the_last_token_of_its_sequence_is_under_way() -> None:
@@ -386,13 +398,13 @@ def test_a_slot_is_free_once_the_last_token_of_its_sequence_is_under_way() -> No
     first, second = sequence_of(0, [1, 2], 2), sequence_of(1, [3, 4], 1)
     scheduler.add(first)
     scheduler.add(second)
-    assert scheduler.plan().admitted == (0,)
-    assert scheduler.plan().admitted == ()  # its second token is its last, and is only planned now
-    assert scheduler.plan().admitted == (1,)
+    assert scheduler.plan(0.0).admitted == (0,)
+    assert scheduler.plan(0.0).admitted == ()  # its second token is its last, and is only planned now
+    assert scheduler.plan(0.0).admitted == (1,)
     assert (scheduler.num_running, scheduler.num_waiting) == (1, 0)
     scheduler.check_integrity()
-    scheduler.complete([(first, 5)])
-    scheduler.complete([(first, 6)])
+    scheduler.complete([(first, 5)], 0.0)
+    scheduler.complete([(first, 6)], 0.0)
     assert (first.finish_reason, first.tokens, first.slot) == ("length", [1, 2, 5, 6], -1)
     assert (scheduler.num_running, second.slot) == (1, 0)
     scheduler.check_integrity()
@@ -403,17 +415,56 @@ def test_smaller_priority_then_earlier_arrival_goes_first() -> None:
     scheduler.add(sequence_of(0, [1], 1, priority=1, arrival=0.0))
     scheduler.add(sequence_of(1, [1], 1, priority=0, arrival=9.0))
     scheduler.add(sequence_of(2, [1], 1, priority=0, arrival=5.0))
-    assert scheduler.plan().admitted == (2,)
+    assert scheduler.plan(0.0).admitted == (2,)
+
+
+@pytest.mark.parametrize("age_limit", [5.0, float("inf")])
+def test_a_long_prompt_among_short_ones_runs_when_it_has_aged_and_else_starves(age_limit: float) -> None:
+    limits = BatchLimits(max_num_seqs=8, max_num_batched_tokens=80, max_chunk=80)
+    kv = KVManager([GroupPages(1000)], 10, prefix_caching=False)
+    scheduler = BatchScheduler(limits, kv, waiting_queue("sjf", age_limit))
+    long = sequence_of(0, [1] * 8000, 1, 10, arrival=0.0)
+    scheduler.add(long)
+    short, ids = [sequence_of(1, [2] * 10, 1, 10)], 2
+    scheduler.add(short[0])
+    for step in range(40):
+        now = step / 4
+        while scheduler.num_waiting < 12:  # more than one step's budget, always
+            short.append(sequence_of(ids, [2] * 10, 1, 10, arrival=now))
+            scheduler.add(short[-1])
+            ids += 1
+        plan = scheduler.plan(now)
+        assert (0 in plan.admitted) == (now == age_limit), "at the head when it has waited so long, and not before"
+        if now == age_limit:
+            return
+        done = [(sequence, 5) for sequence in short if any(sequence.seq_id == chunk.seq_id for chunk in plan.chunks)]
+        scheduler.complete(done, now)
+        short = [sequence for sequence in short if sequence.phase is not Phase.FINISHED]
+    assert age_limit == float("inf")
+    assert long.phase is Phase.WAITING
+
+
+def test_load_counts_what_waits_runs_and_decodes() -> None:
+    scheduler = scheduler_of(num_pages=16, seqs=2, tokens=4, chunk=4)
+    first, second = sequence_of(0, [1, 2], 9), sequence_of(1, [3] * 6, 9)
+    for sequence in (first, second, sequence_of(2, [4] * 5, 9)):
+        scheduler.add(sequence)
+    scheduler.plan(0.0)  # all of the first prompt, and two tokens of the second
+    load = scheduler.load()
+    assert (load.num_running, load.num_waiting, load.kv_capacity) == (2, 1, 16)
+    assert load.kv_used == 1 + 3
+    assert load.context_tokens == 2 + 2 + 5
+    assert load.remaining_tokens == 1 + 4 + 5
 
 
 def test_results_of_an_aborted_sequence_are_ignored() -> None:
     scheduler = scheduler_of()
     first = sequence_of(0, [1, 2], 3)
     scheduler.add(first)
-    scheduler.plan()
+    scheduler.plan(0.0)
     scheduler.finish(first, "abort")
     scheduler.finish(first, "error")
-    scheduler.complete([(first, 5)])
+    scheduler.complete([(first, 5)], 0.0)
     assert (first.tokens, first.finish_reason) == ([1, 2], "abort")
     scheduler.check_integrity()
 
@@ -424,9 +475,9 @@ def test_equal_prompts_that_come_together_are_computed_once() -> None:
     other = sequence_of(2, [4, 4], 2)
     for sequence in (first, second, other):
         scheduler.add(sequence)
-    assert scheduler.plan().admitted == (0, 2)
-    scheduler.complete([(first, 5), (other, 5)])
-    plan = scheduler.plan()
+    assert scheduler.plan(0.0).admitted == (0, 2)
+    scheduler.complete([(first, 5), (other, 5)], 0.0)
+    plan = scheduler.plan(0.0)
     assert plan.admitted == (1,)
     assert [(chunk.start, tuple(chunk.tokens)) for chunk in plan.chunks] == [(2, (3, 4))]
     assert second.cached == 2
@@ -437,9 +488,9 @@ def test_a_sequence_does_not_wait_for_one_that_was_aborted() -> None:
     first, second = sequence_of(0, [1, 2, 3], 2), sequence_of(1, [1, 2, 3], 2)
     scheduler.add(first)
     scheduler.add(second)
-    assert scheduler.plan().admitted == (0,)
+    assert scheduler.plan(0.0).admitted == (0,)
     scheduler.finish(first, "abort")
-    assert scheduler.plan().admitted == (1,)
+    assert scheduler.plan(0.0).admitted == (1,)
     scheduler.check_integrity()
 
 
@@ -448,8 +499,8 @@ def test_a_longer_prompt_waits_only_for_the_blocks_that_it_shares() -> None:
     first, second = sequence_of(0, [1, 2, 3, 4, 5, 6, 7], 2), sequence_of(1, [1, 2, 9, 9, 9], 2)
     scheduler.add(first)
     scheduler.add(second)
-    assert scheduler.plan().admitted == (0,)
-    plan = scheduler.plan()
+    assert scheduler.plan(0.0).admitted == (0,)
+    plan = scheduler.plan(0.0)
     assert plan.admitted == (1,), "the first block is under way; the others are not shared"
     assert second.cached == 2
 
@@ -460,8 +511,8 @@ def test_stop_token_counts_only_after_the_least_output(least: int, length: int) 
     first = sequence_of(0, [1], 4, stop_token_ids=frozenset({9}), min_output=least)
     scheduler.add(first)
     while first.phase is not Phase.FINISHED:
-        scheduler.plan()
-        scheduler.complete([(first, 9)])
+        scheduler.plan(0.0)
+        scheduler.complete([(first, 9)], 0.0)
     assert first.num_output == length
     assert first.finish_reason == ("stop" if length > least else "length")
 
@@ -478,14 +529,14 @@ def test_prompts_beside_decoding_sequences_come_in_small_parts() -> None:
     scheduler = BatchScheduler(limits, KVManager([GroupPages(64)], 4))
     first, second = sequence_of(0, [0] * 40, 20, page_size=4), sequence_of(1, [1] * 20, 20, page_size=4)
     scheduler.add(first)
-    plan = scheduler.plan()
+    plan = scheduler.plan(0.0)
     assert [len(chunk.tokens) for chunk in plan.chunks] == [40]  # nothing decodes yet
-    scheduler.complete([(first, 5)])
+    scheduler.complete([(first, 5)], 0.0)
     scheduler.add(second)
     parts = []
     while second.computed < 20:
-        plan = scheduler.plan()
+        plan = scheduler.plan(0.0)
         assert [row.seq_id for row in plan.rows] == [0]
         parts += [len(chunk.tokens) for chunk in plan.chunks]
-        scheduler.complete([(first, 5)])
+        scheduler.complete([(first, 5)], 0.0)
     assert parts == [8, 8, 4]

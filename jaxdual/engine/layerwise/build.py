@@ -7,7 +7,7 @@ import time
 
 from jaxdual.agent.client import AgentProcess
 from jaxdual.agent.wire import GroupSlots
-from jaxdual.config import EngineConfig
+from jaxdual.config import ConfigError, EngineConfig
 from jaxdual.engine.agent_link import AgentLink
 from jaxdual.engine.buckets import Buckets
 from jaxdual.engine.build import Built
@@ -37,6 +37,11 @@ def prefill_engine_of(loaded: LoadedModel, config: EngineConfig, part: ClusterPa
     Raises:
       ConfigError: settings that don't fit the model or the machine, or a store that can't be opened.
     """
+    if loaded.mesh is not None:
+        raise ConfigError(
+            f"tensor_parallel_size={config.tensor_parallel_size}: a prefill engine that goes layer by layer, as in a "
+            "cluster whose engines share a kv_store, runs on one device"
+        )
     layout, model = loaded.layout, loaded.model
     blocks_setting = "num_kv_blocks"
     if part.cluster.prefill_kv_blocks is not None:

@@ -332,7 +332,7 @@ class PrefillEngine:
         quota = self._quota_seconds if self._mode.quota else float("inf")
         packed = pack(work, quota, self._cost, self._rules)
         parts = [self._part(self._jobs[one.request_id], count) for one, count in packed]
-        batches = self.runner.buckets.prefill([part.chunk for part in parts])
+        batches = self.runner.buckets.prefill([[part.chunk for part in parts]])
         self._passes.append(
             Forward(
                 parts,
@@ -381,7 +381,7 @@ class PrefillEngine:
         if samples:
             job.slot = self._take(self._slots)
             prompt, output = job.tokens[: job.prompt_length], job.tokens[job.prompt_length :]
-            self.runner.sampler.bind(SlotBinding(job.slot, job.sampling, prompt, output))
+            self.runner.sampler.bind(SlotBinding(0, job.slot, job.sampling, prompt, output))
         chunk = Chunk(job.number, job.slot, start, job.tokens[start:end], samples, job.num_output)
         pages = [self._take(self._pages) for _ in range(self.runner.layout.pages_for(end))]
         comes: list[tuple[int, Place]] = []
@@ -408,7 +408,7 @@ class PrefillEngine:
         """Takes the tokens of a pass, of which something may still be on its way out."""
         sampled = {one.seq_id: one for one in forward.fetch()}
         for stream in forward.streams:
-            for row, chunk in enumerate(stream.batch.chunks):
+            for row, chunk in enumerate(stream.batch.chunks[0]):
                 job = self._jobs[chunk.seq_id]
                 if job.wants_scores:
                     wanted = job.tokens[chunk.start + 1 : chunk.start + len(chunk.tokens) + 1]

@@ -111,7 +111,7 @@ class LayerRunner:
         tokens = np.zeros((shape.rows, shape.chunk), np.int32)
         starts, counts = np.zeros(shape.rows, np.int32), np.zeros(shape.rows, np.int32)
         table = np.zeros((shape.rows, self._width), np.int32)
-        for row, chunk in enumerate(batch.chunks):
+        for row, chunk in enumerate(batch.chunks[0]):
             tokens[row, : len(chunk.tokens)] = chunk.tokens
             starts[row], counts[row] = chunk.start, len(chunk.tokens)
             table[row, : len(pages[chunk.seq_id])] = pages[chunk.seq_id]
@@ -126,8 +126,8 @@ class LayerRunner:
     def sample(self, stream: Stream) -> SampleBatch | None:
         """Samples the tokens that follow the prompts which end in a batch, after the last layer; None if none does."""
         rows = [
-            SampleRow(row, chunk.seq_id, chunk.slot, chunk.output_index)
-            for row, chunk in enumerate(stream.batch.chunks)
+            SampleRow(row, chunk.seq_id, 0, chunk.slot, chunk.output_index)
+            for row, chunk in enumerate(stream.batch.chunks[0])
             if chunk.samples
         ]
         return self.sampler.sample(self._programs.end(stream.x, stream.counts), rows) if rows else None
@@ -160,7 +160,7 @@ class LayerRunner:
         starts, counts = np.full(shape.rows, cached, np.int32), np.full(shape.rows, shape.chunk, np.int32)
         # Rows write the same pages: what they hold does not matter here.
         pages = np.tile(np.arange(self._width, dtype=np.int32) % self.num_pages, (shape.rows, 1))
-        stream = self._begin(PrefillBatch(shape, ()), tokens, starts, counts, pages)
+        stream = self._begin(PrefillBatch(shape, ((),)), tokens, starts, counts, pages)
         jax.block_until_ready(stream.x)
         start = time.perf_counter()
         self._run_layer(0, stream)
@@ -181,7 +181,7 @@ class LayerRunner:
         hidden: dict[int, jax.Array] = {}
 
         def prefill(shape: PrefillShape) -> object:
-            stream = self.begin(PrefillBatch(shape, ()), {})
+            stream = self.begin(PrefillBatch(shape, ((),)), {})
             for layer in self._programs.one_of_each_kind:
                 self._run_layer(layer, stream)
             hidden[shape.rows] = self._programs.end(stream.x, stream.counts)

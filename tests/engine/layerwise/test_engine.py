@@ -165,7 +165,7 @@ def computed(alone: LLM, prompt: Sequence[int]) -> tuple[np.ndarray, int]:
     tokens = np.zeros((1, MODEL_LEN), np.int32)
     tokens[0, : len(prompt)] = prompt
     table = GroupTable(np.arange(width, dtype=np.int32)[None])
-    arenas, _, _ = model.prefill(
+    arenas, _, _, _ = model.prefill(
         model.leaves, arenas, tokens, np.zeros(1, np.int32), np.array([len(prompt)], np.int32), (table,)
     )
     blocks = np.asarray(arenas[0]).reshape(width, *layout.block_shape())[:pages]

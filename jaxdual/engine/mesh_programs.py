@@ -1,0 +1,253 @@
+"""The programs of an engine whose model lies on a mesh of devices.
+
+What the single-device programs do for one batch, these do for one batch of each rank at once: batches lie side by side
+along the leading axis, padded to one shape. Slots and pages are counted within a rank, as its scheduler counts them.
+Attention, block moves, experts and sampling are written for one device and run on each (`shard_map`), as kernels must;
+projections, norms and the output head are split by the compiler after the shardings of parameters and residual stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec, Sharding
+from jaxtyping import Array, Bool, Float, Float32, Int32
+
+from jaxdual.engine import sampler
+from jaxdual.engine.paged import Arenas, Attend, GroupTable, decode_attend, prefill_attend
+from jaxdual.engine.router_counts import RouterCounts, count
+from jaxdual.engine.sampler import Logprobs, SampleInputs, SamplerState
+from jaxdual.engine.steps import Programs, Routing
+from jaxdual.kv.layout import KVLayout
+from jaxdual.parallel.exchange import ExpertExchange, ExpertSlots, slots_of_choices
+from jaxdual.parallel.mesh import RANKS, TENSOR, DeviceMesh
+from jaxdual.parallel.placement import STACKS, ExpertMover, expert_slots, sparse_layers
+from jaxdual.scheduling.experts import Move, Placement
+from models import Decoder
+from models.layers import Mix
+from models.moe import MoE
+from models.shapes import parameter_path
+from pallas_kernels.kv_blocks import gather_blocks, scatter_blocks
+
+_BY_RANK = PartitionSpec(RANKS)
+_HEADS = PartitionSpec(RANKS, TENSOR, None)
+ARENA = PartitionSpec(RANKS, None, TENSOR, None)
+_BLOCKS = PartitionSpec(None, None, None, TENSOR, None)
+
+
+class MeshPrograms(Programs):
+    """`Programs` on a mesh.
+
+    Args:
+      model: its parameters lie as `models.sharding` says, the experts by slot.
+      layout: of the arenas, with all key-value heads.
+      mesh: of the devices.
+      placement: of the experts; None for a model without.
+    """
+
+    def __init__(self, model: Decoder, layout: KVLayout, mesh: DeviceMesh, placement: Placement | None) -> None:
+        super().__init__(model, layout)
+        self._mesh = mesh
+        self._place_experts(model, placement)
+        self._exchange = ExpertExchange(mesh)
+        self._mixed = jax.jit(self._mixture)  # within the step: layers share a trace
+        self.set_slot = jax.jit(self._set_slot, donate_argnums=0)
+        self.gather = jax.jit(self._gather, static_argnames="rows_per_block")
+        self.scatter = jax.jit(self._scatter, donate_argnums=0)
+
+    def _place_experts(self, model: Decoder, placement: Placement | None) -> None:
+        self._sparse = sparse_layers(model.config)
+        if placement is None:
+            return
+        slots = dict(zip(self._sparse, expert_slots(placement, self._mesh), strict=True))
+        self.experts = [slots.get(layer) for layer in range(model.config.num_layers)]
+        paths = [parameter_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(nnx.state(model))]
+        self._stacks = {
+            layer: [paths.index(f"layers.{layer}.mlp.experts.{name}") for name in STACKS] for layer in self._sparse
+        }
+        self._mover = ExpertMover(self._mesh)
+
+    def move_experts(self, row: int, moves: Sequence[Move], placement: Placement) -> None:
+        """Has steps from now on find the experts of one layer as a placement has them.
+
+        Args:
+          row: of the layer in the placement.
+          moves: of that layer, from the placement before.
+        """
+        layer = self._sparse[row]
+        places = self._stacks[layer]
+        for place, stack in zip(places, self._mover.move([self.leaves[i] for i in places], moves), strict=True):
+            self.leaves[place] = stack
+        self.experts[layer] = expert_slots(placement.of_layer(row), self._mesh)[0]
+
+    @property
+    def arena_sharding(self) -> Sharding:
+        return self._mesh.sharding(*ARENA)
+
+    @property
+    def slot_sharding(self) -> Sharding:
+        return self._mesh.sharding(*_BY_RANK)
+
+    # Attention.
+
+    def _prefill_attend(
+        self, starts: Int32[Array, " seqs"], counts: Int32[Array, " seqs"], tables: tuple[GroupTable, ...], chunk: int
+    ) -> Attend:
+        def local(
+            layer: int, operands: _Operands, starts: Array, counts: Array, tables: tuple[GroupTable, ...]
+        ) -> tuple[Array, Arenas]:
+            return prefill_attend(self._layout, starts, counts, tables, chunk)(layer, *operands)
+
+        return self._attend(local, starts, counts, tables)
+
+    def _decode_attend(self, positions: Int32[Array, " seqs"], tables: tuple[GroupTable, ...]) -> Attend:
+        def local(
+            layer: int, operands: _Operands, positions: Array, tables: tuple[GroupTable, ...]
+        ) -> tuple[Array, Arenas]:
+            return decode_attend(self._layout, positions, tables)(layer, *operands)
+
+        return self._attend(local, positions, tables)
+
+    def _attend(self, local: Callable[..., tuple[Array, Arenas]], *batch: Any) -> Attend:
+        """Attention of each rank over its own pages, each device with its own heads.
+
+        Args:
+          local: `(layer, operands, *batch)` as one device has them.
+          batch: of all ranks.
+        """
+
+        def attend(layer: int, q: Array, k: Array, v: Array, arenas: Arenas) -> tuple[Array, Arenas]:
+            operands = _Operands(_HEADS, _HEADS, _HEADS, tuple(ARENA for _ in arenas))
+            out: tuple[Array, Arenas] = self._on_each(
+                partial(local, layer),
+                (operands, *jax.tree.map(lambda _: _BY_RANK, batch)),
+                (_HEADS, operands.arenas),
+            )(_Operands(q, k, v, arenas), *batch)
+            return out
+
+        return attend
+
+    # Experts.
+
+    def _mix(self, routing: Routing) -> Mix | None:
+        if routing.experts is None:
+            return None
+
+        def mix(layer: int, mlp: nnx.Module, x: Array) -> Array:
+            out: Array
+            if not isinstance(mlp, MoE):
+                out = mlp(x)
+                return out
+            chosen, out = self._mixed(mlp, x, routing.experts[layer], routing.real)
+            routing.chosen.append(chosen)
+            return out
+
+        return mix
+
+    def _mixture(self, moe: MoE, x: Array, where: ExpertSlots, real: Array) -> tuple[Array, Array]:
+        chosen, weights = moe.route(x)
+        slots = slots_of_choices(where, chosen, real, moe.experts.gate.shape[0])
+        return chosen, self._exchange(moe.experts, x, slots, weights)
+
+    def _counted(self, routing: Routing) -> RouterCounts | None:
+        if routing.counts is None:
+            return None
+        counted: RouterCounts = self._on_each(count, (_BY_RANK, _BY_RANK, _BY_RANK), _BY_RANK)(
+            routing.counts, routing.chosen, routing.real
+        )
+        return counted
+
+    # Sampling.
+
+    def _at_slots(self, last_token: Int32[Array, " slots"], slots: Int32[Array, " seqs"]) -> Int32[Array, " seqs"]:
+        found: Array = self._on_each(lambda last, slots: last[slots], (_BY_RANK, _BY_RANK), _BY_RANK)(last_token, slots)
+        return found
+
+    def _sampled(
+        self, logits: Float32[Array, "rows vocab"], state: SamplerState, inputs: SampleInputs
+    ) -> tuple[SamplerState, Int32[Array, " rows"], Logprobs]:
+        sampled: tuple[SamplerState, Array, Logprobs] = self._on_each(sampler.sample, _BY_RANK, _BY_RANK)(
+            logits, state, inputs
+        )
+        return sampled
+
+    def _set_slot(
+        self,
+        state: SamplerState,
+        slot: Int32[Array, ""],
+        output_counts: Int32[Array, " vocab"],
+        in_prompt: Bool[Array, " vocab"],
+        bias: Float32[Array, " vocab"],
+    ) -> SamplerState:
+        """See `sampler.set_slot`; slots are counted over all ranks."""
+
+        def local(state: SamplerState, slot: Array, *row: Array) -> SamplerState:
+            slots = state.last_token.shape[0]
+            own = slot - jax.lax.axis_index(RANKS) * slots
+            # What is written to a row that the state doesn't have is dropped.
+            return sampler.set_slot(state, jnp.where((own >= 0) & (own < slots), own, slots), *row)
+
+        whole = PartitionSpec()
+        written: SamplerState = self._on_each(local, (_BY_RANK, whole, whole, whole, whole), _BY_RANK)(
+            state, slot, output_counts, in_prompt, bias
+        )
+        return written
+
+    # Blocks.
+
+    def _gather(
+        self,
+        arena: Float[Array, "rows page_size kv_heads head_dim"],
+        pages: Int32[Array, " blocks"],
+        rows_per_block: int,
+    ) -> Array:
+        """Blocks with all heads; those of rank r have its page ids behind those of all ranks before."""
+
+        def local(arena: Array, pages: Array) -> Array:
+            own, mine = self._own_pages(arena, pages, rows_per_block)
+            blocks = gather_blocks(arena, own, rows_per_block=rows_per_block)
+            summed: Array = jax.lax.psum(jnp.where(mine[:, None, None, None, None], blocks, 0), RANKS)
+            return summed
+
+        blocks: Array = self._on_each(local, (ARENA, PartitionSpec()), _BLOCKS)(arena, pages)
+        return blocks
+
+    def _scatter(
+        self,
+        arena: Float[Array, "rows page_size kv_heads head_dim"],
+        pages: Int32[Array, " blocks"],
+        blocks: Float[Array, "blocks rows_per_block page_size kv_heads head_dim"],
+    ) -> Array:
+        def local(arena: Array, pages: Array, blocks: Array) -> Array:
+            own, _ = self._own_pages(arena, pages, blocks.shape[1])
+            return scatter_blocks(arena, own, blocks)
+
+        written: Array = self._on_each(local, (ARENA, PartitionSpec(), _BLOCKS), ARENA)(arena, pages, blocks)
+        return written
+
+    def _own_pages(self, arena: Array, pages: Array, rows_per_block: int) -> tuple[Array, Array]:
+        """Pages as this rank counts them, those of others as padding; and which are its own."""
+        count = arena.shape[0] // rows_per_block
+        own = pages - jax.lax.axis_index(RANKS) * count
+        mine = (own >= 0) & (own < count)
+        return jnp.where(mine, own, count), mine
+
+    def _on_each(self, function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+        mapped: Callable[..., Any] = jax.shard_map(
+            function, mesh=self._mesh.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
+        )
+        return mapped
+
+
+class _Operands(NamedTuple):
+    """What attention takes of a layer."""
+
+    q: Any
+    k: Any
+    v: Any
+    arenas: Any

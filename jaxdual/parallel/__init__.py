@@ -1,0 +1,1 @@
+"""One model over many devices: tensor, data and expert parallelism."""

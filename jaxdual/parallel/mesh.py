@@ -1,0 +1,131 @@
+"""The devices that one engine runs on, as a mesh.
+
+Axes: `data` and `expert` split the sequences, each device along them a *rank* with KV memory of its own; `expert` also
+splits the experts of each layer, `data` repeats them; `tensor` splits attention heads and the width of MLPs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from dataclasses import dataclass, field
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxdual.config import ConfigError
+from models import ModelConfig
+from models.sharding import ShardingRules
+
+DATA, EXPERT, TENSOR = "data", "expert", "tensor"
+RANKS = (DATA, EXPERT)
+
+
+@dataclass(frozen=True, slots=True)
+class ParallelSizes:
+    """Devices along each axis of the mesh."""
+
+    data: int = 1
+    expert: int = 1
+    tensor: int = 1
+
+    @property
+    def devices(self) -> int:
+        return self.data * self.expert * self.tensor
+
+    @property
+    def ranks(self) -> int:
+        """Groups of devices that have sequences of their own."""
+        return self.data * self.expert
+
+    def check(self, model: ModelConfig, redundant_experts: int = 0) -> None:
+        """Raises `ConfigError` if a model can't be split so.
+
+        Args:
+          redundant_experts: slots of each layer beyond one for each expert.
+        """
+        if model.num_kv_heads % self.tensor:
+            raise ConfigError(
+                f"tensor_parallel_size={self.tensor} must divide the model's {model.num_kv_heads} key-value heads: "
+                "each device has whole ones"
+            )
+        if model.intermediate_size % self.tensor and not self._all_sparse(model):
+            raise ConfigError(
+                f"tensor_parallel_size={self.tensor} must divide the model's intermediate_size of "
+                f"{model.intermediate_size}"
+            )
+        moe = model.moe
+        if moe is None:
+            if self.expert > 1 or redundant_experts:
+                setting = f"expert_parallel_size={self.expert}"
+                if self.expert == 1:
+                    setting = f"redundant_experts={redundant_experts}"
+                raise ConfigError(f"{setting}: the model has no experts")
+            return
+        if (moe.num_experts + redundant_experts) % self.expert:
+            raise ConfigError(
+                f"expert_parallel_size={self.expert} must divide the {moe.num_experts} experts of a layer and the "
+                f"{redundant_experts} redundant ones together"
+            )
+        if moe.intermediate_size % self.tensor:
+            raise ConfigError(
+                f"tensor_parallel_size={self.tensor} must divide the experts' intermediate_size of "
+                f"{moe.intermediate_size}"
+            )
+
+    def _all_sparse(self, model: ModelConfig) -> bool:
+        return all(model.is_sparse(layer) for layer in range(model.num_layers))
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceMesh:
+    """A mesh, and how arrays lie on it.
+
+    Attributes:
+      mesh: of the devices.
+      sizes: of its axes.
+      rules: of the parameters.
+    """
+
+    mesh: Mesh
+    sizes: ParallelSizes
+    rules: ShardingRules = field(default_factory=ShardingRules)
+
+    @property
+    def platform(self) -> str:
+        """Of its devices: "cpu", "gpu"."""
+        return str(self.mesh.devices.flat[0].platform)
+
+    def sharding(self, *axes: tuple[str, ...] | str | None) -> NamedSharding:
+        """Of an array whose axes are split over these mesh axes; none for one that is the same everywhere."""
+        return NamedSharding(self.mesh, PartitionSpec(*axes))
+
+
+def claim_devices(count: int) -> None:
+    """Has a CPU be so many devices, unless JAX has been used already, or its environment says how many there are."""
+    if count > 1 and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        with contextlib.suppress(RuntimeError):
+            if jax.config.jax_num_cpu_devices < count:  # type: ignore[attr-defined]
+                jax.config.update("jax_num_cpu_devices", count)
+
+
+def device_mesh(sizes: ParallelSizes) -> DeviceMesh:
+    """A mesh of the devices of this job.
+
+    Neighbouring devices, which are the nearest, are along `tensor`, then along `expert`.
+
+    Raises:
+      ConfigError: there are fewer devices.
+    """
+    devices = jax.devices()
+    if len(devices) < sizes.devices:
+        hint = ""
+        if devices[0].platform == "cpu":
+            hint = ": a CPU is as many devices as jax.config's jax_num_cpu_devices says before JAX is first used"
+        raise ConfigError(
+            f"data_parallel_size={sizes.data} times expert_parallel_size={sizes.expert} times "
+            f"tensor_parallel_size={sizes.tensor} needs {sizes.devices} devices, and there are {len(devices)}{hint}"
+        )
+    grid = np.array(devices[: sizes.devices]).reshape(sizes.data, sizes.expert, sizes.tensor)
+    return DeviceMesh(Mesh(grid, (DATA, EXPERT, TENSOR)), sizes)

@@ -1,0 +1,54 @@
+"""Small random models that can be split in many ways."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import models
+from models.config import ModelConfig, MoEConfig, RopeConfig
+
+CONFIGS = {
+    "moe": ModelConfig(
+        family="qwen3_moe",
+        vocab_size=96,
+        hidden_size=32,
+        intermediate_size=48,
+        num_layers=3,
+        num_heads=8,
+        num_kv_heads=4,
+        head_dim=8,
+        rope=RopeConfig(theta=1e4),
+        max_position_embeddings=256,
+        qk_norm=True,
+        moe=MoEConfig(
+            num_experts=16,
+            num_experts_per_tok=4,
+            intermediate_size=24,
+            norm_topk_prob=True,
+            mlp_only_layers=(1,),
+        ),
+    ),
+    "dense": ModelConfig(
+        family="llama",
+        vocab_size=95,  # not to be split evenly
+        hidden_size=32,
+        intermediate_size=48,
+        num_layers=2,
+        num_heads=8,
+        num_kv_heads=4,
+        head_dim=8,
+        rope=RopeConfig(theta=1e4),
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+    ),
+}
+CONFIGS["one_expert"] = dataclasses.replace(
+    CONFIGS["moe"],
+    moe=dataclasses.replace(CONFIGS["moe"].moe, num_experts_per_tok=1),  # type: ignore[type-var]
+)
+
+
+@functools.cache
+def model(name: str) -> models.Decoder:
+    return models.init(CONFIGS[name], seed=7)

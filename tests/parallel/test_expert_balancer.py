@@ -1,0 +1,170 @@
+"""Experts that move while an engine runs: what is counted, where weights end up, and that no token changes."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxdual import LLM, SamplingParams
+from jaxdual.config import ConfigError
+from jaxdual.engine.expert_balancer import ExpertBalancer
+from jaxdual.scheduling.expert_figures import transitions_of
+from jaxdual.scheduling.experts import Placement, eplb
+from jaxdual.telemetry import CompileCounter
+from models.attention import dense_attend
+from models.moe import MoE
+from tests.engine.models import FIXTURES, TieCounter, expected, folder, load
+
+SETTINGS: dict[str, Any] = {"block_size": 8, "max_num_seqs": 4, "max_num_batched_tokens": 32, "max_model_len": 256}
+GREEDY = SamplingParams(max_tokens=24, temperature=0, ignore_eos=True)
+
+
+def prompts(count: int, seed: int = 0) -> list[list[int]]:
+    rng = random.Random(seed)
+    return [[rng.randrange(320) for _ in range(rng.randint(1, 40))] for _ in range(count)]
+
+
+def balancer_of(llm: LLM) -> ExpertBalancer:
+    balancer = llm._engine.balancer
+    assert balancer is not None
+    return balancer
+
+
+def stacks(llm: LLM, row: int) -> list[np.ndarray]:
+    programs = llm._engine.runner.programs
+    return [np.asarray(programs.leaves[place]) for place in programs._stacks[programs._sparse[row]]]  # type: ignore[attr-defined]
+
+
+def chosen_experts(name: str, tokens: list[int]) -> np.ndarray:
+    """Experts that the dense forward pass of one sequence chooses, `[sparse layers, tokens, k]`."""
+    model, found = load(name), []
+
+    def mix(layer: int, mlp: nnx.Module, x: jax.Array) -> jax.Array:
+        experts, weights = mlp.route(x)
+        found.append(np.asarray(experts))
+        return mlp.apply(x, experts, weights)
+
+    positions = jnp.arange(len(tokens))
+    attend = dense_attend(1, len(tokens), model.config.layer_windows)
+    model(jnp.array(tokens), positions, attend, None, mix)
+    return np.stack(found)
+
+
+@pytest.mark.parametrize(
+    "sizes", [{}, {"expert_parallel_size": 2}, {"data_parallel_size": 2, "expert_parallel_size": 2}]
+)
+def test_counts_are_what_the_dense_forward_pass_chooses(sizes: dict[str, Any]) -> None:
+    """Prompts in chunks, and their outputs; the last token of each output is never routed, padding never counts."""
+    llm = LLM(FIXTURES / "qwen3_moe", **SETTINGS, **sizes, router_statistics="transitions", enable_prefix_caching=False)
+    outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts(5)], GREEDY)
+    counts = llm._engine.runner.take_router_counts()
+    assert counts is not None
+    assert counts.transitions is not None
+    sequences = [[*p, *o.outputs[0].token_ids[:-1]] for p, o in zip(prompts(5), outputs, strict=True)]
+    chosen = np.concatenate([chosen_experts("qwen3_moe", tokens) for tokens in sequences], axis=1)
+    # The overlapped loop may compute a row after the last token; with a limit it never does.
+    assert counts.tokens.sum() == chosen.shape[1]
+    activations = np.stack([np.bincount(layer.ravel(), minlength=8) for layer in chosen])
+    # Ties of the router's logits in the last bits may turn out either way.
+    assert np.abs(counts.activations.sum(axis=0) - activations).sum() <= 4
+    assert np.abs(counts.transitions.sum(axis=0) - transitions_of(chosen, 8)).sum() <= 16
+    again = llm._engine.runner.take_router_counts()
+    assert again is not None
+    assert again.tokens.sum() == again.activations.sum() == 0
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"expert_parallel_size": 4},
+        {"expert_parallel_size": 2, "tensor_parallel_size": 2},
+        {"data_parallel_size": 2, "expert_parallel_size": 2, "redundant_experts": 4},
+    ],
+)
+def test_experts_that_move_while_tokens_come_change_none(sizes: dict[str, Any], overlap: bool) -> None:
+    alone = LLM(folder("qwen3_moe"), **SETTINGS)
+    want = alone.generate([{"prompt_token_ids": prompt} for prompt in prompts(12)], GREEDY)
+    llm = LLM(folder("qwen3_moe"), **SETTINGS, **sizes, async_scheduling=overlap)
+    balancer, rng = balancer_of(llm), np.random.default_rng(3)
+    outputs = [llm.submit({"prompt_token_ids": prompt}, GREEDY) for prompt in prompts(12)]
+    steps = 0
+    while llm.has_unfinished:
+        if steps % 5 == 2:
+            loads = rng.gamma(0.3, 1.0, (*balancer.placement.experts.shape[:1], 8))
+            balancer.relocate(eplb(loads, balancer.placement.devices, redundant=int(sizes.get("redundant_experts", 0))))
+        llm.step()
+        steps += 1
+    ties = TieCounter("qwen3_moe")
+    for prompt, one, other in zip(prompts(12), want, outputs, strict=True):
+        ties.compare(prompt, one.outputs[0].token_ids, other.outputs[0].token_ids)
+    ties.check()
+    assert llm.stats().experts_moved > 20
+    llm.check_integrity()
+    weights = [layer.mlp.experts for layer in load("qwen3_moe").layers if isinstance(layer.mlp, MoE)]
+    while balancer.is_moving:
+        balancer.before_step()
+    for row, experts in enumerate(weights):
+        held = balancer.placement.experts[row]
+        for found, name in zip(stacks(llm, row), ("gate", "up", "down"), strict=True):
+            np.testing.assert_array_equal(found, np.asarray(getattr(experts, name)[...])[held])
+
+
+@pytest.mark.parametrize("policy", ["eplb", "edr", "edr_column", "source"])
+def test_policies_place_experts_anew_every_so_many_steps(policy: str) -> None:
+    want = expected("qwen3_moe")
+    llm = LLM(
+        FIXTURES / "qwen3_moe",
+        **SETTINGS,
+        expert_parallel_size=2,
+        expert_placement=policy,
+        expert_interval=10,
+        expert_window=5,
+    )
+    params = SamplingParams(max_tokens=32, temperature=0, ignore_eos=True)
+    for _ in range(3):
+        for i, output in enumerate(
+            llm.generate([{"prompt_token_ids": want[f"prompt{i}"].tolist()} for i in (0, 1)], params)
+        ):
+            assert output.outputs[0].token_ids == want[f"greedy{i}"].tolist()
+    stats = llm.stats()
+    assert stats.expert_relocations >= 8
+    assert stats.experts_moved > 0
+    assert 1 <= stats.expert_imbalance <= stats.expert_imbalance_worst <= 2
+
+
+def test_moves_compile_nothing_once_their_number_has_been_met() -> None:
+    llm = LLM(folder("qwen3_moe"), **SETTINGS, expert_parallel_size=4)
+    llm.warmup()
+    balancer = balancer_of(llm)
+    there = balancer.placement
+    back = Placement(np.roll(there.experts, 1, axis=1), 4, 8)
+
+    def run() -> None:
+        for placement in (back, there):
+            balancer.relocate(placement)
+            llm.generate([{"prompt_token_ids": prompt} for prompt in prompts(2)], GREEDY)
+
+    run()
+    with CompileCounter() as counter:
+        run()
+    assert counter.compilations == 0
+
+
+def test_settings_of_experts_that_do_not_go_together_are_refused() -> None:
+    for settings, message in (
+        ({"expert_placement": "eplb"}, "needs expert_parallel_size above 1"),
+        ({"expert_placement": "best", "expert_parallel_size": 2}, "must be one of linear, eplb"),
+        ({"expert_placement": "edr", "expert_parallel_size": 2, "router_statistics": "activations"}, "transitions"),
+        ({"expert_placement": "eplb", "expert_parallel_size": 2, "router_statistics": "off"}, "needs them"),
+        ({"expert_placement": "edr", "expert_parallel_size": 2, "redundant_experts": 2}, "no use"),
+        ({"expert_interval": 0}, "at least 1"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            LLM(FIXTURES / "qwen3_moe", **settings)
