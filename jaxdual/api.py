@@ -209,7 +209,8 @@ class LLM(ServedModel):
         Args:
           report: called with the name of each shape and the seconds that it took.
         """
-        self._engine.runner.warm_up(report)
+        for name, run in self._engine.warm_ups():
+            report(name, run())
 
     def stats(self) -> EngineStats:
         """Counters since the start."""

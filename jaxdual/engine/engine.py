@@ -114,7 +114,9 @@ class Engine:
 
     def warm_ups(self) -> Iterator[tuple[str, Callable[[], float]]]:
         """See `Runner.warm_ups`."""
-        return self.runner.warm_ups()
+        yield from self.runner.warm_ups()
+        if self.balancer is not None:
+            yield from self.balancer.warm_ups()
 
     @property
     def patience(self) -> float | None:

@@ -7,13 +7,14 @@ move between the next two. So no step waits for more than one layer's move, and 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 
 from jaxdual.engine.mesh_programs import MeshPrograms
 from jaxdual.engine.router_counts import RouterCounts
 from jaxdual.engine.runner import Runner
+from jaxdual.engine.warm_up import timed
 from jaxdual.scheduling.expert_figures import imbalance
 from jaxdual.scheduling.expert_policies import WINDOW, ExpertPolicy, RouterWindow
 from jaxdual.scheduling.experts import INTERVAL, Move, Placement, keep_slots, moves
@@ -81,6 +82,10 @@ class ExpertBalancer:
         self._moves.extend(by_layer.items())
         self._counts["expert_relocations"] += 1
         self._counts["experts_moved"] += sum(map(len, by_layer.values()))
+
+    def warm_ups(self) -> Iterator[tuple[str, Callable[[], float]]]:
+        """Name of every program that moves experts, and a call that compiles it and returns the seconds it took."""
+        return timed(self._programs.warm_up_moves() if self._policy is not None else ())
 
     @property
     def is_moving(self) -> bool:

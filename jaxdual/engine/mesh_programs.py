@@ -8,7 +8,7 @@ projections, norms and the output head are split by the compiler after the shard
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -26,7 +26,7 @@ from jaxdual.engine.steps import Programs, Routing
 from jaxdual.kv.layout import KVLayout
 from jaxdual.parallel.exchange import ExpertExchange, ExpertSlots, slots_of_choices
 from jaxdual.parallel.mesh import RANKS, TENSOR, DeviceMesh
-from jaxdual.parallel.placement import STACKS, ExpertMover, expert_slots, sparse_layers
+from jaxdual.parallel.placement import STACKS, ExpertMover, expert_slots, move_sizes, sparse_layers
 from jaxdual.scheduling.experts import Move, Placement
 from models import Decoder
 from models.layers import Mix
@@ -80,10 +80,25 @@ class MeshPrograms(Programs):
           moves: of that layer, from the placement before.
         """
         layer = self._sparse[row]
-        places = self._stacks[layer]
-        for place, stack in zip(places, self._mover.move([self.leaves[i] for i in places], moves), strict=True):
-            self.leaves[place] = stack
+        self._replace(self._stacks[layer], moves)
         self.experts[layer] = expert_slots(placement.of_layer(row), self._mesh)[0]
+
+    def _replace(self, places: Sequence[int], moves: Sequence[Move], least: int = 0) -> None:
+        """Puts moved stacks in the place of those that were there."""
+        stacks = self._mover.move([self.leaves[place] for place in places], moves, least)
+        for place, stack in zip(places, stacks, strict=True):
+            self.leaves[place] = stack
+
+    def warm_up_moves(self) -> Iterator[tuple[str, Callable[[], object]]]:
+        """Name and call of every program that moves experts, each of which moves none."""
+        places = self._stacks[self._sparse[0]]
+
+        def move(size: int) -> object:
+            self._replace(places, (), least=size)
+            return self.leaves[places[0]]
+
+        for size in move_sizes(self.leaves[places[0]].shape[0]):
+            yield f"move experts={size}", partial(move, size)
 
     @property
     def arena_sharding(self) -> Sharding:

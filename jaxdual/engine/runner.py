@@ -212,15 +212,6 @@ class Runner:
         }
         return StepResult(tuple(sampled), prompt_logprobs)
 
-    def warm_up(self, report: Callable[[str, float], None] = lambda name, seconds: None) -> None:
-        """Compiles and runs every program in every shape once, on padding only.
-
-        Args:
-          report: called with the name of each shape and the seconds that it took.
-        """
-        for name, run in self.warm_ups():
-            report(name, run())
-
     def warm_ups(self) -> Iterator[tuple[str, Callable[[], float]]]:
         """Name of every program in every shape, and a call that compiles and runs it and returns the seconds it took.
 

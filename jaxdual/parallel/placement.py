@@ -68,6 +68,11 @@ def expert_slots(placement: Placement, mesh: DeviceMesh) -> list[ExpertSlots]:
     ]
 
 
+def move_sizes(slots: int) -> tuple[int, int]:
+    """Moves of one layer that a program makes at most: few programs, whatever there is to move."""
+    return (-(-slots // 4), slots)
+
+
 class ExpertMover:
     """Copies weights of experts from slot to slot, one layer at a time, all at once within it.
 
@@ -87,10 +92,14 @@ class ExpertMover:
         )
         self._program = jax.jit(mapped, donate_argnums=0)
 
-    def move(self, stacks: Sequence[jax.Array], moves: Sequence[Move]) -> Sequence[jax.Array]:
-        """Starts the moves of a layer, whose stacks of gates, ups and downs are given up for the new ones."""
+    def move(self, stacks: Sequence[jax.Array], moves: Sequence[Move], least: int = 0) -> Sequence[jax.Array]:
+        """Starts the moves of a layer, whose stacks of gates, ups and downs are given up for the new ones.
+
+        Args:
+          least: moves that the program has room for, at least.
+        """
         slots = stacks[0].shape[0]
-        count = 1 << (len(moves) - 1).bit_length()  # few programs, whatever the number of moves
+        count = next(size for size in move_sizes(slots) if size >= max(len(moves), least))
         # What is behind the last slot is dropped.
         sources, targets = np.zeros(count, np.int32), np.full(count, slots, np.int32)
         sources[: len(moves)] = [move.source for move in moves]
