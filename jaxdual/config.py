@@ -258,6 +258,7 @@ class ClusterConfig:
     Attributes:
       prefill: engines that compute prompts; 0 for one engine that does everything.
       decode: engines that go on from them; 0 together with `prefill`.
+      prefill_tensor_parallel_size: `tensor_parallel_size` of prefill engines; None for that of decode engines.
       cluster: where the engines run: "local" for this machine, "ray" for the hosts of a Ray cluster.
       path_mode: how a cluster with a store that its engines share moves stored blocks, as DualPath's paper compares it:
         "full" reads on the side with the shorter queue, "split" on both sides at once, "roundrobin" on either in turn,
@@ -277,6 +278,7 @@ class ClusterConfig:
 
     prefill: int = 0
     decode: int = 0
+    prefill_tensor_parallel_size: int | None = None
     cluster: Literal["local", "ray"] = "local"
     path_mode: Literal["basic", "layerwise", "roundrobin", "full", "split", "oracle"] = "full"
     prefill_layer_slots: int = 3
@@ -296,7 +298,7 @@ class ClusterConfig:
         for name in ("prefill", "decode"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 0")
-        for name in ("prefill_layer_slots", "prefill_kv_blocks"):
+        for name in ("prefill_tensor_parallel_size", "prefill_layer_slots", "prefill_kv_blocks"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name}={value} must be at least 1")

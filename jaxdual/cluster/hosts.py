@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from typing import Any, Literal, Protocol
 
-from jaxdual.cluster.devices import device_of
+from jaxdual.cluster.devices import devices_of
 from jaxdual.config import ClusterConfig, ConfigError, EngineConfig
 from jaxdual.engine.client import EngineProcess
 from jaxdual.engine.cluster_part import ClusterPart
@@ -54,7 +54,7 @@ class Hosts(Protocol):
 
 
 class LocalHost:
-    """This machine: engines are children of this process, with a GPU each where there are as many."""
+    """This machine: engines are children of this process, with GPUs of their own where there are as many."""
 
     carrier: Literal["shm", "tcp"] = "shm"
 
@@ -70,9 +70,8 @@ class LocalHost:
         on_death: Callable[[str], None],
     ) -> EngineProcess:
         """See `Hosts`."""
-        return await EngineProcess.launch(
-            config, on_message, on_death, part=part, environment=device_of(number, os.environ)
-        )
+        environment = devices_of(part.first_device, config.num_devices, os.environ)
+        return await EngineProcess.launch(config, on_message, on_death, part=part, environment=environment)
 
     async def close(self) -> None:
         """See `Hosts`."""
@@ -86,6 +85,8 @@ def hosts_of(config: EngineConfig, cluster: ClusterConfig) -> Hosts:
     """
     if cluster.cluster == "local":
         return LocalHost()
+    if max(config.tensor_parallel_size, cluster.prefill_tensor_parallel_size or 1) > 1:
+        raise ConfigError("engines in cluster='ray' have one device each: tensor_parallel_size must be 1")
     if config.kv_transport == "shm":
         raise ConfigError("kv_transport='shm' reaches one machine only; cluster='ray' needs 'tcp' or 'verbs'")
     try:

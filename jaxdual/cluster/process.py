@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import itertools
 import logging
 import secrets
 import signal
@@ -289,9 +290,15 @@ class ClusterProcess(asyncio.Protocol):
         self._config, self._settings = config, cluster
         roles = [Role.PREFILL] * cluster.prefill + [Role.DECODE] * cluster.decode
         of_role = {
-            Role.PREFILL: dataclasses.replace(config, kv_store_read_only=True),
+            Role.PREFILL: dataclasses.replace(
+                config,
+                kv_store_read_only=True,
+                tensor_parallel_size=cluster.prefill_tensor_parallel_size or config.tensor_parallel_size,
+            ),
             Role.DECODE: config,
         }
+        # How many devices the engines before each take.
+        taken = itertools.accumulate((of_role[role].num_devices for role in roles), initial=0)
         if cluster.cluster == "local":
             self._cards = ClusterCards([_name(role, number) for number, role in enumerate(roles)], cluster)
         await self.hosts.open(len(roles))
@@ -299,10 +306,10 @@ class ClusterProcess(asyncio.Protocol):
             Member(
                 number,
                 of_role[role],
-                ClusterPart(role, cluster, None if self._cards is None else self._cards.of(_name(role, number))),
+                ClusterPart(role, cluster, None if self._cards is None else self._cards.of(_name(role, number)), first),
                 self,
             )
-            for number, role in enumerate(roles)
+            for number, (role, first) in enumerate(zip(roles, taken, strict=False))
         ]
         for member in self._members:
             self._later(member.launch())

@@ -16,8 +16,10 @@ class ClusterPart(msgspec.Struct, frozen=True):
       role: what it does.
       cluster: settings of all, with the path mode of the moment.
       cards: of its node; None where they are not counted.
+      first_device: devices that the engines before it take.
     """
 
     role: Role
     cluster: ClusterConfig
     cards: CardPlaces | None
+    first_device: int = 0

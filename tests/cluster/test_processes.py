@@ -48,9 +48,12 @@ def alone(name: str, prompts: Sequence[list[int]], params: SamplingParams) -> li
 
 
 @contextlib.asynccontextmanager
-async def cluster(name: str, prefill: int, decode: int, **settings: Any) -> AsyncIterator[AsyncLLM]:
+async def cluster(
+    name: str, prefill: int, decode: int, *, prefill_tensor: int | None = None, **settings: Any
+) -> AsyncIterator[AsyncLLM]:
     config = EngineConfig(model=str(folder(name)), **SETTINGS | settings)
-    async with AsyncLLM.from_config(config, cluster=ClusterConfig(prefill=prefill, decode=decode)) as llm:
+    shape = ClusterConfig(prefill=prefill, decode=decode, prefill_tensor_parallel_size=prefill_tensor)
+    async with AsyncLLM.from_config(config, cluster=shape) as llm:
         yield llm
 
 
@@ -105,6 +108,8 @@ def children(pid: int, module: str) -> list[int]:
         ("qwen3", 1, 1, {}),
         ("qwen3", 1, 2, {"kv_transport": "tcp"}),
         ("mistral_mixed", 2, 1, {"block_size": 7}),
+        ("qwen3", 1, 1, {"prefill_tensor": 2}),
+        ("qwen3", 1, 1, {"prefill_tensor": 1, "tensor_parallel_size": 2}),
     ],
 )
 def test_a_cluster_gives_the_tokens_of_one_engine(name: str, prefill: int, decode: int, settings: Any) -> None:
