@@ -18,6 +18,8 @@ from jaxdual.parallel.mesh import EXPERT, RANKS, TENSOR, DeviceMesh
 from models.moe import Experts
 from pallas_kernels.grouped_matmul import gated_grouped_matmul, grouped_matmul
 
+_ROWS = 128  # of a pass: a multiple of what a kernel's tile holds
+
 
 class ExpertSlots(NamedTuple):
     """Where the experts of one layer are.
@@ -50,10 +52,11 @@ class ExpertExchange:
 
     Args:
       mesh: whose expert axis they are split over.
+      pass_bytes: of rows that go through a device's experts at a time.
     """
 
-    def __init__(self, mesh: DeviceMesh) -> None:
-        self._mesh = mesh
+    def __init__(self, mesh: DeviceMesh, pass_bytes: int = 64 << 20) -> None:
+        self._mesh, self._pass_bytes = mesh, pass_bytes
         self._ragged = mesh.platform != "cpu"
 
     def __call__(
@@ -91,6 +94,10 @@ class ExpertExchange:
         weights: Float32[Array, "t k"],
     ) -> Float[Array, "t D"]:
         tokens, devices, own = x.shape[0], self._mesh.sizes.expert, gate.shape[0]
+        if devices == 1:
+            done = _apply((gate, up, down), x, slots, weights, self._pass_bytes)
+            alone: Array = jax.lax.psum(done, TENSOR).astype(x.dtype)
+            return alone
         goes = jnp.any(slots[:, None, :] // own == jnp.arange(devices)[None, :, None], axis=2)  # [t, devices]
         counts = goes.sum(axis=0, dtype=jnp.int32)
         # Place of a token among those that go to a device; what doesn't go there is put past the end and dropped.
@@ -108,7 +115,11 @@ class ExpertExchange:
         mine = choices.reshape(devices * tokens, -1) - jax.lax.axis_index(EXPERT) * own
         mine = jnp.where((mine >= 0) & (mine < own), mine, own)
         done = _apply(
-            (gate, up, down), received.reshape(devices * tokens, -1), mine, shares.reshape(devices * tokens, -1)
+            (gate, up, down),
+            received.reshape(devices * tokens, -1),
+            mine,
+            shares.reshape(devices * tokens, -1),
+            self._pass_bytes,
         )
         done = jax.lax.psum(done, TENSOR).astype(x.dtype).reshape(devices, tokens, -1)
         back = self._all_to_all(done, counts, returns=True)
@@ -147,20 +158,54 @@ def _apply(
     x: Float[Array, "R D"],
     slots: Int32[Array, "R k"],
     weights: Float32[Array, "R k"],
+    pass_bytes: int,
 ) -> Float32[Array, "R D"]:
-    """Weighted sums over a device's own slots; choices of `own`, the number of its slots, are others'."""
-    gate, up, down = experts
-    own = gate.shape[0]
+    """Weighted sums over a device's own slots; choices of `own`, the number of its slots, are others'.
+
+    Choices are sorted by slot, a device's own first. As many of them go through the experts at a time as `pass_bytes`
+    hold, in one pass if that is all there could be: mostly few are a device's own, and room for all would be wasted.
+    """
+    own = experts[0].shape[0]
     most = min(slots.shape[1], own)
     if most < slots.shape[1]:  # a token's own choices are different slots, so no more than these
         order = jnp.argsort(slots, axis=1)[:, :most]
         slots, weights = (jnp.take_along_axis(values, order, axis=1) for values in (slots, weights))
+    shares = jnp.where(slots < own, weights, 0).astype(jnp.float32)
     flat = slots.reshape(-1)
     order = jnp.argsort(flat, stable=True).astype(jnp.int32)
-    sizes = jnp.bincount(flat, length=own + 1)[:own].astype(jnp.int32)
-    rows = x[order // most]
+    places = jnp.zeros_like(order).at[order].set(jnp.arange(flat.size, dtype=jnp.int32)).reshape(slots.shape)
+    ends = jnp.cumsum(jnp.bincount(flat, length=own + 1)[:own]).astype(jnp.int32)
+    room = max(pass_bytes // (x.shape[1] * x.dtype.itemsize) // _ROWS * _ROWS, _ROWS)
+
+    def one_pass(first: int | Int32[Array, ""], count: int) -> Float32[Array, "R D"]:
+        """What the choices number `first` to `first + count` add to each row."""
+        inside = jnp.clip(ends - first, 0, count)
+        rows = x[jax.lax.dynamic_slice_in_dim(order, first, count) // most]
+        done = _mlp(experts, rows, jnp.diff(inside, prepend=0))
+        # One choice of every row at a time, so that no array of all choices is made.
+        total = jnp.zeros(x.shape, jnp.float32)
+        for choice in range(most):
+            at = places[:, choice] - first
+            share = jnp.where((at >= 0) & (at < count), shares[:, choice], 0)
+            total += share[:, None] * done[jnp.clip(at, 0, count - 1)].astype(jnp.float32)
+        return total
+
+    if flat.size <= room:
+        return one_pass(0, flat.size)
+    # The last pass may begin past the end of what is sorted.
+    order = jnp.pad(order, (0, room))
+
+    def add(number: Int32[Array, ""], total: Float32[Array, "R D"]) -> Float32[Array, "R D"]:
+        return total + one_pass(number * room, room)
+
+    summed: Array = jax.lax.fori_loop(0, -(-ends[-1] // room), add, jnp.zeros(x.shape, jnp.float32))
+    return summed
+
+
+def _mlp(
+    experts: tuple[Array, Array, Array], rows: Float[Array, "M D"], sizes: Int32[Array, " s"]
+) -> Float[Array, "M D"]:
+    gate, up, down = experts
     inner = gated_grouped_matmul(rows, gate, up, sizes)
-    done = grouped_matmul(inner, down, sizes)
-    each = jnp.zeros_like(done).at[order].set(done).reshape(*slots.shape, -1)
-    shares = jnp.where(slots < own, weights, 0)
-    return jnp.sum(each.astype(jnp.float32) * shares.astype(jnp.float32)[:, :, None], axis=1)
+    done: Array = grouped_matmul(inner, down, sizes)
+    return done

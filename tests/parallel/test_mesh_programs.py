@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -11,16 +12,18 @@ import pytest
 
 import models
 from jaxdual.config import ConfigError
+from jaxdual.engine import mesh_programs
 from jaxdual.engine.mesh_programs import MeshPrograms
 from jaxdual.engine.paged import GroupTable
 from jaxdual.kv.layout import KVLayout
+from jaxdual.parallel.exchange import ExpertExchange
 from jaxdual.parallel.mesh import ParallelSizes, device_mesh
 from jaxdual.parallel.placement import first_placement, put_experts
 from jaxdual.scheduling.experts import Placement, eplb
 from models.sharding import sharding_rule
 from tests.parallel.models import CONFIGS, model
 
-PAGE, PAGES, LENGTH = 4, 8, 12
+PAGE, PAGES, LENGTH = 4, 8, 24
 
 
 def on_mesh(
@@ -110,10 +113,17 @@ def test_logits_with_redundant_experts_anywhere(sizes: ParallelSizes) -> None:
     assert_close(logits_on_mesh(programs, layout, sizes.ranks, tokens), np.asarray(model("moe").logits(tokens)))
 
 
+@pytest.mark.parametrize("pass_bytes", [1, 1 << 20])
 @pytest.mark.parametrize("spread", [False, True])
 @pytest.mark.parametrize("name", ["moe", "one_expert"])
-def test_logits_when_all_tokens_choose_the_same_experts_and_others_idle(name: str, spread: bool) -> None:
-    """A router of zeros has only ties, of which the first experts win: those of one device, or of each device one."""
+def test_logits_when_all_tokens_choose_the_same_experts_and_others_idle(
+    name: str, spread: bool, pass_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A router of zeros has only ties, of which the first experts win: those of one device, or of each device one.
+
+    In one pass, or in passes of 128 rows, of which one device needs all that there can be.
+    """
+    monkeypatch.setattr(mesh_programs, "ExpertExchange", partial(ExpertExchange, pass_bytes=pass_bytes))
     sizes = ParallelSizes(1, 4, 1)
     order = np.arange(16, dtype=np.int32)
     row = order.reshape(4, 4).T.reshape(-1) if spread else order
