@@ -21,6 +21,7 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding
 
+from bench.aot_mesh import measure_meshes
 from bench.aot_steps import steps
 from bench.operations import Case, operations
 
@@ -39,14 +40,19 @@ _TARGET = (
 
 def compile_for_h200(trace: Callable[..., Any], arguments: Any) -> Any:
     """The compiled program of what `trace(**arguments)`, of a jitted function, traces."""
-    topology = topologies.get_topology_desc(
-        platform="cuda", topology_name=DEVICE, target_config=_TARGET, topology="1x1x8"
-    )
-    sharding = SingleDeviceSharding(topology.devices[0])
+    sharding = SingleDeviceSharding(_devices()[0])
     placed = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), arguments)
     mesh = AbstractMesh((), (), abstract_device=AbstractDevice(DEVICE, MULTIPROCESSORS, "cuda"))
     with jax.sharding.use_abstract_mesh(mesh):
         return trace(**placed).lower(lowering_platforms=("cuda",)).compile()
+
+
+def _devices() -> list[jax.Device]:
+    """Eight H200s of one host that isn't there."""
+    topology = topologies.get_topology_desc(
+        platform="cuda", topology_name=DEVICE, target_config=_TARGET, topology="1x1x8"
+    )
+    return list(topology.devices)
 
 
 def measure(case: Case) -> dict[str, Any]:
@@ -129,6 +135,18 @@ def table(report: Mapping[str, Any]) -> str:
         ]
         for step, one in report["steps"].items():
             lines.append("| " + " | ".join([step, *(f"{one[name] / 2**20:.1f}" for name in names)]) + " |")
+    if "meshes" in report:
+        names = ("temporary_bytes", "aliased_bytes", "arena_bytes", "dense_bytes")
+        counted = ("ragged_all_to_alls", "all_reduces", "all_gathers")
+        lines += [
+            "",
+            "| step on a mesh | temporary MiB | aliased | arena | all tokens for every expert | ragged all-to-alls | "
+            "all-reduces | all-gathers |",
+            "|" + "---|" * 8,
+        ]
+        for step, one in report["meshes"].items():
+            cells = [step, *(f"{one[name] / 2**20:.1f}" for name in names), *(str(one[name]) for name in counted)]
+            lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -150,6 +168,10 @@ def main() -> None:
                 report["operations"][op][name] = measure(case)
     if options.op is None:
         report["steps"] = measure_steps()
+        report["meshes"] = {}
+        for name, figures in measure_meshes(_devices()):
+            print(f"engine step on a mesh: {name}", file=sys.stderr, flush=True)
+            report["meshes"][name] = figures
     print(table(report))
     if options.docs:
         before, rest = options.docs.read_text().split(_MARKS[0])

@@ -75,6 +75,16 @@ def test_operations_need_little_memory_beside_its_results(operations):
             assert report["temporary_bytes"] < 8 * 2**20, (op, name)
 
 
+def test_steps_on_meshes_write_the_arena_in_place_and_expand_no_experts(report):
+    assert len(report["meshes"]) == 8
+    for name, step in report["meshes"].items():
+        assert step["aliased_bytes"] >= step["arena_bytes"], name
+        # An array of all tokens for every expert, or a good part of it, is nowhere made.
+        assert step["temporary_bytes"] < step["dense_bytes"] / 4, name
+        exchanged = "expert 1," not in name
+        assert (step["ragged_all_to_alls"] > 0) == exchanged, name
+
+
 def test_engine_steps_write_the_arena_in_place_and_copy_none_of_it(report):
     assert {"decode_32", "prefill_4_times_1024", "prefill_4_times_1024_layer"} <= set(report["steps"])
     for name, step in report["steps"].items():
