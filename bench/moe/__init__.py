@@ -1,0 +1,1 @@
+"""Levels of scheduling for mixtures of experts, compared by simulation: `python -m bench.moe`."""

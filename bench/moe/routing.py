@@ -1,0 +1,87 @@
+"""Choices of routers, drawn from a model of topics: skewed in some layers, and linked from layer to layer.
+
+Stands in where no trace of a real router is given: a token has one of 16 topics; an expert's logit is its layer's
+popularity (wider in the layers that arXiv 2602.21626 found skewed), the topic's liking for it, and Gumbel noise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from jaxdual.scheduling.expert_figures import transitions_of
+from jaxdual.scheduling.expert_policies import RouterWindow
+from jaxdual.scheduling.experts import Placement
+
+LAYERS, EXPERTS, TOP_K = 48, 128, 8
+SKEWED_LAYERS = (16, 18, 44, 45, 46)
+_TOPICS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class RouterTrace:
+    """Experts that tokens chose, `[layers, tokens, k]`."""
+
+    choices: np.ndarray
+    experts: int
+
+    def window(self, devices: int) -> RouterWindow:
+        """All of it, as an engine's counters would show it; tokens come from devices in turn."""
+        layers, tokens, _ = self.choices.shape
+        sources = np.zeros((layers, devices, self.experts), np.int64)
+        for layer in range(layers):
+            for device in range(devices):
+                of_device = self.choices[layer, device::devices].ravel()
+                sources[layer, device] = np.bincount(of_device, minlength=self.experts)
+        return RouterWindow(tokens, sources, transitions_of(self.choices, self.experts))
+
+
+def draw_trace(
+    tokens: int, seed: int, *, layers: int = LAYERS, experts: int = EXPERTS, top_k: int = TOP_K
+) -> RouterTrace:
+    """Tokens of one model: its popularities and likings are the same for every seed."""
+    model = np.random.default_rng(0)
+    spread = np.where(np.isin(np.arange(layers), SKEWED_LAYERS), 1.6, 0.6)
+    popularity = model.normal(0, spread[:, None], (layers, experts))
+    liking = model.normal(0, 1.5, (layers, _TOPICS, experts))
+    rng = np.random.default_rng((seed, 1))
+    topics = rng.integers(0, _TOPICS, tokens)
+    choices = np.empty((layers, tokens, top_k), np.int16)
+    for layer in range(layers):
+        logits = popularity[layer] + liking[layer][topics] + rng.gumbel(size=(tokens, experts))
+        choices[layer] = np.argpartition(-logits, top_k, axis=1)[:, :top_k]
+    return RouterTrace(choices, experts)
+
+
+class StepImbalance:
+    """How uneven the devices' experts are loaded in a step of so many tokens, which come from a trace in turn.
+
+    Args:
+      trace: drawn from again and again.
+      placement: of the experts.
+    """
+
+    def __init__(self, trace: RouterTrace, placement: Placement) -> None:
+        layers, tokens, _ = trace.choices.shape
+        # Of several copies of an expert, each takes its part.
+        share = np.zeros((layers, trace.experts, placement.devices))
+        copies = placement.copies()
+        for layer in range(layers):
+            np.add.at(share[layer], (placement.experts[layer], placement.device_of_slot), 1.0)
+            share[layer] /= copies[layer][:, None]
+        loads = np.stack([share[layer][trace.choices[layer]].sum(axis=1) for layer in range(layers)], axis=1)
+        self._sums = np.concatenate([np.zeros((1, *loads.shape[1:])), np.cumsum(loads, axis=0)])
+        self._tokens, self._at = tokens, 0
+
+    def next(self, tokens: int) -> float:
+        """Mean over layers of the busiest device's load by the mean, of the next tokens."""
+        if not tokens:
+            return 1.0
+        rounds, rest = divmod(tokens, self._tokens)
+        end = self._at + rest
+        loads = self._sums[min(end, self._tokens)] - self._sums[self._at] + rounds * self._sums[-1]
+        if end > self._tokens:
+            loads = loads + self._sums[end - self._tokens]
+        self._at = end % self._tokens
+        return float((loads.max(axis=1) / loads.mean(axis=1)).mean())
