@@ -1,7 +1,9 @@
 """Shapes and types of array arguments are checked while tests run."""
 
+import gc
 import importlib.util
 import os
+from collections.abc import Iterator
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -29,6 +31,20 @@ if importlib.util.find_spec("beartype"):
     install_import_hook(ARRAY_MODULES, "beartype.beartype")
 else:  # on a machine that was only lent to run the kernels
     print("beartype is not installed: array types are not checked")
+
+
+_MANY_MAPPINGS = 20_000
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_mappings() -> Iterator[None]:
+    """Lets programs go from module to module: each takes memory mappings, and beyond Linux's 65,530 XLA crashes."""
+    yield
+    with open("/proc/self/maps", "rb") as maps:
+        count = sum(1 for _ in maps)
+    if count > _MANY_MAPPINGS:
+        gc.collect()
+        jax.clear_caches()
 
 
 @pytest.fixture
