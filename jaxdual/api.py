@@ -12,6 +12,7 @@ from jaxdual.engine.engine import Engine
 from jaxdual.front import Front, Prompt, TokenizedPrompt
 from jaxdual.outputs import EngineInfo, EngineStats, RequestOutput
 from jaxdual.sampling_params import SamplingParams
+from jaxdual.scheduling.expert_policies import RouterWindow
 from jaxdual.served_model import ServedModel, front_of
 
 
@@ -211,6 +212,12 @@ class LLM(ServedModel):
         """
         for name, run in self._engine.warm_ups():
             report(name, run())
+
+    def router_statistics(self) -> RouterWindow | None:
+        """What the routers of a model with experts have chosen since the last call; with experts on several devices, in
+        the last full `expert_window`. None without the setting `router_statistics`, and before the first window.
+        """
+        return self._engine.router_statistics()
 
     def stats(self) -> EngineStats:
         """Counters since the start."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from jaxdual.config import MAX_QUEUED_REQUESTS, ClusterConfig, EngineConfig
+from jaxdual.config import MAX_QUEUED_REQUESTS, ClusterConfig, ConfigError, EngineConfig
 from jaxdual.engine.request import TokenEvent
 from jaxdual.engine.supervisor import EngineState, EngineSupervisor
 from jaxdual.errors import EngineDeadError, NotServingError, QueueFullError
@@ -69,6 +69,11 @@ class AsyncLLM(ServedModel):
     def _init(self, config: EngineConfig, cluster: ClusterConfig | None, max_queued_requests: int) -> None:
         if not cluster:
             config.check_alone()
+        elif config.scheduling_policy != "fcfs":
+            raise ConfigError(
+                f"scheduling_policy={config.scheduling_policy!r} is that of an engine by itself: a cluster takes "
+                "requests first come, first served"
+            )
         self.config = config
         self._most_running = config.max_num_seqs * (cluster.decode if cluster else config.num_ranks)
         self.max_queued_requests = max_queued_requests

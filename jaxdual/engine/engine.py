@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from jaxdual.engine.expert_balancer import ExpertBalancer
+from jaxdual.engine.expert_balancer import ExpertBalancer, router_window
 from jaxdual.engine.ranks import Ranks
 from jaxdual.engine.request import Hits, Request, Target, TokenEvent, TokenLogprobs
 from jaxdual.engine.runner import Launch, Runner, ScoreTargets, StepResult
@@ -18,6 +18,7 @@ from jaxdual.engine.slot_sampler import SlotBinding
 from jaxdual.errors import EngineDeadError
 from jaxdual.kv.keys import KeyChain, root_key
 from jaxdual.scheduling.batch import FinishReason, Phase, SequenceState, StepPlan
+from jaxdual.scheduling.expert_policies import RouterWindow
 
 if TYPE_CHECKING:  # it speaks with processes, in messages that an engine by itself needs no package for
     from jaxdual.engine.transfers import Transfers
@@ -290,6 +291,15 @@ class Engine:
             **({} if transfers is None else transfers.stats()),
             **({} if self.balancer is None else self.balancer.stats()),
         }
+
+    def router_statistics(self) -> RouterWindow | None:
+        """What routers chose in the last full window, or without such windows since the last call; None if that is not
+        counted, or not known yet.
+        """
+        if self.balancer is not None:
+            return self.balancer.window
+        counts = self.runner.take_router_counts()
+        return None if counts is None else router_window(counts, 1)
 
     def check_integrity(self) -> None:
         """Raises `IntegrityError` if KV accounting, queues or requests contradict each other."""

@@ -73,6 +73,8 @@ def load_model(config: EngineConfig) -> LoadedModel:
     model_config = load_config(folder)
     generation = load_generation_config(folder)
     max_model_len = _max_model_len(config, model_config)
+    if config.counted_of_routers != "off" and model_config.moe is None:
+        raise ConfigError(f"router_statistics={config.counted_of_routers!r}: the model has no experts")
     mesh, placement = None, None
     if sizes.devices > 1 or config.redundant_experts:
         sizes.check(model_config, config.redundant_experts)

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxdual import LLM, SamplingParams
-from jaxdual.config import ConfigError
+from jaxdual import LLM, AsyncLLM, EngineConfig, SamplingParams
+from jaxdual.config import ClusterConfig, ConfigError
 from jaxdual.engine.expert_balancer import ExpertBalancer
 from jaxdual.scheduling.expert_figures import transitions_of
 from jaxdual.scheduling.experts import Placement, eplb
@@ -165,3 +165,30 @@ def test_settings_of_experts_that_do_not_go_together_are_refused() -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             LLM(FIXTURES / "qwen3_moe", **settings)
+    with pytest.raises(ConfigError, match="router_statistics='activations': the model has no experts"):
+        LLM(FIXTURES / "qwen3", router_statistics="activations")
+    with pytest.raises(ConfigError, match="scheduling_policy='sjf' is that of an engine by itself"):
+        AsyncLLM.from_config(EngineConfig(scheduling_policy="sjf"), cluster=ClusterConfig(prefill=1, decode=1))
+
+
+def test_statistics_are_those_since_the_last_call_or_of_the_last_window() -> None:
+    one = LLM(FIXTURES / "qwen3_moe", **SETTINGS, router_statistics="activations")
+    assert LLM(FIXTURES / "qwen3_moe", **SETTINGS).router_statistics() is None
+    requests = [{"prompt_token_ids": prompt} for prompt in prompts(3)]
+    one.generate(requests, GREEDY)
+    seen = one.router_statistics()
+    assert seen is not None
+    assert seen.transitions is None
+    assert seen.activations.sum(axis=1).tolist() == [2 * seen.tokens] * len(seen.sources)
+    again = one.router_statistics()
+    assert again is not None
+    assert again.tokens == 0
+    several = LLM(
+        FIXTURES / "qwen3_moe", **SETTINGS, expert_parallel_size=2, router_statistics="transitions", expert_window=4
+    )
+    assert several.router_statistics() is None
+    several.generate(requests, GREEDY)
+    window = several.router_statistics()
+    assert window is not None
+    assert window is several.router_statistics()
+    assert window.sources.shape[1] == 2
