@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -69,6 +70,8 @@ def _simulate(arguments: Sequence[str]) -> int:
         if options.spans is not None and (request.agent, request.turn) == options.spans_of:
             write_spans(options.spans, request, now)
 
+    for file in (options.json, options.plot, options.spans):
+        _check_writable(file)
     if options.spans is not None:
         _check_turn(config, *options.spans_of)
     if options.plot is not None:
@@ -125,6 +128,12 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         dest="settings",
         help="another value than the file's, such as cluster.decode_nodes=4 or mode=basic; any number of times",
     )
+
+
+def _check_writable(file: Path | None) -> None:
+    """Refuses before a long run what can't be written after it."""
+    if file is not None and (file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK)):
+        raise ConfigError(f"{file}: cannot be written")
 
 
 def _check_turn(config: SimConfig, agent: int, turn: int) -> None:

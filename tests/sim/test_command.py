@@ -98,10 +98,15 @@ def test_experts_are_not_spread_over_fewer_nodes_than_a_group() -> None:
         ([*SMALL, "--set", "decode.step_seconds=0", "--set", "decode.sequence_seconds=0"], "must be above 0"),
         (["plan", "--model", SMALL[0], "--trace", "64K", "--slo", "ttft=1", "--most-nodes", "1"], "at least 2"),
         ([*SMALL, "--set", "cluster.gpus=x"], "cluster.gpus: expected `int`"),
+        ([*SMALL, "--json", "/none/report.json"], "/none/report.json: cannot be written"),
+        ([*SMALL, "--plot", "/none/picture.png"], "/none/picture.png: cannot be written"),
+        ([*SMALL, "--spans", "/"], "/: cannot be written"),
         (["plan", "--model", SMALL[0], "--trace", "64K", "--slo", "ttft=0"], "--slo 'ttft=0' must be seconds above 0"),
         (["plan", "--model", SMALL[0], "--trace", "/none", "--slo", "ttft=1"], "/none: cannot be read"),
     ],
 )
 def test_bad_calls_are_told(call: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(call) == 2
-    assert message in capsys.readouterr().err
+    told = capsys.readouterr()
+    assert message in told.err
+    assert not told.out, "before anything ran"
