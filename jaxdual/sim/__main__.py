@@ -1,16 +1,17 @@
 """`python -m jaxdual.sim CONFIG.toml`: what a cluster would do with a load.
 
 `compare REPORT REPORT` puts two reports beside each other; `plan` says how many nodes a load needs. Exit status: 0 when
-all was done, 1 when no plan was found, 2 for a call that can't work.
+all was done, 1 when no plan was found, 2 for a call that can't work, 130 after Ctrl-C.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from jaxdual.config import ConfigError
@@ -36,6 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"{_PROG}: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"{_PROG}: interrupted", file=sys.stderr)
+        return 130
 
 
 def _simulate(arguments: Sequence[str]) -> int:
@@ -76,7 +80,8 @@ def _simulate(arguments: Sequence[str]) -> int:
         _check_turn(config, *options.spans_of)
     if options.plot is not None:
         check_picture(options.plot)
-    report = run_simulation(config, progress=not options.no_progress, on_finished=finished)
+    with _named(options.config):
+        report = run_simulation(config, progress=not options.no_progress, on_finished=finished)
     print(format_report(report))
     if options.json is not None:
         options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
@@ -114,7 +119,8 @@ def _plan(arguments: Sequence[str]) -> int:
     def tell(trial: Trial) -> None:
         print(f"{trial.prefill}P{trial.decode}D: {trial.excess:.2f} of what is promised", file=sys.stderr)
 
-    plan = make_plan(config, slo, options.most_nodes, tell)
+    with _named(options.model):
+        plan = make_plan(config, slo, options.most_nodes, tell)
     print(format_plan(plan, slo, options.most_nodes))
     return 0 if plan.chosen is not None else 1
 
@@ -128,6 +134,15 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         dest="settings",
         help="another value than the file's, such as cluster.decode_nodes=4 or mode=basic; any number of times",
     )
+
+
+@contextlib.contextmanager
+def _named(file: Path) -> Iterator[None]:
+    """Errors within tell of which configuration's values they are."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(str(error) if str(error).startswith("--") else f"{file}: {error}") from None
 
 
 def _check_writable(file: Path | None) -> None:

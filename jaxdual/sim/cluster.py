@@ -24,6 +24,7 @@ from jaxdual.sim.nodes import DecodeEngine, Node, PrefillEngine, Request, build_
 from jaxdual.sim.prefill import PrefillGroup, PrefillModel
 
 _MOST_IDLE_SAMPLES = 100  # in a row: nothing is under way that could end the wait
+_MOST_IDLE_FETCHES = 10
 
 
 class ClusterSim:
@@ -119,7 +120,9 @@ class ClusterSim:
         self.samples["decode"].append(sum(len(engine.requests) for engine in self.decode_engines))
         # Groups that fetch, and get nothing, keep a simulation going for ever.
         self._idle_samples = self._idle_samples + 1 if len(self.events) <= self._fetch_pending else 0
-        if self._agents_left and self._idle_samples > _MOST_IDLE_SAMPLES:
+        idle = self._idle_samples * self.config.window_seconds
+        several = _MOST_IDLE_FETCHES * self.config.cluster.fetch_seconds
+        if self._agents_left and self._idle_samples > _MOST_IDLE_SAMPLES and idle > several:
             raise RuntimeError(f"{self._agents_left} agents wait for what never comes: a defect of the simulator")
         if self._agents_left:
             self.events.at(self.events.now + self.config.window_seconds, self._sample)
@@ -247,6 +250,8 @@ class ClusterSim:
             self._ready(node.cold.popleft())
         if node.cold:
             self._blocked.add(number)
+            for request in node.cold:
+                request.blocked = self.events.now if request.blocked is None else request.blocked
         if node.reading:
             return
         # Of a read on both sides the prefill side's part begins first: whoever holds a part of a decode side's buffer

@@ -26,6 +26,10 @@ def read_report(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: is no JSON: {error}") from None
     if not isinstance(report, dict) or "jct_s" not in report or "ttft_s" not in report:
         raise ConfigError(f"{path}: is no report of a replay or simulation: it has no jct_s or ttft_s")
+    try:
+        dict(_figures(report))
+    except (TypeError, ValueError, AttributeError):
+        raise ConfigError(f"{path}: is no report of a replay or simulation: its figures are no numbers") from None
     return report
 
 

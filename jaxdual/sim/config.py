@@ -17,8 +17,9 @@ from jaxdual.scheduling.quota import AttentionShape, GroupedAttention, SparseLat
 
 type Count = Annotated[int, Meta(ge=1)]
 type Whole = Annotated[int, Meta(ge=0)]
-type Above = Annotated[float, Meta(gt=0)]
-type AtLeast = Annotated[float, Meta(ge=0)]
+# Finite: what takes for ever is no time, and what is endless no rate.
+type Above = Annotated[float, Meta(gt=0, le=1e30)]
+type AtLeast = Annotated[float, Meta(ge=0, le=1e30)]
 type MaxLen = Literal["32K", "48K", "64K"]
 type Share = Annotated[float, Meta(ge=0, lt=1)]
 
@@ -167,7 +168,7 @@ class WorkloadSpec(_Section, frozen=True, kw_only=True):
 
     Attributes:
       max_len: which of the published sets is drawn from, where `trace` is not given.
-      trace: a file, see `offline.trace_files`; its path from the configuration's folder on.
+      trace: a file, see `offline.trace_files`, in place of `max_len`; its path from the configuration's folder on.
       stored: whether the full blocks of first prompts are in the store already.
       agents: how many; None for those of the trace.
       turns: of an agent at most; None for all.
@@ -207,6 +208,15 @@ class SimConfig(_Section, frozen=True, kw_only=True):
     window_seconds: Above = 10.0
 
 
+_SECTIONS: dict[str, type[msgspec.Struct]] = {
+    "": SimConfig,
+    "cluster": ClusterSpec,
+    "model": ModelSpec,
+    "prefill": PrefillSpec,
+    "decode": DecodeSpec,
+    "scheduler": SchedulerSpec,
+    "workload": WorkloadSpec,
+}
 _CHOICES = {
     "mode": tuple(MODES),
     "workload.max_len": MAX_LENS,
@@ -215,7 +225,10 @@ _CHOICES = {
 
 
 def read_sim_config(path: Path, settings: Sequence[str] = ()) -> SimConfig:
-    """Reads a file and puts `section.key=value` over it; a value is TOML, or a bare word.
+    """Reads a file and puts `section.key=value` over it; a value is TOML, or a bare word, of which `null` is nothing.
+
+    A trace of the settings takes the place of the file's load: all of it is run, unless the settings say how many
+    agents. So does a set that they name that of a file's trace. Paths of settings are from the working directory on.
 
     Raises:
       ConfigError: the file can't be read or has an unknown key or a bad value, or a setting is not one.
@@ -226,17 +239,21 @@ def read_sim_config(path: Path, settings: Sequence[str] = ()) -> SimConfig:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: {error}") from None
+    given: dict[str, Any] = {}
     for setting in settings:
-        _put(values, setting)
+        _put(given, setting)
+    _merge(values, given)
     try:
         config = msgspec.convert(values, SimConfig)
     except msgspec.ValidationError as error:
         raise ConfigError(f"{path}: {_in_keys(str(error))}") from None
     if not (config.decode.step_seconds or config.decode.sequence_seconds or config.decode.token_seconds):
         raise ConfigError(f"{path}: decode: step_seconds, sequence_seconds or token_seconds must be above 0")
+    _check_together(path, config)
     if config.workload.trace is None:
         return config
-    trace = str(path.parent / config.workload.trace)
+    folder = Path.cwd() if "trace" in given.get("workload", {}) else path.parent
+    trace = str(folder / config.workload.trace)
     return msgspec.structs.replace(config, workload=msgspec.structs.replace(config.workload, trace=trace))
 
 
@@ -248,7 +265,7 @@ def _put(values: dict[str, Any], setting: str) -> None:
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
-        value = text.strip()
+        value = None if text.strip() == "null" else text.strip()
     for section in sections:
         values = values.setdefault(section, {})
         if not isinstance(values, dict):
@@ -256,9 +273,44 @@ def _put(values: dict[str, Any], setting: str) -> None:
     values[key] = value
 
 
+def _merge(values: dict[str, Any], given: dict[str, Any]) -> None:
+    """Puts settings over a file's values, section by section."""
+    load, mine = given.get("workload"), values.get("workload")
+    if isinstance(load, dict) and isinstance(mine, dict):
+        for name in ("max_len", "agents") if load.get("trace") is not None else ("trace",) if "max_len" in load else ():
+            mine.pop(name, None)
+    for name, value in given.items():
+        if isinstance(value, dict) and isinstance(values.get(name), dict):
+            for key, one in value.items():
+                if isinstance(one, dict) and isinstance(values[name].get(key), dict):
+                    values[name][key] |= one
+                else:
+                    values[name][key] = one
+        elif isinstance(value, dict) and name in values:
+            raise ConfigError(f"--set {name}.{next(iter(value))}: {name} is not a section")
+        else:
+            values[name] = value
+    # What is left out and what is nothing are the same.
+    if isinstance(values.get("workload"), dict):
+        values["workload"] = {key: value for key, value in values["workload"].items() if value is not None}
+        if {"trace", "max_len"} <= values["workload"].keys():
+            raise ConfigError("workload.trace and workload.max_len are two loads: give one of them")
+
+
+def _check_together(path: Path, config: SimConfig) -> None:
+    """Refuses values that exclude each other."""
+    load = config.workload
+    if load.speed is not None and load.arrivals_per_second is not None:
+        raise ConfigError(f"{path}: workload.speed and workload.arrivals_per_second both say when agents start")
+
+
 def _in_keys(message: str) -> str:
     """`Expected ... - at `$.cluster.gpus`` the other way round, as the file names it."""
     expected, at, place = message.partition(" - at `$.")
-    if (choices := _CHOICES.get(place.rstrip("`"))) is not None:
+    choices = _CHOICES.get(place.rstrip("`"))
+    if "unknown field" in expected:
+        section = _SECTIONS.get(place.rstrip("`"))
+        choices = None if section is None else section.__struct_fields__
+    if choices is not None:
         expected += f"; accepted are {', '.join(choices)}"
     return f"{place.rstrip('`')}: {expected[0].lower()}{expected[1:]}" if at else f"{expected[0].lower()}{expected[1:]}"

@@ -39,6 +39,10 @@ class Pipe:
             self._account(begin, end, nbytes)
         return end
 
+    def left(self, now: float) -> float:
+        """Bytes that have not passed at a time when nothing is sent any more: they follow one another."""
+        return min(self.nbytes, max(0.0, self.busy_until - now) * self.rate)
+
     def _account(self, begin: float, end: float, nbytes: float) -> None:
         windows, size = self.windows, self._window or 1.0
         first, last = int(begin / size), int(end / size)

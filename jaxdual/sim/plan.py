@@ -94,10 +94,23 @@ def make_plan(config: SimConfig, slo: Mapping[str, float], most_nodes: int, on_t
     whole = config.model.expert_parallel
     prefill_step = config.cluster.prefill_group_nodes if whole else 1
     decode_step = config.cluster.decode_group_nodes if whole else 1
+    if prefill_step + decode_step > most_nodes:
+        raise ConfigError(
+            f"--most-nodes {most_nodes} must be at least {prefill_step + decode_step}: a node or group of each role"
+        )
+    steps = ((prefill_step, 0), (0, decode_step))
+
+    def larger(than: Trial) -> list[Trial | None]:
+        """With a step more of either role, as far as there may be so many nodes."""
+        wanted = [(than.prefill + prefill, than.decode + decode) for prefill, decode in steps]
+        return [trial(*nodes) if sum(nodes) <= most_nodes else None for nodes in wanted]
+
     best = trial(prefill_step, decode_step)
-    while best.excess > 1 and best.prefill + best.decode + min(prefill_step, decode_step) <= most_nodes:
-        larger = (trial(best.prefill + prefill_step, best.decode), trial(best.prefill, best.decode + decode_step))
-        best = min(larger, key=lambda one: one.excess)
+    while best.excess > 1:
+        found = [one for one in larger(best) if one is not None]
+        if not found:
+            break
+        best = min(found, key=lambda one: one.excess)
     if best.excess > 1:
         return Plan(None, tuple(known.values()))
     shrinks = True
@@ -107,7 +120,7 @@ def make_plan(config: SimConfig, slo: Mapping[str, float], most_nodes: int, on_t
             if prefill and decode and trial(prefill, decode).excess <= 1:
                 best, shrinks = trial(prefill, decode), True
                 break
-    more = trial(best.prefill + prefill_step, best.decode), trial(best.prefill, best.decode + decode_step)
+    more = larger(best)
     return Plan(best, tuple(known.values()), *more)
 
 

@@ -155,7 +155,7 @@ def format_report(report: Mapping[str, Any]) -> str:
 
 
 def _nics(sim: ClusterSim, seconds: float) -> dict[str, Any]:
-    """By kind of card the sum of bytes and the mean utilisation; of each storage card its own."""
+    """Bytes and utilisation: by kind of card all bytes and the mean, and of each card its own."""
     cards = {
         "prefill storage": [node.snic for node in sim.prefill_nodes],
         "decode storage": [node.snic for node in sim.decode_nodes],
@@ -172,17 +172,20 @@ def _nics(sim: ClusterSim, seconds: float) -> dict[str, Any]:
     memories = {"prefill memory": sim.prefill_nodes, "decode memory": sim.decode_nodes}
     kinds |= {name: {"both": _carried([node.dram for node in nodes], seconds)} for name, nodes in memories.items()}
     each = {
-        f"{side} {number} storage {direction}": getattr(node.snic, direction).nbytes
-        for side, nodes in (("prefill", sim.prefill_nodes), ("decode", sim.decode_nodes))
-        for number, node in enumerate(nodes)
+        f"{name} {number} {direction}": _carried([getattr(card, direction)], seconds)
+        for name, group in cards.items()
+        for number, card in enumerate(group)
         for direction in ("read", "write")
     }
-    return {"kinds": kinds, "storage_bytes": each}
+    return {"kinds": kinds, "each": each}
 
 
 def _carried(pipes: Sequence[Pipe], seconds: float) -> dict[str, float]:
+    """All bytes; those that are still to pass when the last agent is done; use of the time until then."""
     nbytes = sum(pipe.nbytes for pipe in pipes)
-    return {"bytes": nbytes, "utilisation": nbytes / (seconds * sum(pipe.rate for pipe in pipes))}
+    left = sum(pipe.left(seconds) for pipe in pipes)
+    used = (nbytes - left) / (seconds * sum(pipe.rate for pipe in pipes))
+    return {"bytes": nbytes, "left_bytes": left, "utilisation": used}
 
 
 def _unevenness(pipes: Sequence[Pipe]) -> float | None:

@@ -11,6 +11,7 @@ from jaxdual.offline.trace_files import read_sessions
 from jaxdual.offline.trace_scaling import limit_turns, scale_work, with_agents
 from jaxdual.offline.trace_shapes import TRAJECTORIES, generate_sessions
 from jaxdual.offline.trace_starts import poisson_starts, timestamp_starts
+from jaxdual.scheduling.path_modes import MODES
 from jaxdual.sim.config import SimConfig
 
 
@@ -50,6 +51,16 @@ def starts_of(config: SimConfig, sessions: Sequence[Session]) -> list[float]:
 
 
 def _check_lengths(config: SimConfig, sessions: Sequence[Session]) -> None:
+    longest = max((length for session in sessions for length in session.prompt_lengths()), default=0)
+    need = longest * config.model.kv_token_bytes
+    mode = MODES[config.mode]
+    for key, nbytes, wanted in (
+        ("cluster.prefill_buffer", config.cluster.prefill_buffer, config.mode != "oracle"),
+        ("cluster.decode_buffer", config.cluster.decode_buffer, config.mode != "oracle"),
+        ("prefill.kv_bytes", config.prefill.kv_bytes, not mode.layerwise),
+    ):
+        if wanted and nbytes < need:
+            raise ConfigError(f"{key}={nbytes:g} must be at least {need}: the longest prompt has {longest} tokens")
     capacity = int(config.decode.kv_bytes / config.model.kv_token_bytes)
     for session in sessions:
         for prompt, turn in zip(session.prompt_lengths(), session.turns, strict=True):

@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from jaxdual.config import ConfigError
 from jaxdual.sim.__main__ import main
 from jaxdual.sim.config import read_sim_config
-from jaxdual.sim.plan import format_plan, make_plan
+from jaxdual.sim.plan import Trial, format_plan, make_plan
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "sim"
 SMALL = [str(EXAMPLES / "ds660b.toml"), "--no-progress", "--set", "workload.agents=16", "--set", "workload.turns=3"]
@@ -27,7 +29,8 @@ def test_the_examples_run(name: str, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert found["requests"] == {"planned": 16, "ok": 16}
     for times in ("ttft_s", "ttst_s", "tpot_s"):
         assert 0 < found[times]["p50"] <= found[times]["p99"]
-    assert {"bytes", "utilisation"} == found["nics"]["kinds"]["prefill storage"]["write"].keys()
+    assert {"bytes", "left_bytes", "utilisation"} == found["nics"]["kinds"]["prefill storage"]["write"].keys()
+    assert found["nics"]["each"].keys() >= {"prefill storage 0 read", "decode compute 0 write"}
     assert {"wall_seconds", "cpu_seconds", "peak_bytes"} == found["simulation"].keys()
 
 
@@ -110,3 +113,74 @@ def test_bad_calls_are_told(call: list[str], message: str, capsys: pytest.Captur
     told = capsys.readouterr()
     assert message in told.err
     assert not told.out, "before anything ran"
+
+
+def report_of(tmp_path: Path, *settings: str) -> dict[str, Any]:
+    file = tmp_path / "report.json"
+    call = [part for setting in settings for part in ("--set", setting)]
+    assert main([SMALL[0], *call, "--json", str(file), "--no-progress"]) == 0
+    found: dict[str, Any] = json.loads(file.read_text())
+    return found
+
+
+TRACE = "Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type\n" + "".join(
+    f"{time},m,{prompt},20,{prompt + 20},log\n" for time, prompt in ((0, 100), (3, 2000), (9, 300))
+)
+
+
+def test_a_trace_is_run_as_it_is_whatever_load_the_file_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "three.csv").write_text(TRACE)
+    here, example = tmp_path, SMALL[0]
+    monkeypatch.chdir(here)
+    whole = report_of(here, "workload.trace=three.csv", "workload.speed=1")
+    assert whole["tokens"]["prompt"] == 2400
+    assert whole["jct_s"] > 9
+    assert report_of(here, "workload.trace=three.csv", "workload.agents=5")["tokens"]["generation"] >= 5 * 20
+    both = ["--set", "workload.trace=three.csv", "--set", "workload.max_len=32K"]
+    assert main([example, *both]) == 2
+
+
+def test_a_set_takes_the_place_of_a_file_s_trace(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    loopback = str(Path(SMALL[0]).parent / "loopback.toml")
+    settings = ["workload.max_len=32K", "workload.agents=2", "workload.turns=1", "workload.append_scale=0.01"]
+    settings += ["cluster.decode_buffer=1e9", "cluster.prefill_buffer=1e9", "decode.kv_bytes=1e9"]
+    assert main([loopback, *(part for one in settings for part in ("--set", one)), "--no-progress"]) == 0
+    assert "2 of 2" in capsys.readouterr().out
+
+
+def test_use_of_cards_ends_with_the_last_agent(tmp_path: Path) -> None:
+    settings = ("workload.agents=8", "workload.max_len=32K", "workload.turns=1", "cluster.snic=3e6")
+    writes = report_of(tmp_path, *settings)["nics"]["kinds"]["decode storage"]["read"]
+    assert writes["utilisation"] <= 1
+    assert 0 < writes["left_bytes"] < writes["bytes"]
+
+
+def test_waiting_for_a_buffer_is_not_reading(tmp_path: Path) -> None:
+    settings = ("workload.agents=64", "workload.max_len=32K", "workload.turns=1", "cluster.decode_buffer=3e8")
+    parts = report_of(tmp_path, *settings)["ttft_parts_s"]
+    assert parts["read"]["mean"] == pytest.approx(0, abs=0.05)
+    assert parts["allocation"]["mean"] > 0.1
+
+
+def test_a_plan_has_no_more_nodes_than_it_may() -> None:
+    config = read_sim_config(
+        Path(SMALL[0]), ["workload.agents=8", "workload.max_len=32K", "workload.turns=2", "seed=1"]
+    )
+    tried: list[Trial] = []
+    make_plan(config, {"ttft": 0.05}, 8, tried.append)
+    assert tried
+    assert max(one.prefill + one.decode for one in tried) <= 8
+    with pytest.raises(ConfigError, match="--most-nodes 5 must be at least 6"):
+        make_plan(config, {"ttft": 5.0}, 5, tried.append)
+
+
+@pytest.mark.parametrize("setting", ["window_seconds=0.0005", "cluster.fetch_seconds=3000"])
+def test_slow_fetches_and_fine_windows_are_no_deadlock(setting: str, tmp_path: Path) -> None:
+    settings = ("workload.agents=2", "workload.max_len=32K", "workload.turns=1", setting)
+    assert report_of(tmp_path, *settings)["jct_s"] > 0
+
+
+def test_reports_that_are_none_are_not_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "bad.json").write_text('{"jct_s": 3, "ttft_s": 3}')
+    assert main(["compare", str(tmp_path / "bad.json"), str(tmp_path / "bad.json")]) == 2
+    assert "its figures are no numbers" in capsys.readouterr().err
