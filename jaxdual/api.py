@@ -214,8 +214,9 @@ class LLM(ServedModel):
             report(name, run())
 
     def router_statistics(self) -> RouterWindow | None:
-        """What the routers of a model with experts have chosen since the last call; with experts on several devices, in
-        the last full `expert_window`. None without the setting `router_statistics`, and before the first window.
+        """What the routers of a model with experts have chosen in the last `expert_window` of steps that is full.
+
+        None where nothing is counted (`router_statistics`), and before the first window.
         """
         return self._engine.router_statistics()
 

@@ -24,7 +24,8 @@ class ConfigError(ValueError):
 class EngineConfig:
     """Settings of one engine. Names are vLLM's where the meaning is the same.
 
-    Sequences, tokens and memory are those of a rank, where data or expert parallelism make several.
+    Sequences, tokens and pages are those of a rank, where data or expert parallelism make several; memory in bytes is
+    that of each device.
 
     Attributes:
       model: folder in Hugging Face layout, or a hub name; None for the model that ships with jaxdual.
@@ -191,6 +192,20 @@ class EngineConfig:
             raise ConfigError('preemption_mode="swap" needs host_cache_bytes above 0')
 
     def _check_experts(self) -> None:
+        if self.expert_placement != "linear" and self.expert_window > self.expert_interval:
+            raise ConfigError(
+                f"expert_window={self.expert_window} must be at most expert_interval={self.expert_interval}"
+            )
+        self._refuse_unused("dispatch_policy", self.num_ranks > 1, "several data or expert parallel ranks")
+        for name in ("theta_kv", "theta_diff", "theta_load"):
+            self._refuse_unused(name, self.dispatch_policy.startswith("gimbal"), 'dispatch_policy="gimbal"')
+        self._refuse_unused("theta_age", self.scheduling_policy == "sjf", 'scheduling_policy="sjf"')
+        self._refuse_unused(
+            "expert_interval", self.expert_placement != "linear", "another expert_placement than linear"
+        )
+        self._refuse_unused("expert_window", self.counted_of_routers != "off", "router_statistics")
+        if self.kv_transport is not None and self.router_statistics not in (None, "off"):
+            raise ConfigError(f"router_statistics={self.router_statistics!r} are those of an engine by itself")
         pinned = self.expert_placement in ("edr", "edr_column")
         if self.expert_placement != "linear" and self.expert_parallel_size == 1:
             raise ConfigError(f"expert_placement={self.expert_placement!r} needs expert_parallel_size above 1")
@@ -203,6 +218,11 @@ class EngineConfig:
             raise ConfigError(f'router_statistics="off": expert_placement={self.expert_placement!r} needs them')
         if pinned and self.counted_of_routers != "transitions":
             raise ConfigError(f'expert_placement={self.expert_placement!r} needs router_statistics="transitions"')
+
+    def _refuse_unused(self, name: str, used: bool, needs: str) -> None:
+        (field,) = (field for field in fields(self) if field.name == name)
+        if not used and getattr(self, name) != field.default:
+            raise ConfigError(f"{name}={getattr(self, name)!r} needs {needs}")
 
     @property
     def counted_of_routers(self) -> Literal["off", "activations", "transitions"]:

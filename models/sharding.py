@@ -37,7 +37,7 @@ class ShardingRules:
 
     Attributes:
       tokens: rows of the residual stream.
-      vocab: entries of the embedding and of the output head. Left whole where the mesh doesn't divide it.
+      vocab: entries of the embedding and of the output head.
       heads, kv_heads: of the attention; query heads stay with their key-value heads.
       inner: hidden width of a dense MLP.
       experts: of a layer.
@@ -65,14 +65,14 @@ class ShardingRules:
 
 
 def sharding_rule(mesh: Mesh, rules: ShardingRules = ShardingRules()) -> ShardingRule:
-    """What `models.load` and `models.init` take as `sharding`."""
+    """What `models.load` and `models.init` take as `sharding`; an axis that can't be split evenly is left whole."""
 
     def rule(path: str, shape: tuple[int, ...]) -> NamedSharding:
-        spec = rules.parameter_spec(path)
-        for size, axis in zip(shape, spec, strict=False):
-            if axis == rules.vocab and axis is not None and size % _devices(mesh, axis):
-                return NamedSharding(mesh, PartitionSpec())
-        return NamedSharding(mesh, spec)
+        axes = [
+            None if axis is None or size % _devices(mesh, axis) else axis
+            for size, axis in zip(shape, rules.parameter_spec(path), strict=False)
+        ]
+        return NamedSharding(mesh, PartitionSpec(*axes))
 
     return rule
 

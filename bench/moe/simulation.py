@@ -1,8 +1,9 @@
 """Data-parallel engines with shared experts, in lock step, driven by the policies that serve.
 
-A step takes `t0 + max over engines of (a * tokens + b * context) + m * tokens of all * phi`, where phi is how uneven
-the devices' experts are loaded by the step's tokens; a relocation stops all of them for a while. Queues, batches,
-pages, preemption and choices of engines are the very objects of `jaxdual.scheduling` and `jaxdual.kv`.
+A step takes `t0 + max over engines of (a * tokens + b * context) + m * tokens of all * phi`. Context is that of
+decoding requests, and phi how uneven the devices' experts are loaded by the step's tokens. A relocation stops all
+engines for a while. Queues, batches, pages, preemption and choices of engines are the very objects of
+`jaxdual.scheduling` and `jaxdual.kv`.
 """
 
 from __future__ import annotations
@@ -149,7 +150,9 @@ class Outcome:
 
 
 class _Run:
-    def __init__(self, cluster: Cluster, arm: Arm, requests: Sequence[Arrival], trace: RouterTrace) -> None:
+    def __init__(
+        self, cluster: Cluster, arm: Arm, requests: Sequence[Arrival], trace: RouterTrace, profile: RouterTrace
+    ) -> None:
         self._cluster, self._requests = cluster, requests
         limits = BatchLimits(cluster.max_num_seqs, cluster.max_num_batched_tokens, cluster.max_num_batched_tokens)
         pages = cluster.kv_tokens // _PAGE
@@ -165,11 +168,12 @@ class _Run:
         self._engine_of: dict[int, int] = {}
         self._first: dict[int, float] = {}
         layers = len(trace.choices)
-        policy = expert_policy(arm.experts, cluster.engines, profile=trace.window(cluster.engines))
+        seen = profile.window(cluster.engines)
+        policy = expert_policy(arm.experts, cluster.engines, profile=seen)
         self._moves = policy is not None
         placement = linear_placement(layers, trace.experts, cluster.engines)
         if policy is not None:  # at load time, from the profile
-            placement = policy(trace.window(cluster.engines))
+            placement = policy(seen)
         self._imbalance = StepImbalance(trace, placement)
         self.outcome = Outcome()
 
@@ -184,11 +188,12 @@ class _Run:
                 arrived += 1
             plans = [engine.plan(now) for engine in self._engines]
             loads = [engine.load() for engine in self._engines]
+            contexts = [sum(row.position + 1 for row in plan.rows) for plan in plans]
             tokens = [plan.num_tokens for plan in plans]
             phi = self._imbalance.next(sum(tokens))
             busiest = max(
-                cluster.token_seconds * count + cluster.context_seconds * load.context_tokens
-                for count, load in zip(tokens, loads, strict=True)
+                cluster.token_seconds * count + cluster.context_seconds * context
+                for count, context in zip(tokens, contexts, strict=True)
             )
             seconds = cluster.fixed_seconds + busiest + cluster.expert_seconds * sum(tokens) * phi
             seconds *= cluster.slow
@@ -246,8 +251,14 @@ class _Run:
                     self.outcome.tpot.append((now - self._first[number]) / (sequence.num_output - 1))
 
 
-def simulate(cluster: Cluster, arm: Arm, requests: Sequence[Arrival], trace: RouterTrace) -> Outcome:
+def simulate(
+    cluster: Cluster, arm: Arm, requests: Sequence[Arrival], trace: RouterTrace, profile: RouterTrace
+) -> Outcome:
     """Serves requests, in the order of their arrival, and says how long each took.
+
+    Args:
+      trace: what the routers choose.
+      profile: what they chose before, which experts are placed by.
 
     Raises:
       ValueError: requests out of order, or one that no engine's memory holds.
@@ -257,4 +268,4 @@ def simulate(cluster: Cluster, arm: Arm, requests: Sequence[Arrival], trace: Rou
     longest = max(one.prompt + one.output for one in requests)
     if longest > cluster.kv_tokens:
         raise ValueError(f"kv_tokens={cluster.kv_tokens} must hold the longest request, of {longest} tokens")
-    return _Run(cluster, arm, requests, trace).run()
+    return _Run(cluster, arm, requests, trace, profile).run()

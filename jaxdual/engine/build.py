@@ -13,7 +13,7 @@ from jaxdual.engine.buckets import Buckets
 from jaxdual.engine.build_transfers import build_transfers, host_memory
 from jaxdual.engine.direct_landing import lands_directly
 from jaxdual.engine.engine import Engine
-from jaxdual.engine.expert_balancer import ExpertBalancer
+from jaxdual.engine.expert_balancer import ExpertBalancer, RouterLog
 from jaxdual.engine.loading import LoadedModel, load_model
 from jaxdual.engine.memory import check_host_memory, group_pages
 from jaxdual.engine.mesh_programs import MeshPrograms
@@ -102,6 +102,7 @@ def engine_of(loaded: LoadedModel, config: EngineConfig, part: ClusterPart | Non
         count_routers=config.counted_of_routers,
         placement=loaded.placement,
     )
+    router_log = _router_log(config, runner)
     dispatch = dispatch_policy(
         config.dispatch_policy, GimbalThresholds(config.theta_kv, config.theta_diff, config.theta_load)
     )
@@ -112,7 +113,8 @@ def engine_of(loaded: LoadedModel, config: EngineConfig, part: ClusterPart | Non
         eos_token_ids=loaded.eos_token_ids,
         model_fingerprint=loaded.identity,
         transfers=None if slab is None else build_transfers(config, part, ranks[0].kv, runner, memory, host, slab),
-        balancer=_balancer(config, loaded, runner),
+        router_log=router_log,
+        balancer=_balancer(config, loaded, runner, router_log),
         overlap=config.async_scheduling,
         seed=config.seed,
     )
@@ -130,17 +132,20 @@ def _rank(config: EngineConfig, memory: Sequence[GroupPages], limits: BatchLimit
     return Rank(BatchScheduler(limits, kv, waiting_queue(config.scheduling_policy, config.theta_age)), kv)
 
 
-def _balancer(config: EngineConfig, loaded: LoadedModel, runner: Runner) -> ExpertBalancer | None:
+def _router_log(config: EngineConfig, runner: Runner) -> RouterLog | None:
+    if config.counted_of_routers == "off":
+        return None
+    period = None if config.expert_placement == "linear" else config.expert_interval
+    return RouterLog(runner, config.expert_parallel_size, config.expert_window, period)
+
+
+def _balancer(
+    config: EngineConfig, loaded: LoadedModel, runner: Runner, log: RouterLog | None
+) -> ExpertBalancer | None:
     if loaded.placement is None or not isinstance(runner.programs, MeshPrograms):
         return None
-    return ExpertBalancer(
-        runner,
-        runner.programs,
-        loaded.placement,
-        policy=expert_policy(config.expert_placement, config.expert_parallel_size, redundant=config.redundant_experts),
-        interval=config.expert_interval,
-        window=config.expert_window,
-    )
+    policy = expert_policy(config.expert_placement, config.expert_parallel_size, redundant=config.redundant_experts)
+    return ExpertBalancer(runner.programs, loaded.placement, log=log, policy=policy)
 
 
 def _prefill_beside_decode(config: EngineConfig) -> int | None:

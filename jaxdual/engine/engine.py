@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from jaxdual.engine.expert_balancer import ExpertBalancer, router_window
+from jaxdual.engine.expert_balancer import ExpertBalancer, RouterLog
 from jaxdual.engine.ranks import Ranks
 from jaxdual.engine.request import Hits, Request, Target, TokenEvent, TokenLogprobs
 from jaxdual.engine.runner import Launch, Runner, ScoreTargets, StepResult
@@ -65,6 +65,7 @@ class Engine:
       eos_token_ids: the model's end-of-sequence tokens.
       model_fingerprint: identifies the weights in block keys.
       transfers: what moves blocks to and from a block store, if there is one; for an engine of one rank.
+      router_log: of what its routers choose, where that is counted.
       balancer: what moves experts between devices, where they lie on several.
       overlap: see above.
       seed: of the seeds drawn for requests without one; None for a random one.
@@ -83,6 +84,7 @@ class Engine:
         eos_token_ids: Sequence[int],
         model_fingerprint: bytes,
         transfers: Transfers | None = None,
+        router_log: RouterLog | None = None,
         balancer: ExpertBalancer | None = None,
         overlap: bool = True,
         seed: int | None = None,
@@ -91,7 +93,7 @@ class Engine:
         self.runner = runner
         self.ranks = ranks
         self.transfers = transfers
-        self.balancer = balancer
+        self.router_log, self.balancer = router_log, balancer
         self._eos = tuple(eos_token_ids)
         self._fingerprint = model_fingerprint
         self._overlap = overlap
@@ -293,13 +295,8 @@ class Engine:
         }
 
     def router_statistics(self) -> RouterWindow | None:
-        """What routers chose in the last full window, or without such windows since the last call; None if that is not
-        counted, or not known yet.
-        """
-        if self.balancer is not None:
-            return self.balancer.window
-        counts = self.runner.take_router_counts()
-        return None if counts is None else router_window(counts, 1)
+        """What routers chose in the last full window; None if that is not counted, or not known yet."""
+        return None if self.router_log is None else self.router_log.window
 
     def check_integrity(self) -> None:
         """Raises `IntegrityError` if KV accounting, queues or requests contradict each other."""
@@ -358,8 +355,9 @@ class Engine:
         if all(plan.is_empty for plan in plans):
             return None
         self.steps += 1
+        ended = self.router_log is not None and self.router_log.before_step()
         if self.balancer is not None:
-            self.balancer.before_step()
+            self.balancer.before_step(self.router_statistics() if ended else None)
         return self._dispatch(plans)
 
     def _dispatch(self, plans: Sequence[StepPlan]) -> _Flight:

@@ -1,7 +1,7 @@
 """Where the experts of a running engine lie: what its routers choose, and when experts move.
 
 Experts of one layer move between two steps, all at once, and the steps after them find them there; the next layer's
-move between the next two. So no step waits for more than one layer's move, and every step sees each layer whole.
+move between the next two. So no step waits for more than one layer's moves, and every step sees each layer whole.
 """
 
 from __future__ import annotations
@@ -16,65 +16,91 @@ from jaxdual.engine.router_counts import RouterCounts
 from jaxdual.engine.runner import Runner
 from jaxdual.engine.warm_up import timed
 from jaxdual.scheduling.expert_figures import imbalance
-from jaxdual.scheduling.expert_policies import WINDOW, ExpertPolicy, RouterWindow
-from jaxdual.scheduling.experts import INTERVAL, Move, Placement, keep_slots, moves
+from jaxdual.scheduling.expert_policies import ExpertPolicy, RouterWindow
+from jaxdual.scheduling.experts import Move, Placement, keep_slots, moves
+
+
+class RouterLog:
+    """What routers choose, window by window.
+
+    Args:
+      runner: that counts it.
+      devices: along the expert axis.
+      window: steps of a window.
+      period: steps from the end of a window to that of the next one; those between are not looked at.
+
+    Attributes:
+      window: the last full one; None before the first.
+    """
+
+    def __init__(self, runner: Runner, devices: int, window: int, period: int | None = None) -> None:
+        self._runner, self._devices = runner, devices
+        self._period = window if period is None else period
+        self._begin = (self._period - window) % self._period
+        self._steps = 0
+        self.window: RouterWindow | None = None
+
+    def before_step(self) -> bool:
+        """Is called before each step; whether a window ends with the one before."""
+        phase = self._steps % self._period
+        ends = phase == 0 and self._steps > 0
+        if ends:
+            counts = self._runner.take_router_counts()
+            self.window = None if counts is None else router_window(counts, self._devices)
+        elif phase == self._begin:
+            self._runner.take_router_counts()
+        self._steps += 1
+        return ends
 
 
 class ExpertBalancer:
-    """Counts what routers choose, window by window, and moves experts as a policy says.
+    """Moves experts as a policy says, whenever a window of choices ends.
 
     Args:
-      runner: whose model has experts on several devices, and counts what its routers choose.
-      programs: of the runner.
+      programs: of a runner whose model has experts on several devices.
       placement: where experts are now.
+      log: of the runner; None where nothing is counted.
       policy: where experts should be; None moves nothing by itself.
-      interval: steps between two relocations.
-      window: steps whose choices each relocation looks at, the latest ones.
 
     Attributes:
       placement: where experts are, or will be when all that is under way has moved.
-      window: what routers chose in the last full window; None before the first.
     """
 
     def __init__(
         self,
-        runner: Runner,
         programs: MeshPrograms,
         placement: Placement,
         *,
-        policy: ExpertPolicy | None,
-        interval: int = INTERVAL,
-        window: int = WINDOW,
+        log: RouterLog | None = None,
+        policy: ExpertPolicy | None = None,
     ) -> None:
-        self._runner, self._programs, self._policy = runner, programs, policy
-        self._interval, self._window_steps = interval, min(window, interval)
-        self._steps = 0
+        self._programs, self._policy, self._log = programs, policy, log
         self._moves: deque[tuple[int, list[Move]]] = deque()
+        self._now = placement.experts.copy()
         self.placement = placement
-        self.window: RouterWindow | None = None
         self._counts = {"expert_relocations": 0, "experts_moved": 0}
 
-    def before_step(self) -> None:
-        """Is called before each step, and moves what is due."""
-        self._steps += 1
-        if self._steps % self._window_steps == 0:
-            counts = self._runner.take_router_counts()
-            self.window = None if counts is None else router_window(counts, self.placement.devices)
-        if self._policy is not None and self._steps % self._interval == 0 and self.window is not None:
-            self.relocate(self._policy(self.window))
+    def before_step(self, window: RouterWindow | None) -> None:
+        """Is called before each step, and moves what is due.
+
+        Args:
+          window: what routers chose, if a window of it has just ended. It is passed over while experts still move.
+        """
+        if self._policy is not None and window is not None and window.tokens and not self._moves:
+            self.relocate(self._policy(window))
         if self._moves:
-            row, of_layer = self._moves.popleft()
-            self._programs.move_experts(row, of_layer, self.placement)
+            self._move_next()
 
     def relocate(self, placement: Placement) -> None:
         """Has experts move, from the next step on, to where a placement has them; those that stay keep their slots.
 
+        What is still under way to an earlier placement moves at once.
+
         Raises:
           ValueError: a placement of another shape.
         """
-        while self._moves:  # what is under way is not planned anew
-            row, of_layer = self._moves.popleft()
-            self._programs.move_experts(row, of_layer, self.placement)
+        while self._moves:
+            self._move_next()
         before, self.placement = self.placement, keep_slots(self.placement, placement)
         by_layer: dict[int, list[Move]] = {}
         for move in moves(before, self.placement):
@@ -82,6 +108,11 @@ class ExpertBalancer:
         self._moves.extend(by_layer.items())
         self._counts["expert_relocations"] += 1
         self._counts["experts_moved"] += sum(map(len, by_layer.values()))
+
+    def _move_next(self) -> None:
+        row, of_layer = self._moves.popleft()
+        self._programs.move_experts(row, of_layer, self.placement)
+        self._now[row] = self.placement.experts[row]
 
     def warm_ups(self) -> Iterator[tuple[str, Callable[[], float]]]:
         """Name of every program that moves experts, and a call that compiles it and returns the seconds it took."""
@@ -94,7 +125,9 @@ class ExpertBalancer:
 
     def stats(self) -> Mapping[str, float]:
         """Figures named as in `EngineStats`."""
-        uneven = np.ones(1) if self.window is None else imbalance(self.window.activations, self.placement)
+        window = None if self._log is None else self._log.window
+        now = Placement(self._now, self.placement.devices, self.placement.num_experts)
+        uneven = np.ones(1) if window is None else imbalance(window.activations, now)
         return {
             **self._counts,
             "expert_imbalance": float(uneven.mean()),

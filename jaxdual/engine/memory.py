@@ -11,10 +11,12 @@ from jaxdual.config import ConfigError, EngineConfig
 from jaxdual.engine.sampler import SAMPLER_BYTES_PER_TOKEN_ID
 from jaxdual.kv.group import GroupPages
 from jaxdual.kv.layout import KVLayout, most_blocks
+from jaxdual.parallel.exchange import PASS_BYTES
 from models import ModelConfig
 
 _CPU_KV_BYTES = 1 << 30
 _STAGING_BYTES = 64 << 20  # at least, where a store is configured
+_PASS_COPIES = 3  # of rows that go through a device's experts at a time: before, within and behind
 _HIDDEN_COPIES = 8  # activations of a step, in residual streams of its widest batch: room left beside the KV memory
 
 
@@ -115,4 +117,19 @@ def _free_device_memory(config: EngineConfig, layout: KVLayout, model: ModelConf
         raise ConfigError("this device does not tell its memory: set kv_cache_memory_bytes or num_kv_blocks")
     logits = config.max_num_seqs * model.vocab_size * 4 * _HIDDEN_COPIES
     streams = config.max_num_batched_tokens * model.hidden_size * layout.itemsize * _HIDDEN_COPIES
+    streams += _expert_bytes(config, layout, model)
     return int(stats["bytes_limit"] * config.gpu_memory_utilization) - int(stats["bytes_in_use"]) - logits - streams
+
+
+def _expert_bytes(config: EngineConfig, layout: KVLayout, model: ModelConfig) -> int:
+    """What experts on several devices need beside their weights: what travels to them and back, and their moves."""
+    devices, moe = config.expert_parallel_size, model.moe
+    if moe is None or devices == 1:
+        return 0
+    stream = devices * config.max_num_batched_tokens * model.hidden_size * layout.itemsize
+    moved = 0
+    if config.expert_placement != "linear":  # all of a layer at most, before and after it has travelled
+        width = moe.intermediate_size // config.tensor_parallel_size
+        slots = moe.num_experts + config.redundant_experts
+        moved = 2 * slots * 3 * model.hidden_size * width * layout.itemsize
+    return stream * _HIDDEN_COPIES + _PASS_COPIES * PASS_BYTES + moved

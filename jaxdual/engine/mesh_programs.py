@@ -108,6 +108,10 @@ class MeshPrograms(Programs):
     def slot_sharding(self) -> Sharding:
         return self._mesh.sharding(*_BY_RANK)
 
+    def _split(self, tokens: Int32[Array, "*batch"]) -> Int32[Array, "*batch"]:
+        split: Array = jax.lax.with_sharding_constraint(tokens, self._mesh.sharding(self._mesh.rules.tokens))
+        return split
+
     # Attention.
 
     def _prefill_attend(

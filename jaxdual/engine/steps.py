@@ -101,6 +101,7 @@ class Programs:
     ) -> tuple[Arenas, Float[Array, "tokens hidden"], Float[Array, "seqs hidden"], RouterCounts | None]:
         """Residual stream of all tokens, and of the last token of each chunk."""
         seqs, chunk = tokens.shape
+        tokens = self._split(tokens)
         offsets = jnp.arange(chunk, dtype=jnp.int32)[None, :]
         positions = starts[:, None] + offsets
         attend = self._prefill_attend(starts, counts, tables, chunk)
@@ -122,7 +123,7 @@ class Programs:
         router_counts: RouterCounts | None = None,
     ) -> tuple[Arenas, Float[Array, "seqs hidden"], RouterCounts | None]:
         """Residual stream of one token of each sequence; a token of -1 stands for the last one sampled in its slot."""
-        tokens = jnp.where(tokens < 0, self._at_slots(last_token, slots), tokens)
+        tokens = self._split(jnp.where(tokens < 0, self._at_slots(last_token, slots), tokens))
         attend, routing = self._decode_attend(positions, tables), Routing(experts, positions >= 0, router_counts)
         x, arenas = self._model(leaves)(tokens, jnp.maximum(positions, 0), attend, arenas, self._mix(routing))
         return arenas, x, self._counted(routing)
@@ -136,6 +137,10 @@ class Programs:
         return sampler.token_logprobs(self._model(leaves).head(x), tokens)
 
     # What depends on where things lie: here, on one device.
+
+    def _split(self, tokens: Int32[Array, "*batch"]) -> Int32[Array, "*batch"]:
+        """Puts the tokens of each rank on its devices, which the residual stream then follows."""
+        return tokens
 
     def _prefill_attend(
         self, starts: Int32[Array, " seqs"], counts: Int32[Array, " seqs"], tables: tuple[GroupTable, ...], chunk: int

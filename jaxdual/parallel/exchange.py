@@ -18,6 +18,7 @@ from jaxdual.parallel.mesh import EXPERT, RANKS, TENSOR, DeviceMesh
 from models.moe import Experts
 from pallas_kernels.grouped_matmul import gated_grouped_matmul, grouped_matmul
 
+PASS_BYTES = 64 << 20  # of rows that go through a device's experts at a time
 _ROWS = 128  # of a pass: a multiple of what a kernel's tile holds
 
 
@@ -55,7 +56,7 @@ class ExpertExchange:
       pass_bytes: of rows that go through a device's experts at a time.
     """
 
-    def __init__(self, mesh: DeviceMesh, pass_bytes: int = 64 << 20) -> None:
+    def __init__(self, mesh: DeviceMesh, pass_bytes: int = PASS_BYTES) -> None:
         self._mesh, self._pass_bytes = mesh, pass_bytes
         self._ragged = mesh.platform != "cpu"
 

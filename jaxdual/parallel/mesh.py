@@ -56,7 +56,7 @@ class ParallelSizes:
                 f"{model.intermediate_size}"
             )
         moe = model.moe
-        if moe is None:
+        if moe is None or not any(model.is_sparse(layer) for layer in range(model.num_layers)):
             if self.expert > 1 or redundant_experts:
                 setting = f"expert_parallel_size={self.expert}"
                 if self.expert == 1:

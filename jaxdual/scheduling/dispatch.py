@@ -46,6 +46,7 @@ class DispatchRequest:
     Attributes:
       request_id: unique among those under way.
       prompt_tokens: its length.
+      outputs: that are wanted of it; each is a sequence.
       user: who asks; None if that is not known.
       prefix_shares: part of the prompt that each engine has cached, where that is known.
     """
@@ -53,6 +54,7 @@ class DispatchRequest:
     request_id: str
     prompt_tokens: int
     user: str | None = None
+    outputs: int = 1
     prefix_shares: Sequence[float] = ()
 
 
@@ -102,8 +104,9 @@ class LoadBoard:
             raise ValueError(f"{engines=} must be at least 1")
         self._correct = correct
         self._reports: list[EngineLoad | None] = [None] * engines
-        self._sent: list[dict[str, int]] = [{} for _ in range(engines)]
+        self._sent: list[dict[str, tuple[int, int]]] = [{} for _ in range(engines)]  # sequences, and their tokens
         self._sent_tokens = [0] * engines
+        self._sent_count = [0] * engines
         self._kv = [0] * engines
 
     @property
@@ -119,18 +122,22 @@ class LoadBoard:
         """An engine says how it is, or is taken to be unknown (None), as a new one is."""
         self._reports[engine] = load
         self._sent[engine].clear()
-        self._sent_tokens[engine] = 0
+        self._sent_tokens[engine] = self._sent_count[engine] = 0
         self._kv[engine] = 0 if load is None else load.kv_used * _BASIS_POINTS // max(load.kv_capacity, 1)
 
     def sent(self, engine: int, request: DispatchRequest) -> None:
         """A request goes to an engine."""
         if self._correct:
-            self._sent[engine][request.request_id] = request.prompt_tokens
-            self._sent_tokens[engine] += request.prompt_tokens
+            tokens = request.outputs * request.prompt_tokens
+            self._sent[engine][request.request_id] = (request.outputs, tokens)
+            self._sent_tokens[engine] += tokens
+            self._sent_count[engine] += request.outputs
 
     def withdrawn(self, engine: int, request_id: str) -> None:
         """A request has ended; nothing is left of it where the engine hasn't reported since it was sent."""
-        self._sent_tokens[engine] -= self._sent[engine].pop(request_id, 0)
+        outputs, tokens = self._sent[engine].pop(request_id, (0, 0))
+        self._sent_tokens[engine] -= tokens
+        self._sent_count[engine] -= outputs
 
     def kv_usage(self) -> list[int]:
         """Of all engines, in basis points, so that 90 % less 80 % is 10 %."""
@@ -147,7 +154,7 @@ class LoadBoard:
         """Waiting and running requests of all engines."""
         reports = [report for report in self._reports if report is not None]
         return [
-            (load.num_waiting + len(sent), load.num_running) for load, sent in zip(reports, self._sent, strict=True)
+            (load.num_waiting + sent, load.num_running) for load, sent in zip(reports, self._sent_count, strict=True)
         ]
 
 

@@ -221,16 +221,16 @@ def build_pool(
     order = np.argsort(-flat, kind="stable")
     frequent = int((flat >= share * tokens).sum()) if tokens else 0
     order = order[: frequent or min(top_edges, int((flat > 0).sum()))]
-    pooled = np.zeros((gaps + 1, experts), bool)
-    used = 0
-    for edge in order:
-        gap, (before, after) = edge // experts**2, divmod(int(edge % experts**2), experts)
+    pooled, used = np.zeros((gaps + 1, experts), bool), 0
+    # Pairs as frequent as one another belong to it together or not at all.
+    for count in dict.fromkeys(flat[order].tolist()):
+        edges = order[used:][flat[order[used:]] == count]
+        gap, (before, after) = edges // experts**2, np.divmod(edges % experts**2, experts)
         tried = pooled.copy()
         tried[gap, before] = tried[gap + 1, after] = True
         if tried.sum(axis=1).max() > capacity:
             break
-        pooled = tried
-        used += 1
+        pooled, used = tried, used + len(edges)
     rarest = float(flat[order[used - 1]] / tokens) if used and tokens else 0.0
     return Pool(pooled, used, rarest)
 

@@ -53,7 +53,7 @@ def test_imbalance_of_a_step_is_that_of_its_tokens(redundant: int) -> None:
 
 def test_one_request_takes_what_its_steps_take() -> None:
     cluster = Cluster(engines=1, fixed_seconds=0.5, token_seconds=0.001, context_seconds=0.0, expert_seconds=0.0)
-    outcome = simulate(cluster, Arm("alone"), [Arrival(2.0, 100, 5)], TRACE)
+    outcome = simulate(cluster, Arm("alone"), [Arrival(2.0, 100, 5)], TRACE, TRACE)
     assert outcome.ttft == pytest.approx([0.6])
     assert outcome.tpot == pytest.approx([0.501])
     assert (outcome.tokens, outcome.steps) == (5, 5)
@@ -63,19 +63,19 @@ def test_one_request_takes_what_its_steps_take() -> None:
 @pytest.mark.parametrize("arm", ARMS, ids=lambda arm: arm.name)
 def test_every_arm_serves_every_request(arm: Arm) -> None:
     requests = [Arrival(one.time, min(one.prompt, 600), min(one.output, 40)) for one in arrivals("two_end", 9.0, 60, 1)]
-    outcome = simulate(FAST, arm, requests, TRACE)
+    outcome = simulate(FAST, arm, requests, TRACE, TRACE)
     assert len(outcome.ttft) == 60
     assert outcome.tokens == sum(one.output for one in requests)
     assert sum(outcome.branches.values()) == 60
     assert outcome.seconds > requests[-1].time
-    assert simulate(FAST, arm, requests, TRACE) == outcome
+    assert simulate(FAST, arm, requests, TRACE, TRACE) == outcome
 
 
 def test_balanced_experts_make_steps_shorter() -> None:
     requests = arrivals("average", 1.0, 40, 2)
     trace = draw_trace(512, 0)
     times = {
-        arm.name: simulate(Cluster(expert_seconds=3e-4), arm, requests, trace)
+        arm.name: simulate(Cluster(expert_seconds=3e-4), arm, requests, trace, trace)
         for arm in ARMS
         if arm.name in ("rr", "EPLB")
     }
@@ -85,9 +85,9 @@ def test_balanced_experts_make_steps_shorter() -> None:
 
 def test_requests_out_of_order_or_too_long_are_refused() -> None:
     with pytest.raises(ValueError, match="in the order of their arrival"):
-        simulate(FAST, ARMS[0], [Arrival(1.0, 5, 5), Arrival(0.0, 5, 5)], TRACE)
+        simulate(FAST, ARMS[0], [Arrival(1.0, 5, 5), Arrival(0.0, 5, 5)], TRACE, TRACE)
     with pytest.raises(ValueError, match="kv_tokens=4000 must hold the longest request, of 5005 tokens"):
-        simulate(FAST, ARMS[0], [Arrival(1.0, 5000, 5)], TRACE)
+        simulate(FAST, ARMS[0], [Arrival(1.0, 5000, 5)], TRACE, TRACE)
     assert linear_placement(3, 8, 2).devices == 2
 
 

@@ -47,6 +47,14 @@ CONFIGS["one_expert"] = dataclasses.replace(
     CONFIGS["moe"],
     moe=dataclasses.replace(CONFIGS["moe"].moe, num_experts_per_tok=1),  # type: ignore[type-var]
 )
+CONFIGS["six"] = dataclasses.replace(
+    CONFIGS["moe"],
+    moe=dataclasses.replace(CONFIGS["moe"].moe, num_experts=6),  # type: ignore[type-var]
+)
+CONFIGS["never_sparse"] = dataclasses.replace(
+    CONFIGS["moe"],
+    moe=dataclasses.replace(CONFIGS["moe"].moe, decoder_sparse_step=9),  # type: ignore[type-var]
+)
 
 
 @functools.cache

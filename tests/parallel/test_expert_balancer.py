@@ -13,7 +13,8 @@ from flax import nnx
 
 from jaxdual import LLM, AsyncLLM, EngineConfig, SamplingParams
 from jaxdual.config import ClusterConfig, ConfigError
-from jaxdual.engine.expert_balancer import ExpertBalancer
+from jaxdual.engine.expert_balancer import ExpertBalancer, RouterLog
+from jaxdual.engine.router_counts import RouterCounts
 from jaxdual.scheduling.expert_figures import transitions_of
 from jaxdual.scheduling.experts import Placement, eplb
 from jaxdual.telemetry import CompileCounter
@@ -109,7 +110,7 @@ def test_experts_that_move_while_tokens_come_change_none(sizes: dict[str, Any], 
     llm.check_integrity()
     weights = [layer.mlp.experts for layer in load("qwen3_moe").layers if isinstance(layer.mlp, MoE)]
     while balancer.is_moving:
-        balancer.before_step()
+        balancer.before_step(None)
     for row, experts in enumerate(weights):
         held = balancer.placement.experts[row]
         for found, name in zip(stacks(llm, row), ("gate", "up", "down"), strict=True):
@@ -162,6 +163,11 @@ def test_settings_of_experts_that_do_not_go_together_are_refused() -> None:
         ({"expert_placement": "eplb", "expert_parallel_size": 2, "router_statistics": "off"}, "needs them"),
         ({"expert_placement": "edr", "expert_parallel_size": 2, "redundant_experts": 2}, "no use"),
         ({"expert_interval": 0}, "at least 1"),
+        ({"expert_interval": 5, "expert_parallel_size": 2, "expert_placement": "eplb"}, "expert_window=1000 must be"),
+        ({"expert_interval": 5}, "expert_interval=5 needs another expert_placement"),
+        ({"dispatch_policy": "rr"}, "dispatch_policy='rr' needs several"),
+        ({"theta_kv": 0.5, "expert_parallel_size": 2}, "theta_kv=0.5 needs dispatch_policy"),
+        ({"theta_age": 2.0}, "theta_age=2.0 needs scheduling_policy"),
     ):
         with pytest.raises(ConfigError, match=message):
             LLM(FIXTURES / "qwen3_moe", **settings)
@@ -171,24 +177,37 @@ def test_settings_of_experts_that_do_not_go_together_are_refused() -> None:
         AsyncLLM.from_config(EngineConfig(scheduling_policy="sjf"), cluster=ClusterConfig(prefill=1, decode=1))
 
 
-def test_statistics_are_those_since_the_last_call_or_of_the_last_window() -> None:
-    one = LLM(FIXTURES / "qwen3_moe", **SETTINGS, router_statistics="activations")
+@pytest.mark.parametrize("sizes", [{}, {"expert_parallel_size": 2}])
+def test_statistics_are_those_of_the_last_window(sizes: dict[str, Any]) -> None:
+    llm = LLM(FIXTURES / "qwen3_moe", **SETTINGS, **sizes, router_statistics="activations", expert_window=4)
+    assert llm.router_statistics() is None
     assert LLM(FIXTURES / "qwen3_moe", **SETTINGS).router_statistics() is None
-    requests = [{"prompt_token_ids": prompt} for prompt in prompts(3)]
-    one.generate(requests, GREEDY)
-    seen = one.router_statistics()
+    llm.generate([{"prompt_token_ids": prompt} for prompt in prompts(3)], GREEDY)
+    seen = llm.router_statistics()
     assert seen is not None
+    assert seen is llm.router_statistics()
     assert seen.transitions is None
+    assert seen.sources.shape[1] == (2 if sizes else 1)
+    assert 0 < seen.tokens <= 4 * 3, "the last window held decode steps only"
     assert seen.activations.sum(axis=1).tolist() == [2 * seen.tokens] * len(seen.sources)
-    again = one.router_statistics()
-    assert again is not None
-    assert again.tokens == 0
-    several = LLM(
-        FIXTURES / "qwen3_moe", **SETTINGS, expert_parallel_size=2, router_statistics="transitions", expert_window=4
-    )
-    assert several.router_statistics() is None
-    several.generate(requests, GREEDY)
-    window = several.router_statistics()
-    assert window is not None
-    assert window is several.router_statistics()
-    assert window.sources.shape[1] == 2
+
+
+def test_windows_end_where_they_should_and_hold_their_steps_only() -> None:
+    class Counted:
+        def __init__(self) -> None:
+            self.tokens = 0
+
+        def take_router_counts(self) -> RouterCounts:
+            taken, self.tokens = self.tokens, 0
+            return RouterCounts(np.array([taken]), np.zeros((1, 1, 2), np.int32), None)  # type: ignore[arg-type]
+
+    for window, period in ((3, None), (3, 5), (5, 5)):
+        runner, steps = Counted(), period or window
+        log = RouterLog(runner, 1, window, period)  # type: ignore[arg-type]
+        for step in range(1, 21):
+            ended = log.before_step()
+            assert ended == (step > 1 and (step - 1) % steps == 0)
+            if ended:
+                assert log.window is not None
+                assert log.window.tokens == sum(range(step - window, step))
+            runner.tokens += step

@@ -31,6 +31,7 @@ def on_mesh(
     sizes: ParallelSizes,
     *,
     placement: Placement | None = None,
+    redundant: int = 0,
     change: Callable[[models.Decoder], None] = lambda decoder: None,
 ) -> tuple[MeshPrograms, KVLayout]:
     """The programs of the same random model, its parameters where the mesh has them."""
@@ -38,7 +39,7 @@ def on_mesh(
     mesh = device_mesh(sizes)
     made = models.init(config, seed=7, sharding=sharding_rule(mesh.mesh, mesh.rules))
     change(made)
-    placement = placement or first_placement(config, mesh, 0)
+    placement = placement or first_placement(config, mesh, redundant)
     if placement is not None:
         put_experts(made, placement, mesh)
     layout = KVLayout.of_layers(
@@ -113,6 +114,14 @@ def test_logits_with_redundant_experts_anywhere(sizes: ParallelSizes) -> None:
     assert_close(logits_on_mesh(programs, layout, sizes.ranks, tokens), np.asarray(model("moe").logits(tokens)))
 
 
+def test_experts_that_only_their_copies_make_divisible_are_loaded() -> None:
+    sizes = ParallelSizes(1, 4, 1)
+    sizes.check(CONFIGS["six"], redundant_experts=2)
+    programs, layout = on_mesh("six", sizes, redundant=2)
+    tokens = tokens_of("six", sizes.ranks)
+    assert_close(logits_on_mesh(programs, layout, sizes.ranks, tokens), np.asarray(model("six").logits(tokens)))
+
+
 @pytest.mark.parametrize("pass_bytes", [1, 1 << 20])
 @pytest.mark.parametrize("spread", [False, True])
 @pytest.mark.parametrize("name", ["moe", "one_expert"])
@@ -151,5 +160,7 @@ def test_impossible_meshes_are_refused() -> None:
             sizes.check(CONFIGS["moe"], redundant)
     with pytest.raises(ConfigError, match="expert_parallel_size=2: the model has no experts"):
         ParallelSizes(expert=2).check(CONFIGS["dense"])
+    with pytest.raises(ConfigError, match="expert_parallel_size=2: the model has no experts"):
+        ParallelSizes(expert=2).check(CONFIGS["never_sparse"])
     with pytest.raises(ConfigError, match="needs 16 devices, and there are 8"):
         device_mesh(ParallelSizes(4, 2, 2))

@@ -100,9 +100,7 @@ def test_every_device_has_equal_slots_and_every_expert_one(seed: int, devices: i
     placement = eplb(loads, devices, redundant=redundant)
     assert placement.experts.shape == (3, 8 + redundant)
     assert (placement.copies() >= 1).all()
-    assert (
-        imbalance(loads, placement).max() <= imbalance(loads, linear_placement(3, 8, devices)).max() + 1e-9 or redundant
-    )
+    assert placement.slots_per_device * devices == 8 + redundant
 
 
 @given(seed=st.integers(0, 99))
@@ -142,11 +140,14 @@ def test_pool_is_tightened_until_it_fits_and_no_further(seed: int, capacity: int
     order = np.argsort(-transitions.ravel(), kind="stable")
     frequent = int((transitions >= 300).sum())
     assert pool.edges <= frequent
-    if pool.edges < frequent:  # the next pair would not fit
-        gap, rest = divmod(int(order[pool.edges]), 36)
-        more = pool.experts.copy()
-        more[gap, rest // 6] = more[gap + 1, rest % 6] = True
+    if pool.edges < frequent:  # the next pairs, all that are as frequent as one another, would not fit
+        more, flat = pool.experts.copy(), transitions.ravel()
+        for edge in order[pool.edges :]:
+            if flat[edge] == flat[order[pool.edges]]:
+                gap, rest = divmod(int(edge), 36)
+                more[gap, rest // 6] = more[gap + 1, rest % 6] = True
         assert more.sum(axis=1).max() > capacity
+        assert pool.edges == 0 or flat[order[pool.edges - 1]] > flat[order[pool.edges]]
 
 
 def test_pooled_experts_lie_on_the_anchor_and_stay_there() -> None:
