@@ -25,4 +25,5 @@ def timestamp_starts(sessions: Sequence[Session], speed: float) -> list[float]:
         if session.timestamp is None:
             raise TraceError(f"session {session.session_id!r} has no timestamp to start it by")
         times.append(session.timestamp)
-    return [(time - min(times)) / speed for time in times]
+    first = min(times, default=0.0)
+    return [(time - first) / speed for time in times]

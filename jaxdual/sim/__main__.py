@@ -112,6 +112,8 @@ def _plan(arguments: Sequence[str]) -> int:
         raise ConfigError(f"--most-nodes {options.most_nodes} must be at least 2: one of each role")
     if options.trace in MAX_LENS:
         load = f'workload.max_len="{options.trace}"'
+    elif not Path(options.trace).exists():
+        raise ConfigError(f"--trace {options.trace}: is neither a file nor one of {', '.join(MAX_LENS)}")
     else:
         load = f"workload.trace={json.dumps(str(Path(options.trace).absolute()))}"
     config = read_sim_config(options.model, [load, *options.settings])

@@ -147,7 +147,10 @@ def _line(trial: Trial) -> str:
 def _simulate(config: SimConfig, slo: Mapping[str, float], prefill: int, decode: int) -> Trial:
     cluster = msgspec.structs.replace(config.cluster, prefill_nodes=prefill, decode_nodes=decode)
     report = run_simulation(msgspec.structs.replace(config, cluster=cluster))
-    times = {name: (report[f"{name}_s"] or {"mean": 0.0})["mean"] for name in slo}
+    for name in slo:
+        if not report[f"{name}_s"]:
+            raise ConfigError(f"--slo {name}: no request of this load has a {name.upper()}")
+    times = {name: report[f"{name}_s"]["mean"] for name in slo}
     return Trial(prefill, decode, times, max(times[name] / slo[name] for name in slo), _uses(report))
 
 

@@ -105,7 +105,10 @@ def test_experts_are_not_spread_over_fewer_nodes_than_a_group() -> None:
         ([*SMALL, "--plot", "/none/picture.png"], "/none/picture.png: cannot be written"),
         ([*SMALL, "--spans", "/"], "/: cannot be written"),
         (["plan", "--model", SMALL[0], "--trace", "64K", "--slo", "ttft=0"], "--slo 'ttft=0' must be seconds above 0"),
-        (["plan", "--model", SMALL[0], "--trace", "/none", "--slo", "ttft=1"], "/none: cannot be read"),
+        (
+            ["plan", "--model", SMALL[0], "--trace", "/none", "--slo", "ttft=1"],
+            "/none: is neither a file nor one of 32K",
+        ),
     ],
 )
 def test_bad_calls_are_told(call: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -170,6 +173,11 @@ def test_a_plan_has_no_more_nodes_than_it_may() -> None:
     make_plan(config, {"ttft": 0.05}, 8, tried.append)
     assert tried
     assert max(one.prefill + one.decode for one in tried) <= 8
+    silent = read_sim_config(
+        Path(SMALL[0]), ["workload.agents=2", "workload.turns=1", "workload.generation_scale=1e-9"]
+    )
+    with pytest.raises(ConfigError, match="no request of this load has a TPOT"):
+        make_plan(silent, {"tpot": 0.001}, 8, tried.append)
     with pytest.raises(ConfigError, match="--most-nodes 5 must be at least 6"):
         make_plan(config, {"ttft": 5.0}, 5, tried.append)
 
