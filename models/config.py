@@ -184,6 +184,11 @@ class ModelConfig:
         """Sliding window of layer `layer` (from 0) in tokens, or None for full attention."""
         return self.layer_windows[layer] if self.layer_windows else None
 
+    @property
+    def sparse_layers(self) -> tuple[int, ...]:
+        """Layers that are mixtures of experts."""
+        return tuple(layer for layer in range(self.num_layers) if self.is_sparse(layer))
+
     def is_sparse(self, layer: int) -> bool:
         """Whether layer `layer` (from 0) is a mixture of experts."""
         moe = self.moe

@@ -11,7 +11,8 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from jaxdual.config import ClusterConfig, EngineConfig, ServerConfig, add_arguments, read_config
+from jaxdual.config import ClusterConfig, EngineConfig, ServerConfig
+from jaxdual.config_sources import add_arguments, read_config
 from server.serve import Server
 
 

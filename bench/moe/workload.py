@@ -8,7 +8,7 @@ are target densities of the prompt's length, drawn by importance.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -66,8 +66,3 @@ def _pool(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     prompts[long] = np.exp(rng.normal(math.log(4500), 0.4, int(long.sum())))
     outputs = np.exp(rng.normal(math.log(238), 0.767, _POOL))
     return np.clip(prompts, 4, 16000).astype(int), np.clip(outputs, 2, 4000).astype(int)
-
-
-def mean_prompt(requests: Sequence[Arrival]) -> float:
-    """Tokens."""
-    return sum(one.prompt for one in requests) / len(requests)

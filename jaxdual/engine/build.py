@@ -13,11 +13,12 @@ from jaxdual.engine.buckets import Buckets
 from jaxdual.engine.build_transfers import build_transfers, host_memory
 from jaxdual.engine.direct_landing import lands_directly
 from jaxdual.engine.engine import Engine
-from jaxdual.engine.expert_balancer import ExpertBalancer, RouterLog
+from jaxdual.engine.expert_balancer import ExpertBalancer
 from jaxdual.engine.loading import LoadedModel, load_model
 from jaxdual.engine.memory import check_host_memory, group_pages
 from jaxdual.engine.mesh_programs import MeshPrograms
 from jaxdual.engine.ranks import Rank, Ranks
+from jaxdual.engine.router_log import RouterLog
 from jaxdual.engine.runner import Runner
 from jaxdual.kv.manager import GroupPages, KVManager
 from jaxdual.outputs import EngineInfo, EngineStats

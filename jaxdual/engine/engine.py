@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from jaxdual.engine.expert_balancer import ExpertBalancer, RouterLog
+from jaxdual.engine.expert_balancer import ExpertBalancer
 from jaxdual.engine.ranks import Ranks
 from jaxdual.engine.request import Hits, Request, Target, TokenEvent, TokenLogprobs
+from jaxdual.engine.router_log import RouterLog
 from jaxdual.engine.runner import Launch, Runner, ScoreTargets, StepResult
 from jaxdual.engine.sampler import SlotSampling, seed_of, slot_sampling, stop_tokens
 from jaxdual.engine.slot_sampler import SlotBinding
@@ -355,9 +356,9 @@ class Engine:
         if all(plan.is_empty for plan in plans):
             return None
         self.steps += 1
-        ended = self.router_log is not None and self.router_log.before_step()
+        window = None if self.router_log is None else self.router_log.before_step()
         if self.balancer is not None:
-            self.balancer.before_step(self.router_statistics() if ended else None)
+            self.balancer.before_step(window)
         return self._dispatch(plans)
 
     def _dispatch(self, plans: Sequence[StepPlan]) -> _Flight:

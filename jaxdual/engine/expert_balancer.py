@@ -1,4 +1,4 @@
-"""Where the experts of a running engine lie: what its routers choose, and when experts move.
+"""Where the experts of a running engine lie, and when they move.
 
 Experts of one layer move between two steps, all at once, and the steps after them find them there; the next layer's
 move between the next two. So no step waits for more than one layer's moves, and every step sees each layer whole.
@@ -12,45 +12,11 @@ from collections.abc import Callable, Iterator, Mapping
 import numpy as np
 
 from jaxdual.engine.mesh_programs import MeshPrograms
-from jaxdual.engine.router_counts import RouterCounts
-from jaxdual.engine.runner import Runner
+from jaxdual.engine.router_log import RouterLog
 from jaxdual.engine.warm_up import timed
 from jaxdual.scheduling.expert_figures import imbalance
 from jaxdual.scheduling.expert_policies import ExpertPolicy, RouterWindow
 from jaxdual.scheduling.experts import Move, Placement, keep_slots, moves
-
-
-class RouterLog:
-    """What routers choose, window by window.
-
-    Args:
-      runner: that counts it.
-      devices: along the expert axis.
-      window: steps of a window.
-      period: steps from the end of a window to that of the next one; those between are not looked at.
-
-    Attributes:
-      window: the last full one; None before the first.
-    """
-
-    def __init__(self, runner: Runner, devices: int, window: int, period: int | None = None) -> None:
-        self._runner, self._devices = runner, devices
-        self._period = window if period is None else period
-        self._begin = (self._period - window) % self._period
-        self._steps = 0
-        self.window: RouterWindow | None = None
-
-    def before_step(self) -> bool:
-        """Is called before each step; whether a window ends with the one before."""
-        phase = self._steps % self._period
-        ends = phase == 0 and self._steps > 0
-        if ends:
-            counts = self._runner.take_router_counts()
-            self.window = None if counts is None else router_window(counts, self._devices)
-        elif phase == self._begin:
-            self._runner.take_router_counts()
-        self._steps += 1
-        return ends
 
 
 class ExpertBalancer:
@@ -133,11 +99,3 @@ class ExpertBalancer:
             "expert_imbalance": float(uneven.mean()),
             "expert_imbalance_worst": float(uneven.max()),
         }
-
-
-def router_window(counts: RouterCounts, devices: int) -> RouterWindow:
-    """Counts of all ranks, by the device along the expert axis that each rank is on."""
-    activations = np.asarray(counts.activations)
-    by_device = activations.reshape(-1, devices, *activations.shape[1:]).sum(axis=0)
-    transitions = None if counts.transitions is None else np.asarray(counts.transitions).sum(axis=0)
-    return RouterWindow(int(np.sum(counts.tokens)), by_device.transpose(1, 0, 2), transitions)

@@ -15,7 +15,7 @@ from jaxdual.kv.layout import KVLayout
 from jaxdual.model_folder import find_model
 from jaxdual.outputs import EngineInfo
 from jaxdual.parallel.mesh import DeviceMesh, ParallelSizes, claim_devices, device_mesh
-from jaxdual.parallel.placement import first_placement, put_experts, sparse_layers
+from jaxdual.parallel.placement import first_placement, put_experts
 from jaxdual.sampling_params import MAX_STOP_TOKENS, RECOMMENDED_SAMPLING
 from jaxdual.scheduling.experts import Placement
 from jaxdual.telemetry import CompileCounter
@@ -73,7 +73,7 @@ def load_model(config: EngineConfig) -> LoadedModel:
     model_config = load_config(folder)
     generation = load_generation_config(folder)
     max_model_len = _max_model_len(config, model_config)
-    if config.counted_of_routers != "off" and not sparse_layers(model_config):
+    if config.counted_of_routers != "off" and not model_config.sparse_layers:
         raise ConfigError(f"router_statistics={config.counted_of_routers!r}: the model has no experts")
     mesh, placement = None, None
     if sizes.devices > 1 or config.redundant_experts:

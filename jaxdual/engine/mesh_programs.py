@@ -26,10 +26,9 @@ from jaxdual.engine.steps import Programs, Routing
 from jaxdual.kv.layout import KVLayout
 from jaxdual.parallel.exchange import ExpertExchange, ExpertSlots, slots_of_choices
 from jaxdual.parallel.mesh import RANKS, TENSOR, DeviceMesh
-from jaxdual.parallel.placement import STACKS, ExpertMover, expert_slots, move_sizes, sparse_layers
+from jaxdual.parallel.placement import STACKS, ExpertMover, expert_slots, move_sizes
 from jaxdual.scheduling.experts import Move, Placement
 from models import Decoder
-from models.layers import Mix
 from models.moe import MoE
 from models.shapes import parameter_path
 from pallas_kernels.kv_blocks import gather_blocks, scatter_blocks
@@ -55,13 +54,13 @@ class MeshPrograms(Programs):
         self._mesh = mesh
         self._place_experts(model, placement)
         self._exchange = ExpertExchange(mesh)
-        self._mixed = jax.jit(self._mixture)  # within the step: layers share a trace
+        self._exchanged = jax.jit(self._route_and_exchange)  # within the step: layers share a trace
         self.set_slot = jax.jit(self._set_slot, donate_argnums=0)
         self.gather = jax.jit(self._gather, static_argnames="rows_per_block")
         self.scatter = jax.jit(self._scatter, donate_argnums=0)
 
     def _place_experts(self, model: Decoder, placement: Placement | None) -> None:
-        self._sparse = sparse_layers(model.config)
+        self._sparse = model.config.sparse_layers
         if placement is None:
             return
         slots = dict(zip(self._sparse, expert_slots(placement, self._mesh), strict=True))
@@ -142,7 +141,7 @@ class MeshPrograms(Programs):
 
         def attend(layer: int, q: Array, k: Array, v: Array, arenas: Arenas) -> tuple[Array, Arenas]:
             operands = _Operands(_HEADS, _HEADS, _HEADS, tuple(ARENA for _ in arenas))
-            out: tuple[Array, Arenas] = self._on_each(
+            out: tuple[Array, Arenas] = self._mesh.on_each(
                 partial(local, layer),
                 (operands, *jax.tree.map(lambda _: _BY_RANK, batch)),
                 (_HEADS, operands.arenas),
@@ -153,44 +152,33 @@ class MeshPrograms(Programs):
 
     # Experts.
 
-    def _mix(self, routing: Routing) -> Mix | None:
-        if routing.experts is None:
-            return None
+    def _mixture(self, layer: int, moe: MoE, x: Array, routing: Routing) -> tuple[Array, Array]:
+        chosen, out = self._exchanged(moe, x, routing.experts[layer], routing.real)
+        return chosen, out
 
-        def mix(layer: int, mlp: nnx.Module, x: Array) -> Array:
-            out: Array
-            if not isinstance(mlp, MoE):
-                out = mlp(x)
-                return out
-            chosen, out = self._mixed(mlp, x, routing.experts[layer], routing.real)
-            routing.chosen.append(chosen)
-            return out
-
-        return mix
-
-    def _mixture(self, moe: MoE, x: Array, where: ExpertSlots, real: Array) -> tuple[Array, Array]:
+    def _route_and_exchange(self, moe: MoE, x: Array, where: ExpertSlots, real: Array) -> tuple[Array, Array]:
         chosen, weights = moe.route(x)
         slots = slots_of_choices(where, chosen, real, moe.experts.gate.shape[0])
         return chosen, self._exchange(moe.experts, x, slots, weights)
 
-    def _counted(self, routing: Routing) -> RouterCounts | None:
-        if routing.counts is None:
-            return None
-        counted: RouterCounts = self._on_each(count, (_BY_RANK, _BY_RANK, _BY_RANK), _BY_RANK)(
-            routing.counts, routing.chosen, routing.real
+    def _count(self, counts: RouterCounts, chosen: Sequence[Array], real: Array) -> RouterCounts:
+        counted: RouterCounts = self._mesh.on_each(count, (_BY_RANK, _BY_RANK, _BY_RANK), _BY_RANK)(
+            counts, chosen, real
         )
         return counted
 
     # Sampling.
 
     def _at_slots(self, last_token: Int32[Array, " slots"], slots: Int32[Array, " seqs"]) -> Int32[Array, " seqs"]:
-        found: Array = self._on_each(lambda last, slots: last[slots], (_BY_RANK, _BY_RANK), _BY_RANK)(last_token, slots)
+        found: Array = self._mesh.on_each(lambda last, slots: last[slots], (_BY_RANK, _BY_RANK), _BY_RANK)(
+            last_token, slots
+        )
         return found
 
     def _sampled(
         self, logits: Float32[Array, "rows vocab"], state: SamplerState, inputs: SampleInputs
     ) -> tuple[SamplerState, Int32[Array, " rows"], Logprobs]:
-        sampled: tuple[SamplerState, Array, Logprobs] = self._on_each(sampler.sample, _BY_RANK, _BY_RANK)(
+        sampled: tuple[SamplerState, Array, Logprobs] = self._mesh.on_each(sampler.sample, _BY_RANK, _BY_RANK)(
             logits, state, inputs
         )
         return sampled
@@ -212,7 +200,7 @@ class MeshPrograms(Programs):
             return sampler.set_slot(state, jnp.where((own >= 0) & (own < slots), own, slots), *row)
 
         whole = PartitionSpec()
-        written: SamplerState = self._on_each(local, (_BY_RANK, whole, whole, whole, whole), _BY_RANK)(
+        written: SamplerState = self._mesh.on_each(local, (_BY_RANK, whole, whole, whole, whole), _BY_RANK)(
             state, slot, output_counts, in_prompt, bias
         )
         return written
@@ -233,7 +221,7 @@ class MeshPrograms(Programs):
             summed: Array = jax.lax.psum(jnp.where(mine[:, None, None, None, None], blocks, 0), RANKS)
             return summed
 
-        blocks: Array = self._on_each(local, (ARENA, PartitionSpec()), _BLOCKS)(arena, pages)
+        blocks: Array = self._mesh.on_each(local, (ARENA, PartitionSpec()), _BLOCKS)(arena, pages)
         return blocks
 
     def _scatter(
@@ -246,7 +234,7 @@ class MeshPrograms(Programs):
             own, _ = self._own_pages(arena, pages, blocks.shape[1])
             return scatter_blocks(arena, own, blocks)
 
-        written: Array = self._on_each(local, (ARENA, PartitionSpec(), _BLOCKS), ARENA)(arena, pages, blocks)
+        written: Array = self._mesh.on_each(local, (ARENA, PartitionSpec(), _BLOCKS), ARENA)(arena, pages, blocks)
         return written
 
     def _own_pages(self, arena: Array, pages: Array, rows_per_block: int) -> tuple[Array, Array]:
@@ -255,12 +243,6 @@ class MeshPrograms(Programs):
         own = pages - jax.lax.axis_index(RANKS) * count
         mine = (own >= 0) & (own < count)
         return jnp.where(mine, own, count), mine
-
-    def _on_each(self, function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
-        mapped: Callable[..., Any] = jax.shard_map(
-            function, mesh=self._mesh.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
-        )
-        return mapped
 
 
 class _Operands(NamedTuple):

@@ -26,7 +26,6 @@ from jaxdual.kv.layout import KVLayout, most_blocks
 from jaxdual.kv.manager import GroupPages, PageCopy, TableChange
 from jaxdual.kv.slots import IntegrityError
 from jaxdual.parallel.mesh import DeviceMesh
-from jaxdual.parallel.placement import sparse_layers
 from jaxdual.scheduling.batch import Row, StepPlan
 from jaxdual.scheduling.experts import Placement
 from models import Decoder
@@ -165,7 +164,7 @@ class Runner:
         if count_routers != "off" and moe is not None:
             self._router_counts = no_counts(
                 ranks,
-                len(sparse_layers(model.config)),
+                len(model.config.sparse_layers),
                 moe.num_experts,
                 self.programs.slot_sharding,
                 transitions=count_routers == "transitions",

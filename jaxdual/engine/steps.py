@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -136,6 +137,25 @@ class Programs:
     def _score(self, leaves: Leaves, x: Float[Array, "rows hidden"], tokens: Int32[Array, " rows"]) -> Logprobs:
         return sampler.token_logprobs(self._model(leaves).head(x), tokens)
 
+    def _mix(self, routing: Routing) -> Mix | None:
+        """How mixtures of experts are computed; it notes what was chosen. None for as the model does."""
+        if routing.counts is None and routing.experts is None:
+            return None
+
+        def mix(layer: int, mlp: nnx.Module, x: Array) -> Array:
+            out: Array
+            if not isinstance(mlp, MoE):
+                out = mlp(x)
+                return out
+            chosen, out = self._mixture(layer, mlp, x, routing)
+            routing.chosen.append(chosen)
+            return out
+
+        return mix
+
+    def _counted(self, routing: Routing) -> RouterCounts | None:
+        return None if routing.counts is None else self._count(routing.counts, routing.chosen, routing.real)
+
     # What depends on where things lie: here, on one device.
 
     def _split(self, tokens: Int32[Array, "*batch"]) -> Int32[Array, "*batch"]:
@@ -150,26 +170,17 @@ class Programs:
     def _decode_attend(self, positions: Int32[Array, " seqs"], tables: tuple[GroupTable, ...]) -> Attend:
         return decode_attend(self._layout, positions, tables)
 
-    def _mix(self, routing: Routing) -> Mix | None:
-        """How mixtures of experts are computed; it notes what was chosen. None for as the model does."""
-        if routing.counts is None:
-            return None
+    def _mixture(
+        self, layer: int, moe: MoE, x: Float[Array, "T D"], routing: Routing
+    ) -> tuple[Int32[Array, "T k"], Float[Array, "T D"]]:
+        """What each token chose, and what became of it."""
+        chosen, out = _routed(moe, x)
+        return chosen, out
 
-        def mix(layer: int, mlp: nnx.Module, x: Array) -> Array:
-            out: Array
-            if not isinstance(mlp, MoE):
-                out = mlp(x)
-                return out
-            chosen, out = _routed(mlp, x)
-            routing.chosen.append(chosen)
-            return out
-
-        return mix
-
-    def _counted(self, routing: Routing) -> RouterCounts | None:
-        if routing.counts is None:
-            return None
-        return count(routing.counts, routing.chosen, routing.real)
+    def _count(
+        self, counts: RouterCounts, chosen: Sequence[Int32[Array, "T k"]], real: Bool[Array, " T"]
+    ) -> RouterCounts:
+        return count(counts, chosen, real)
 
     def _at_slots(self, last_token: Int32[Array, " slots"], slots: Int32[Array, " seqs"]) -> Int32[Array, " seqs"]:
         return last_token[slots]

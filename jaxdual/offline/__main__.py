@@ -19,7 +19,8 @@ from types import FrameType, TracebackType
 from typing import Self
 
 from jaxdual.api import LLM
-from jaxdual.config import ClusterConfig, EngineConfig, add_arguments, read_config
+from jaxdual.config import ClusterConfig, EngineConfig
+from jaxdual.config_sources import add_arguments, read_config
 from jaxdual.offline.batch_file import BatchError, read_batch
 from jaxdual.offline.display import Progress, format_results
 from jaxdual.offline.output_file import OutputFile

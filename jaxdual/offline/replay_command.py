@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from jaxdual.async_api import AsyncLLM
-from jaxdual.config import ClusterConfig, EngineConfig, read_config
+from jaxdual.config import ClusterConfig, EngineConfig
+from jaxdual.config_sources import read_config
 from jaxdual.errors import EngineDeadError, NotServingError
 from jaxdual.offline.card_watch import CardWatch
 from jaxdual.offline.display import Progress

@@ -76,13 +76,9 @@ class ExpertExchange:
           weights: of the choices.
         """
         rows, expert = PartitionSpec(RANKS, None), PartitionSpec(EXPERT, None, TENSOR)
-        out: jax.Array = jax.shard_map(
-            self._on_device,
-            mesh=self._mesh.mesh,
-            in_specs=(expert, expert, PartitionSpec(EXPERT, TENSOR, None), rows, rows, rows),
-            out_specs=rows,
-            check_vma=False,
-        )(experts.gate[...], experts.up[...], experts.down[...], x, slots, weights)
+        in_specs = (expert, expert, PartitionSpec(EXPERT, TENSOR, None), rows, rows, rows)
+        stacks = (experts.gate[...], experts.up[...], experts.down[...])
+        out: jax.Array = self._mesh.on_each(self._on_device, in_specs, rows)(*stacks, x, slots, weights)
         return out
 
     def _on_device(

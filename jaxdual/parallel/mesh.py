@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import numpy as np
@@ -50,13 +52,13 @@ class ParallelSizes:
                 f"tensor_parallel_size={self.tensor} must divide the model's {model.num_kv_heads} key-value heads: "
                 "each device has whole ones"
             )
-        if model.intermediate_size % self.tensor and not self._all_sparse(model):
+        if model.intermediate_size % self.tensor and len(model.sparse_layers) < model.num_layers:
             raise ConfigError(
                 f"tensor_parallel_size={self.tensor} must divide the model's intermediate_size of "
                 f"{model.intermediate_size}"
             )
         moe = model.moe
-        if moe is None or not any(model.is_sparse(layer) for layer in range(model.num_layers)):
+        if moe is None or not model.sparse_layers:
             if self.expert > 1 or redundant_experts:
                 setting = f"expert_parallel_size={self.expert}"
                 if self.expert == 1:
@@ -73,9 +75,6 @@ class ParallelSizes:
                 f"tensor_parallel_size={self.tensor} must divide the experts' intermediate_size of "
                 f"{moe.intermediate_size}"
             )
-
-    def _all_sparse(self, model: ModelConfig) -> bool:
-        return all(model.is_sparse(layer) for layer in range(model.num_layers))
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +95,17 @@ class DeviceMesh:
     def platform(self) -> str:
         """Of its devices: "cpu", "gpu"."""
         return str(self.mesh.devices.flat[0].platform)
+
+    def on_each(self, function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+        """A function of one device's parts, as one of whole arrays: it runs on each device on its own part.
+
+        Args:
+          in_specs, out_specs: mesh axes that arguments and results are split over, as of `jax.shard_map`.
+        """
+        mapped: Callable[..., Any] = jax.shard_map(
+            function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
+        )
+        return mapped
 
     def sharding(self, *axes: tuple[str, ...] | str | None) -> NamedSharding:
         """Of an array whose axes are split over these mesh axes; none for one that is the same everywhere."""

@@ -13,16 +13,11 @@ from jaxtyping import Array, Int32
 
 from jaxdual.parallel.exchange import ExpertSlots
 from jaxdual.parallel.mesh import EXPERT, TENSOR, DeviceMesh
-from jaxdual.scheduling.experts import Move, Placement, eplb
+from jaxdual.scheduling.experts import Move, Placement, eplb, linear_placement
 from models import Decoder, ModelConfig
 from models.sharding import sharding_rule
 
 STACKS = ("gate", "up", "down")
-
-
-def sparse_layers(config: ModelConfig) -> list[int]:
-    """Layers with experts; a placement has a row for each of them."""
-    return [layer for layer in range(config.num_layers) if config.is_sparse(layer)]
 
 
 def first_placement(config: ModelConfig, mesh: DeviceMesh, redundant: int) -> Placement | None:
@@ -31,26 +26,25 @@ def first_placement(config: ModelConfig, mesh: DeviceMesh, redundant: int) -> Pl
     Args:
       redundant: slots of each layer beyond one for each expert.
     """
-    layers = len(sparse_layers(config))
+    layers = len(config.sparse_layers)
     if config.moe is None or not layers:
         return None
     experts, devices = config.moe.num_experts, mesh.sizes.expert
     if not redundant:
-        return Placement(np.tile(np.arange(experts, dtype=np.int32), (layers, 1)), devices, experts)
+        return linear_placement(layers, experts, devices)
     return eplb(np.ones((layers, experts)), devices, redundant=redundant)
 
 
 def put_experts(model: Decoder, placement: Placement, mesh: DeviceMesh) -> None:
     """Puts experts, which are in order, into the slots of a placement; layer by layer, so that one is held twice."""
-    order = np.arange(placement.num_experts)
-    for row, layer in enumerate(sparse_layers(model.config)):
+    order, rule = np.arange(placement.num_experts), sharding_rule(mesh.mesh, mesh.rules)
+    for row, layer in enumerate(model.config.sparse_layers):
         held = placement.experts[row]
         if np.array_equal(held, order):
             continue
         experts = model.layers[layer].mlp.experts
         for name in STACKS:
             parameter: nnx.Param = getattr(experts, name)
-            rule = sharding_rule(mesh.mesh, mesh.rules)
             shape = (len(held), *parameter.shape[1:])
             target = rule(f"layers.{layer}.mlp.experts.{name}", shape)
             parameter.set_value(
@@ -87,10 +81,7 @@ class ExpertMover:
         gate = PartitionSpec(EXPERT, None, TENSOR)
         stacks = (gate, gate, PartitionSpec(EXPERT, TENSOR, None))
         whole = PartitionSpec()
-        mapped = jax.shard_map(
-            _move, mesh=mesh.mesh, in_specs=(stacks, whole, whole), out_specs=stacks, check_vma=False
-        )
-        self._program = jax.jit(mapped, donate_argnums=0)
+        self._program = jax.jit(mesh.on_each(_move, (stacks, whole, whole), stacks), donate_argnums=0)
 
     def move(self, stacks: Sequence[jax.Array], moves: Sequence[Move], least: int = 0) -> Sequence[jax.Array]:
         """Starts the moves of a layer, whose stacks of gates, ups and downs are given up for the new ones.

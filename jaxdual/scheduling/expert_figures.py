@@ -79,8 +79,3 @@ def transitions_of(choices: np.ndarray, experts: int) -> np.ndarray:
         after = np.tile(choices[gap + 1].astype(np.int64), (1, k))
         counts[gap] = np.bincount((before * experts + after).ravel(), minlength=experts * experts)
     return counts.reshape(-1, experts, experts)
-
-
-def activations_of(choices: np.ndarray, experts: int) -> np.ndarray:
-    """Counts `[layers, experts]` of tokens that chose each expert."""
-    return np.stack([np.bincount(layer.ravel(), minlength=experts) for layer in choices])

@@ -239,10 +239,10 @@ def read_sim_config(path: Path, settings: Sequence[str] = ()) -> SimConfig:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: {error}") from None
-    given: dict[str, Any] = {}
     for setting in settings:
-        _put(given, setting)
-    _merge(values, given)
+        _put(values, setting)
+    named = {setting.partition("=")[0].strip() for setting in settings}
+    _choose_load(path, values.get("workload"), named)
     try:
         config = msgspec.convert(values, SimConfig)
     except msgspec.ValidationError as error:
@@ -252,7 +252,7 @@ def read_sim_config(path: Path, settings: Sequence[str] = ()) -> SimConfig:
     _check_together(path, config)
     if config.workload.trace is None:
         return config
-    folder = Path.cwd() if "trace" in given.get("workload", {}) else path.parent
+    folder = Path.cwd() if "workload.trace" in named else path.parent
     trace = str(folder / config.workload.trace)
     return msgspec.structs.replace(config, workload=msgspec.structs.replace(config.workload, trace=trace))
 
@@ -273,28 +273,21 @@ def _put(values: dict[str, Any], setting: str) -> None:
     values[key] = value
 
 
-def _merge(values: dict[str, Any], given: dict[str, Any]) -> None:
-    """Puts settings over a file's values, section by section."""
-    load, mine = given.get("workload"), values.get("workload")
-    if isinstance(load, dict) and isinstance(mine, dict):
-        for name in ("max_len", "agents") if load.get("trace") is not None else ("trace",) if "max_len" in load else ():
-            mine.pop(name, None)
-    for name, value in given.items():
-        if isinstance(value, dict) and isinstance(values.get(name), dict):
-            for key, one in value.items():
-                if isinstance(one, dict) and isinstance(values[name].get(key), dict):
-                    values[name][key] |= one
-                else:
-                    values[name][key] = one
-        elif isinstance(value, dict) and name in values:
-            raise ConfigError(f"--set {name}.{next(iter(value))}: {name} is not a section")
-        else:
-            values[name] = value
-    # What is left out and what is nothing are the same.
-    if isinstance(values.get("workload"), dict):
-        values["workload"] = {key: value for key, value in values["workload"].items() if value is not None}
-        if {"trace", "max_len"} <= values["workload"].keys():
-            raise ConfigError("workload.trace and workload.max_len are two loads: give one of them")
+def _choose_load(path: Path, load: Any, named: set[str]) -> None:
+    """Leaves one of a trace and a set: of the settings that are named, if there is one among them, else of the file."""
+    if not isinstance(load, dict):
+        return
+    for key in [key for key, value in load.items() if value is None]:
+        del load[key]  # what is nothing is left out
+    if "workload.trace" in named and "trace" in load:
+        replaced = {"max_len", "agents"}
+    else:
+        replaced = {"trace"} if "workload.max_len" in named else set()
+    for key in replaced:
+        if f"workload.{key}" not in named:
+            load.pop(key, None)
+    if {"trace", "max_len"} <= load.keys():
+        raise ConfigError(f"{path}: workload.trace and workload.max_len are two loads: give one of them")
 
 
 def _check_together(path: Path, config: SimConfig) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 
@@ -15,10 +15,12 @@ from jaxdual.config import (
     ConfigError,
     EngineConfig,
     ServerConfig,
-    add_arguments,
-    read_config,
-    read_config_file,
 )
+from jaxdual.config_sources import add_arguments, read_config, read_config_file
+from jaxdual.scheduling.dispatch import DISPATCH_POLICIES, GimbalThresholds
+from jaxdual.scheduling.expert_policies import EXPERT_PLACEMENTS, WINDOW
+from jaxdual.scheduling.experts import INTERVAL
+from jaxdual.scheduling.queues import AGE_LIMIT, QUEUE_POLICIES
 
 
 def from_args(arguments: list[str], environment: dict[str, str] | None = None) -> EngineConfig:
@@ -184,3 +186,21 @@ def test_what_only_clusters_have_a_use_for_is_refused_without_one() -> None:
         AsyncLLM.from_config(EngineConfig(kv_transport="verbs"))
     with pytest.raises(ConfigError, match="kv_transport='tcp' needs a cluster"):
         LLM.from_config(EngineConfig(kv_transport="tcp"))
+
+
+def test_policies_have_the_names_and_defaults_that_they_are_made_with() -> None:
+    """The configuration imports none of them, so that a front is light."""
+    hints, default = get_type_hints(EngineConfig), EngineConfig()
+    for setting, names in (
+        ("scheduling_policy", QUEUE_POLICIES),
+        ("dispatch_policy", DISPATCH_POLICIES),
+        ("expert_placement", EXPERT_PLACEMENTS),
+    ):
+        assert get_args(hints[setting]) == names
+    made = GimbalThresholds()
+    assert (default.theta_kv, default.theta_diff, default.theta_load) == (
+        made.theta_kv,
+        made.theta_diff,
+        made.theta_load,
+    )
+    assert (default.theta_age, default.expert_interval, default.expert_window) == (AGE_LIMIT, INTERVAL, WINDOW)

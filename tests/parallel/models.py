@@ -29,20 +29,16 @@ CONFIGS = {
             mlp_only_layers=(1,),
         ),
     ),
-    "dense": ModelConfig(
-        family="llama",
-        vocab_size=95,  # not to be split evenly
-        hidden_size=32,
-        intermediate_size=48,
-        num_layers=2,
-        num_heads=8,
-        num_kv_heads=4,
-        head_dim=8,
-        rope=RopeConfig(theta=1e4),
-        max_position_embeddings=256,
-        tie_word_embeddings=True,
-    ),
 }
+CONFIGS["dense"] = dataclasses.replace(
+    CONFIGS["moe"],
+    family="llama",
+    vocab_size=95,  # not to be split evenly
+    num_layers=2,
+    tie_word_embeddings=True,
+    qk_norm=False,
+    moe=None,
+)
 CONFIGS["one_expert"] = dataclasses.replace(
     CONFIGS["moe"],
     moe=dataclasses.replace(CONFIGS["moe"].moe, num_experts_per_tok=1),  # type: ignore[type-var]

@@ -13,8 +13,9 @@ from flax import nnx
 
 from jaxdual import LLM, AsyncLLM, EngineConfig, SamplingParams
 from jaxdual.config import ClusterConfig, ConfigError
-from jaxdual.engine.expert_balancer import ExpertBalancer, RouterLog
+from jaxdual.engine.expert_balancer import ExpertBalancer
 from jaxdual.engine.router_counts import RouterCounts
+from jaxdual.engine.router_log import RouterLog
 from jaxdual.scheduling.expert_figures import transitions_of
 from jaxdual.scheduling.experts import Placement, eplb
 from jaxdual.telemetry import CompileCounter
@@ -206,8 +207,8 @@ def test_windows_end_where_they_should_and_hold_their_steps_only() -> None:
         log = RouterLog(runner, 1, window, period)  # type: ignore[arg-type]
         for step in range(1, 21):
             ended = log.before_step()
-            assert ended == (step > 1 and (step - 1) % steps == 0)
-            if ended:
-                assert log.window is not None
-                assert log.window.tokens == sum(range(step - window, step))
+            assert (ended is not None) == (step > 1 and (step - 1) % steps == 0)
+            if ended is not None:
+                assert ended is log.window
+                assert ended.tokens == sum(range(step - window, step))
             runner.tokens += step

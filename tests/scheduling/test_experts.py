@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxdual.scheduling.expert_figures import (
-    activations_of,
     cut,
     device_loads,
     imbalance,
@@ -241,7 +240,6 @@ def test_transitions_count_all_pairs_of_a_tokens_experts() -> None:
         for before, after in itertools.product(choices[gap, token], choices[gap + 1, token]):
             counted[gap, before, after] += 1
     assert (transitions_of(choices, 5) == counted).all()
-    assert activations_of(choices, 5).sum() == choices.size
 
 
 def test_cut_and_traffic_count_what_is_elsewhere() -> None:
