@@ -66,6 +66,11 @@ class EngineConfig:
       tensor_parallel_size: devices that share each layer: attention by key-value heads, MLPs by their width.
       expert_parallel_size: devices that share the experts of each layer; each has sequences and KV memory of its own.
       data_parallel_size: how often all of that is repeated, on devices of its own with sequences of its own.
+      num_processes: that these devices are spread over, evenly: on several machines, or to use several processes of
+        one. The engine's own is the first.
+      coordinator_address: "host:port" at which the engine waits for the other processes, `python -m jaxdual.follower`,
+        and JAX's coordinator at the port after it; None starts them on this machine.
+      join_timeout: seconds in which all processes must have come.
       redundant_experts: slots of each layer beyond one for each expert, for further copies of some.
       expert_placement: where the experts of each layer lie, decided anew every `expert_interval` steps: "linear" in
         order, for ever; "eplb" so that loads are balanced; "edr" Algorithm 3 of arXiv 2602.21626, which pins experts
@@ -117,6 +122,9 @@ class EngineConfig:
     tensor_parallel_size: int = 1
     expert_parallel_size: int = 1
     data_parallel_size: int = 1
+    num_processes: int = 1
+    coordinator_address: str | None = None
+    join_timeout: float = 300.0
     redundant_experts: int = 0
     expert_placement: Literal["linear", "eplb", "edr", "edr_column", "source"] = "linear"
     expert_interval: int = 3000
@@ -146,6 +154,7 @@ class EngineConfig:
             ("tensor_parallel_size", 1),
             ("expert_parallel_size", 1),
             ("data_parallel_size", 1),
+            ("num_processes", 1),
             ("redundant_experts", 0),
             ("expert_interval", 1),
             ("expert_window", 1),
@@ -172,6 +181,7 @@ class EngineConfig:
         if not 0 < self.kv_load_timeout < float("inf"):
             raise ConfigError(f"kv_load_timeout={self.kv_load_timeout} must be above 0 seconds")
         self._check_experts()
+        self._check_processes()
         for name in ("theta_kv", "theta_diff"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be in [0, 1]")
@@ -187,6 +197,22 @@ class EngineConfig:
             raise ConfigError(f"theta_age={self.theta_age} must be above 0 seconds")
         if self.preemption_mode == "swap" and not self.host_cache_bytes:
             raise ConfigError('preemption_mode="swap" needs host_cache_bytes above 0')
+
+    def _check_processes(self) -> None:
+        for name in ("coordinator_address", "join_timeout"):
+            self._refuse_unused(name, self.num_processes > 1, "num_processes above 1")
+        if not 0 < self.join_timeout < float("inf"):
+            raise ConfigError(f"join_timeout={self.join_timeout} must be above 0 seconds")
+        if self.num_devices % self.num_processes:
+            raise ConfigError(f"num_processes={self.num_processes} must divide the {self.num_devices} devices")
+        if self.num_processes == 1:
+            return
+        for setting in ("kv_store", "kv_transport", "host_cache_bytes"):
+            if getattr(self, setting):
+                raise ConfigError(
+                    f"{setting}={getattr(self, setting)!r}: blocks leave the devices of an engine of one process only, "
+                    f"and num_processes={self.num_processes}"
+                )
 
     def _check_experts(self) -> None:
         if self.expert_placement != "linear" and self.expert_window > self.expert_interval:
@@ -239,6 +265,10 @@ class EngineConfig:
     def num_devices(self) -> int:
         """Devices that the engine runs on."""
         return self.num_ranks * self.tensor_parallel_size
+
+    @property
+    def devices_per_process(self) -> int:
+        return self.num_devices // self.num_processes
 
     @property
     def shares_kv_store(self) -> bool:

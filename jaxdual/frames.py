@@ -109,6 +109,8 @@ class MessageSocket:
             except OSError as error:  # also that its host doesn't answer
                 raise ConnectionError(f"{self._peer}: {error}") from error
             if not data:
+                if messages:  # its last words; the next call says that it is gone
+                    break
                 raise ConnectionError(f"{self._peer} has closed the connection")
             messages += self._frames.feed(data)
         return messages

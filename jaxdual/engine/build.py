@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import jax
+import numpy as np
 
 from jaxdual.config import EngineConfig
 from jaxdual.engine.buckets import Buckets
@@ -16,7 +18,6 @@ from jaxdual.engine.engine import Engine
 from jaxdual.engine.expert_balancer import ExpertBalancer
 from jaxdual.engine.loading import LoadedModel, load_model
 from jaxdual.engine.memory import check_host_memory, group_pages
-from jaxdual.engine.mesh_programs import MeshPrograms
 from jaxdual.engine.ranks import Rank, Ranks
 from jaxdual.engine.router_log import RouterLog
 from jaxdual.engine.runner import Runner
@@ -82,26 +83,13 @@ def engine_of(loaded: LoadedModel, config: EngineConfig, part: ClusterPart | Non
     memory = group_pages(config, layout, loaded.max_model_len, max_chunk, loaded.model.config)
     check_host_memory(config, layout, memory, loaded.model.config)
     host, slab = host_memory(layout, memory, shared=config.needs_kv_agent, ranks=config.num_ranks)
+    runner = _runner_of(loaded, config, memory, host)
     limits = BatchLimits(
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
         max_chunk=max_chunk,
         preemption=config.preemption_mode,
         prefill_beside_decode=_prefill_beside_decode(config),
-    )
-    runner = Runner(
-        loaded.model,
-        layout,
-        memory=memory,
-        max_num_seqs=config.max_num_seqs,
-        max_model_len=loaded.max_model_len,
-        max_chunk=max_chunk,
-        buckets=Buckets(config.max_num_seqs, max_chunk),
-        host=host,
-        direct=lands_directly(config),
-        mesh=loaded.mesh,
-        count_routers=config.counted_of_routers,
-        placement=loaded.placement,
     )
     router_log = _router_log(config, runner)
     dispatch = dispatch_policy(
@@ -120,6 +108,40 @@ def engine_of(loaded: LoadedModel, config: EngineConfig, part: ClusterPart | Non
         seed=config.seed,
     )
     return Built(engine, loaded)
+
+
+def follower_runner(loaded: LoadedModel, config: EngineConfig, memory: Sequence[GroupPages]) -> Runner:
+    """What a process that follows the engine's own has of it.
+
+    Args:
+      memory: that the leader has chosen.
+    """
+    host, _ = host_memory(loaded.layout, memory, shared=False, ranks=config.num_ranks)
+    return _runner_of(loaded, config, memory, host)
+
+
+def _runner_of(
+    loaded: LoadedModel, config: EngineConfig, memory: Sequence[GroupPages], host: Sequence[np.ndarray]
+) -> Runner:
+    make: Callable[..., Runner] = Runner
+    if loaded.followers is not None:
+        from jaxdual.engine.replay import LeadingRunner  # speaks in messages, as `Followers` do
+
+        make = partial(LeadingRunner, loaded.followers)
+    return make(
+        loaded.model,
+        loaded.layout,
+        memory=memory,
+        max_num_seqs=config.max_num_seqs,
+        max_model_len=loaded.max_model_len,
+        max_chunk=loaded.max_chunk,
+        buckets=Buckets(config.max_num_seqs, loaded.max_chunk),
+        host=host,
+        direct=lands_directly(config),
+        mesh=loaded.mesh,
+        count_routers=config.counted_of_routers,
+        placement=loaded.placement,
+    )
 
 
 def _rank(config: EngineConfig, memory: Sequence[GroupPages], limits: BatchLimits) -> Rank:
@@ -143,10 +165,10 @@ def _router_log(config: EngineConfig, runner: Runner) -> RouterLog | None:
 def _balancer(
     config: EngineConfig, loaded: LoadedModel, runner: Runner, log: RouterLog | None
 ) -> ExpertBalancer | None:
-    if loaded.placement is None or not isinstance(runner.programs, MeshPrograms):
+    if loaded.placement is None:
         return None
     policy = expert_policy(config.expert_placement, config.expert_parallel_size, redundant=config.redundant_experts)
-    return ExpertBalancer(runner.programs, loaded.placement, log=log, policy=policy)
+    return ExpertBalancer(runner, loaded.placement, log=log, policy=policy)
 
 
 def _prefill_beside_decode(config: EngineConfig) -> int | None:

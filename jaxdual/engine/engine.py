@@ -118,9 +118,7 @@ class Engine:
 
     def warm_ups(self) -> Iterator[tuple[str, Callable[[], float]]]:
         """See `Runner.warm_ups`."""
-        yield from self.runner.warm_ups()
-        if self.balancer is not None:
-            yield from self.balancer.warm_ups()
+        return self.runner.warm_ups(moves=self.balancer is not None and self.balancer.decides)
 
     @property
     def patience(self) -> float | None:
@@ -251,11 +249,18 @@ class Engine:
     @property
     def descriptors(self) -> tuple[int, ...]:
         """What is readable when `poll` has something to do though there is no work for `step`."""
-        return () if self.transfers is None else self.transfers.descriptors
+        return (*self.runner.descriptors, *(() if self.transfers is None else self.transfers.descriptors))
 
     def poll(self) -> None:
-        """Handles what comes from beside the engine; `step` does, too."""
-        if self._dead is None and self.transfers is not None:
+        """Handles what comes from beside the engine; `step` does, too.
+
+        Raises:
+          EngineDeadError: a process that it needs has ended.
+        """
+        if self._dead is not None:
+            return
+        self.runner.check_processes()
+        if self.transfers is not None:
             self._poll_transfers(self.transfers)
 
     def step(self) -> list[TokenEvent]:
@@ -314,6 +319,7 @@ class Engine:
         self._dead = self._dead or "the engine is closed"
         if self.transfers is not None:
             self.transfers.close()
+        self.runner.close()
 
     # Transfers.
 

@@ -7,13 +7,12 @@ move between the next two. So no step waits for more than one layer's moves, and
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 
-from jaxdual.engine.mesh_programs import MeshPrograms
 from jaxdual.engine.router_log import RouterLog
-from jaxdual.engine.warm_up import timed
+from jaxdual.engine.runner import Runner
 from jaxdual.scheduling.expert_figures import imbalance
 from jaxdual.scheduling.expert_policies import ExpertPolicy, RouterWindow
 from jaxdual.scheduling.experts import Move, Placement, keep_slots, moves
@@ -23,7 +22,7 @@ class ExpertBalancer:
     """Moves experts as a policy says, whenever a window of choices ends.
 
     Args:
-      programs: of a runner whose model has experts on several devices.
+      runner: whose model has experts on several devices.
       placement: where experts are now.
       log: of the runner; None where nothing is counted.
       policy: where experts should be; None moves nothing by itself.
@@ -34,13 +33,13 @@ class ExpertBalancer:
 
     def __init__(
         self,
-        programs: MeshPrograms,
+        runner: Runner,
         placement: Placement,
         *,
         log: RouterLog | None = None,
         policy: ExpertPolicy | None = None,
     ) -> None:
-        self._programs, self._policy, self._log = programs, policy, log
+        self._runner, self._policy, self._log = runner, policy, log
         self._moves: deque[tuple[int, list[Move]]] = deque()
         self._now = placement.experts.copy()
         self.placement = placement
@@ -77,12 +76,13 @@ class ExpertBalancer:
 
     def _move_next(self) -> None:
         row, of_layer = self._moves.popleft()
-        self._programs.move_experts(row, of_layer, self.placement)
+        self._runner.move_experts(row, of_layer, self.placement.experts[row].tolist())
         self._now[row] = self.placement.experts[row]
 
-    def warm_ups(self) -> Iterator[tuple[str, Callable[[], float]]]:
-        """Name of every program that moves experts, and a call that compiles it and returns the seconds it took."""
-        return timed(self._programs.warm_up_moves() if self._policy is not None else ())
+    @property
+    def decides(self) -> bool:
+        """Whether it moves experts by itself."""
+        return self._policy is not None
 
     @property
     def is_moving(self) -> bool:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +26,9 @@ from models import Decoder, GenerationConfig, ModelConfig, init, load, load_conf
 from models.fingerprint import model_fingerprint
 from models.shapes import ShardingRule
 from models.sharding import sharding_rule
+
+if TYPE_CHECKING:
+    from jaxdual.engine.followers import Followers, Leader
 
 _CPU_MODEL_LEN = 8192
 
@@ -42,6 +48,7 @@ class LoadedModel:
       compiles: counts compilations from before that on.
       mesh: of the devices that it lies on; None for one.
       placement: of its experts on them; None for a model without, or on one device.
+      followers: the other processes that have loaded it, where there are some.
     """
 
     model: Decoder
@@ -55,38 +62,61 @@ class LoadedModel:
     compiles: CompileCounter
     mesh: DeviceMesh | None = None
     placement: Placement | None = None
+    followers: Followers | None = None
 
 
-def load_model(config: EngineConfig) -> LoadedModel:
-    """Loads the configured model.
+def load_model(config: EngineConfig, leader: Leader | None = None) -> LoadedModel:
+    """Loads the configured model; of several processes, all do.
+
+    Args:
+      leader: of the processes, in those that follow.
 
     Raises:
       ModelError: no such model, or its files can't be used.
-      ConfigError: settings that don't fit the model.
+      ConfigError: settings that don't fit the model, or processes that don't come.
+      EngineDeadError: another process has ended.
     """
+    claim_devices(config.devices_per_process)
+    if leader is not None or config.num_processes == 1:
+        return _load_model(config, leader)
+    from jaxdual.engine.followers import lead  # it speaks in messages that an engine by itself needs no package for
+
+    followers = lead(config)
+    try:
+        return dataclasses.replace(_load_model(config, followers), followers=followers)
+    except BaseException:
+        followers.close()
+        raise
+
+
+def _load_model(config: EngineConfig, others: Leader | Followers | None) -> LoadedModel:
     sizes = ParallelSizes(config.data_parallel_size, config.expert_parallel_size, config.tensor_parallel_size)
-    claim_devices(sizes.devices)
     use_compilation_cache(config.compilation_cache_dir)
     compiles = CompileCounter()
     start = time.perf_counter()
     folder, served_model_name = find_model(config)
     model_config = load_config(folder)
     generation = load_generation_config(folder)
-    max_model_len = _max_model_len(config, model_config)
     if config.counted_of_routers != "off" and not model_config.sparse_layers:
         raise ConfigError(f"router_statistics={config.counted_of_routers!r}: the model has no experts")
-    mesh, placement = None, None
-    if sizes.devices > 1 or config.redundant_experts:
+    splits = sizes.devices > 1 or config.redundant_experts > 0
+    if splits:
         sizes.check(model_config, config.redundant_experts)
-        mesh = device_mesh(sizes)
+    if others is not None:  # with the first use of a device, they wait for each other
+        others.agree("configuration", hashlib.blake2b(repr(model_config).encode()).digest())
+    max_model_len = _max_model_len(config, model_config)
+    mesh, placement = device_mesh(sizes) if splits else None, None
     model = _model(config, folder, model_config, None if mesh is None else sharding_rule(mesh.mesh, mesh.rules))
+    dtype = jnp.dtype(model.embedding[...].dtype)
+    identity = model_fingerprint(folder, dtype.name, random_weights=config.load_format == "dummy")
+    if others is not None:  # from here on, they do everything together
+        others.agree("model", identity)
     if mesh is not None:
         placement = first_placement(model_config, mesh, config.redundant_experts)
         if placement is not None:
             put_experts(model, placement, mesh)
     load_seconds = time.perf_counter() - start
 
-    dtype = jnp.dtype(model.embedding[...].dtype)
     layout = KVLayout.of_layers(
         [_window(model_config, layer, max_model_len) for layer in range(model_config.num_layers)],
         kv_heads=model_config.num_kv_heads,
@@ -95,7 +125,6 @@ def load_model(config: EngineConfig) -> LoadedModel:
         dtype=dtype.name,
         itemsize=dtype.itemsize,
     )
-    identity = model_fingerprint(folder, dtype.name, random_weights=config.load_format == "dummy")
     eos_token_ids = generation.eos_token_ids or model_config.eos_token_ids
     if len(eos_token_ids) > MAX_STOP_TOKENS:
         raise ConfigError(

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec, Sharding
 from jaxtyping import Array, Bool, Float, Float32, Int32
@@ -22,7 +23,7 @@ from jaxdual.engine import sampler
 from jaxdual.engine.paged import Arenas, Attend, GroupTable, decode_attend, prefill_attend
 from jaxdual.engine.router_counts import RouterCounts, count
 from jaxdual.engine.sampler import Logprobs, SampleInputs, SamplerState
-from jaxdual.engine.steps import Programs, Routing
+from jaxdual.engine.steps import Leaves, Programs, Routing
 from jaxdual.kv.layout import KVLayout
 from jaxdual.parallel.exchange import ExpertExchange, ExpertSlots, slots_of_choices
 from jaxdual.parallel.mesh import RANKS, TENSOR, DeviceMesh
@@ -55,6 +56,7 @@ class MeshPrograms(Programs):
         self._place_experts(model, placement)
         self._exchange = ExpertExchange(mesh)
         self._exchanged = jax.jit(self._route_and_exchange)  # within the step: layers share a trace
+        self._gathered = jax.jit(lambda results: results, out_shardings=mesh.sharding())
         self.set_slot = jax.jit(self._set_slot, donate_argnums=0)
         self.gather = jax.jit(self._gather, static_argnames="rows_per_block")
         self.scatter = jax.jit(self._scatter, donate_argnums=0)
@@ -69,18 +71,21 @@ class MeshPrograms(Programs):
         self._stacks = {
             layer: [paths.index(f"layers.{layer}.mlp.experts.{name}") for name in STACKS] for layer in self._sparse
         }
+        self._num_experts = placement.num_experts
         self._mover = ExpertMover(self._mesh)
 
-    def move_experts(self, row: int, moves: Sequence[Move], placement: Placement) -> None:
-        """Has steps from now on find the experts of one layer as a placement has them.
+    def move_experts(self, row: int, moves: Sequence[Move], experts: Sequence[int]) -> None:
+        """Has steps from now on find the experts of one layer in other slots.
 
         Args:
-          row: of the layer in the placement.
-          moves: of that layer, from the placement before.
+          row: of the layer in placements.
+          moves: from the slots before.
+          experts: in each slot.
         """
         layer = self._sparse[row]
         self._replace(self._stacks[layer], moves)
-        self.experts[layer] = expert_slots(placement.of_layer(row), self._mesh)[0]
+        placement = Placement(np.array([experts], np.int32), self._mesh.sizes.expert, self._num_experts)
+        self.experts[layer] = expert_slots(placement, self._mesh)[0]
 
     def _replace(self, places: Sequence[int], moves: Sequence[Move], least: int = 0) -> None:
         """Puts moved stacks in the place of those that were there."""
@@ -90,6 +95,8 @@ class MeshPrograms(Programs):
 
     def warm_up_moves(self) -> Iterator[tuple[str, Callable[[], object]]]:
         """Name and call of every program that moves experts, each of which moves none."""
+        if self.experts is None:
+            return
         places = self._stacks[self._sparse[0]]
 
         def move(size: int) -> object:
@@ -181,7 +188,24 @@ class MeshPrograms(Programs):
         sampled: tuple[SamplerState, Array, Logprobs] = self._mesh.on_each(sampler.sample, _BY_RANK, _BY_RANK)(
             logits, state, inputs
         )
-        return sampled
+        state, tokens, logprobs = sampled
+        return state, *self._for_host((tokens, logprobs))
+
+    def _score(self, leaves: Leaves, x: Float[Array, "rows hidden"], tokens: Int32[Array, " rows"]) -> Logprobs:
+        logprobs: Logprobs = self._for_host(super()._score(leaves, x, tokens))
+        return logprobs
+
+    def _for_host[T](self, results: T) -> T:
+        """Results that every process can read whole."""
+        if not self._mesh.spans_processes:
+            return results
+        constrained: T = jax.lax.with_sharding_constraint(results, self._mesh.sharding())
+        return constrained
+
+    def on_host(self, results: Any) -> Any:
+        if self._mesh.spans_processes:
+            results = self._gathered(results)
+        return super().on_host(results)
 
     def _set_slot(
         self,

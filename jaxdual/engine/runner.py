@@ -27,7 +27,7 @@ from jaxdual.kv.manager import GroupPages, PageCopy, TableChange
 from jaxdual.kv.slots import IntegrityError
 from jaxdual.parallel.mesh import DeviceMesh
 from jaxdual.scheduling.batch import Row, StepPlan
-from jaxdual.scheduling.experts import Placement
+from jaxdual.scheduling.experts import Move, Placement
 from models import Decoder
 
 # Pages moved by one program between tiers: a copy or two of waste at the end of a long move costs less than another
@@ -211,12 +211,38 @@ class Runner:
         }
         return StepResult(tuple(sampled), prompt_logprobs)
 
-    def warm_ups(self) -> Iterator[tuple[str, Callable[[], float]]]:
+    def warm_ups(self, *, moves: bool = False) -> Iterator[tuple[str, Callable[[], float]]]:
         """Name of every program in every shape, and a call that compiles and runs it and returns the seconds it took.
 
         Further calls of a shape that is compiled already, by a request or before, take next to nothing.
+
+        Args:
+          moves: those that move experts, too, where there are some on several devices.
         """
-        return timed(self._warm_up_runs())
+        yield from timed(self._warm_up_runs())
+        if moves and isinstance(self.programs, MeshPrograms):
+            yield from timed(self.programs.warm_up_moves())
+
+    def move_experts(self, row: int, moves: Sequence[Move], experts: Sequence[int]) -> None:
+        """See `MeshPrograms.move_experts`."""
+        if not isinstance(self.programs, MeshPrograms):
+            raise TypeError("on one device, experts don't move")
+        self.programs.move_experts(row, moves, experts)
+
+    # Of a runner that works together with those of other processes (`engine.replay`).
+
+    @property
+    def descriptors(self) -> tuple[int, ...]:
+        """Readable when one of the other processes has ended."""
+        return ()
+
+    def check_processes(self) -> None:
+        """Raises `EngineDeadError` if one of the other processes has ended."""
+
+    def close(self) -> None:
+        """Ends the other processes."""
+
+    # Single calls.
 
     def gather(self, group: int, pages: Sequence[int]) -> jax.Array:
         """Starts a copy of up to `COPY_PAGES` pages of a group off the device: the first blocks of the result.
@@ -231,9 +257,9 @@ class Runner:
         counts = self._router_counts
         if counts is None:
             return None
-        taken = jax.tree.map(np.asarray, counts)
+        taken: RouterCounts = self.programs.on_host(counts)
         self._router_counts = jax.tree.map(lambda one: jnp.zeros(one.shape, one.dtype, device=one.sharding), counts)
-        return RouterCounts(*taken)
+        return taken
 
     def check_arena(self) -> None:
         """Raises `IntegrityError` if an arena is not the buffer that it was at the start."""

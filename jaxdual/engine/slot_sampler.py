@@ -121,7 +121,7 @@ class SlotSampler:
         """Log-probabilities of `targets` at as many rows of the residual stream `x`, from row `first` on; waits for
         them.
         """
-        rows = np.asarray(x)[first : first + len(targets)]
+        rows: np.ndarray = self._programs.on_host(x)[first : first + len(targets)]
         scores: list[TokenLogprobs] = []
         for start in range(0, len(targets), _SCORE_TOKENS):
             part = rows[start : start + _SCORE_TOKENS]

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Sharding
 from jaxtyping import Array, Bool, Float, Float32, Int32
@@ -85,6 +86,10 @@ class Programs:
     def slot_sharding(self) -> Sharding:
         """Where state lies that has a row for each slot."""
         return self.arena_sharding
+
+    def on_host(self, results: Any) -> Any:
+        """Arrays of the device as arrays of the host, whole; waits for them."""
+        return jax.tree.map(np.asarray, results)
 
     def _model(self, leaves: Leaves) -> Any:
         return nnx.merge(self._graphdef, jax.tree.unflatten(self._structure, leaves))

@@ -96,6 +96,11 @@ class DeviceMesh:
         """Of its devices: "cpu", "gpu"."""
         return str(self.mesh.devices.flat[0].platform)
 
+    @property
+    def spans_processes(self) -> bool:
+        """Whether other processes drive some of its devices."""
+        return bool(self.mesh.is_multi_process)
+
     def on_each(self, function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
         """A function of one device's parts, as one of whole arrays: it runs on each device on its own part.
 
@@ -113,7 +118,7 @@ class DeviceMesh:
 
 
 def claim_devices(count: int) -> None:
-    """Has a CPU be so many devices, unless JAX has been used already, or its environment says how many there are."""
+    """Has a process's CPU be so many devices, unless JAX has been used, or its environment says how many there are."""
     if count > 1 and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         with contextlib.suppress(RuntimeError):
             if jax.config.jax_num_cpu_devices < count:  # type: ignore[attr-defined]
@@ -121,21 +126,27 @@ def claim_devices(count: int) -> None:
 
 
 def device_mesh(sizes: ParallelSizes) -> DeviceMesh:
-    """A mesh of the devices of this job.
+    """A mesh of the devices of this job, as many of each process.
 
     Neighbouring devices, which are the nearest, are along `tensor`, then along `expert`.
 
     Raises:
       ConfigError: there are fewer devices.
     """
-    devices = jax.devices()
-    if len(devices) < sizes.devices:
-        hint = ""
-        if devices[0].platform == "cpu":
-            hint = ": a CPU is as many devices as jax.config's jax_num_cpu_devices says before JAX is first used"
-        raise ConfigError(
-            f"data_parallel_size={sizes.data} times expert_parallel_size={sizes.expert} times "
-            f"tensor_parallel_size={sizes.tensor} needs {sizes.devices} devices, and there are {len(devices)}{hint}"
-        )
-    grid = np.array(devices[: sizes.devices]).reshape(sizes.data, sizes.expert, sizes.tensor)
+    processes = jax.process_count()
+    each = sizes.devices // processes
+    devices = list[jax.Device]()
+    for number in range(processes):
+        own = jax.devices() if processes == 1 else jax.local_devices(process_index=number)
+        if len(own) < each:
+            hint = ""
+            if own[0].platform == "cpu":
+                hint = ": a CPU is as many devices as jax.config's jax_num_cpu_devices says before JAX is first used"
+            where = f" of {sizes.devices} in each of {processes} processes" if processes > 1 else ""
+            raise ConfigError(
+                f"data_parallel_size={sizes.data} times expert_parallel_size={sizes.expert} times "
+                f"tensor_parallel_size={sizes.tensor} needs {each} devices{where}, and there are {len(own)}{hint}"
+            )
+        devices += own[:each]
+    grid = np.array(devices).reshape(sizes.data, sizes.expert, sizes.tensor)
     return DeviceMesh(Mesh(grid, (DATA, EXPERT, TENSOR)), sizes)

@@ -56,10 +56,12 @@ def expert_slots(placement: Placement, mesh: DeviceMesh) -> list[ExpertSlots]:
     """What the steps are told of a placement: the slots of the experts of each layer that has some."""
     slots, copies = placement.slots_of()
     everywhere = mesh.sharding()
-    return [
-        ExpertSlots(*(jax.device_put(values[row], everywhere) for values in (slots, copies)))
-        for row in range(len(slots))
-    ]
+
+    def put(values: np.ndarray) -> jax.Array:
+        # Unlike `device_put`, it doesn't have processes compare what they put.
+        return jax.make_array_from_callback(values.shape, everywhere, lambda index: values[index])
+
+    return [ExpertSlots(put(slots[row]), put(copies[row])) for row in range(len(slots))]
 
 
 def move_sizes(slots: int) -> tuple[int, int]:

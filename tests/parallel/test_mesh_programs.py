@@ -70,10 +70,10 @@ def logits_on_mesh(programs: MeshPrograms, layout: KVLayout, ranks: int, tokens:
         table,
         programs.experts,
     )
-    x = np.asarray(x).reshape(ranks, LENGTH, -1).copy()
-    x[:, -1] = np.asarray(last)
+    x = programs.on_host(x).reshape(ranks, LENGTH, -1).copy()
+    x[:, -1] = programs.on_host(last)
     head = jax.jit(lambda leaves, x: programs._model(leaves).head(x))
-    return np.asarray(head(programs.leaves, x.reshape(ranks * LENGTH, -1))).reshape(ranks, LENGTH, -1)
+    return programs.on_host(head(programs.leaves, x.reshape(ranks * LENGTH, -1))).reshape(ranks, LENGTH, -1)
 
 
 def tokens_of(name: str, ranks: int) -> np.ndarray:
