@@ -288,6 +288,7 @@ class Engine:
             figures["num_waiting"] += transfers.num_waiting
         return {
             **figures,
+            "dispatch_decisions": dict(self.ranks.dispatch.branches),
             "prompt_tokens": self.prompt_tokens,
             "generation_tokens": self.generation_tokens,
             "steps": self.steps,
