@@ -58,7 +58,8 @@ class Ranks:
             self._reported = now
             for number, rank in enumerate(self._ranks):
                 self._board.report(number, rank.scheduler.load())
-        wanted = DispatchRequest(request.request_id, len(request.prompt_token_ids), outputs=request.params.n)
+        length = len(request.prompt_token_ids)
+        wanted = DispatchRequest(request.request_id, length, request.user, request.params.n)
         number = self.dispatch.select(wanted, self._board, now)
         self._board.sent(number, wanted)
         return number
