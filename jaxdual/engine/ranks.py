@@ -69,7 +69,7 @@ class Ranks:
             len(request.prompt_token_ids),
             request.user,
             request.params.n,
-            self._prefix_shares(request, keys),
+            self._shares(request, keys),
         )
         number = self.dispatch.select(wanted, self._board, now)
         self._board.sent(number, wanted)
@@ -89,14 +89,18 @@ class Ranks:
         figures = [_figures(rank) for rank in self._ranks]
         return {name: sum(of_rank[name] for of_rank in figures) for name in figures[0]}
 
-    def _prefix_shares(self, request: Request, keys: KeyChain) -> Sequence[float]:
+    def _shares(self, request: Request, keys: KeyChain) -> Sequence[float]:
         """Part of a prompt that each rank has cached, for a policy that asks."""
-        kv = self._ranks[0].kv
-        if not self.dispatch.uses_prefixes or not kv.prefix_caching:
+        if not self.dispatch.uses_prefixes or not self._ranks[0].kv.prefix_caching:
             return ()
-        prompt = request.prompt_token_ids
-        blocks = keys.upto(prompt, (len(prompt) - 1) // kv.page_size)
-        return [rank.kv.num_cached_blocks(blocks) * kv.page_size / len(prompt) for rank in self._ranks]
+        return prefix_shares([rank.kv for rank in self._ranks], request.prompt_token_ids, keys)
+
+
+def prefix_shares(ranks: Sequence[KVManager], prompt: Sequence[int], keys: KeyChain) -> list[float]:
+    """Part of a prompt that each of several ranks could go on from; `keys` are its own."""
+    page_size = ranks[0].page_size
+    blocks = keys.upto(prompt, (len(prompt) - 1) // page_size)
+    return [kv.num_cached_blocks(blocks) * page_size / len(prompt) for kv in ranks]
 
 
 def _figures(rank: Rank) -> dict[str, int]:
