@@ -85,6 +85,14 @@ def test_the_second_request_of_a_user_finds_the_first_one_s_blocks(llm: LLM, fac
     llm.check_integrity()
 
 
+@pytest.mark.parametrize(("seconds", "remembered"), [(0.0, False), (float("inf"), True)])
+def test_users_are_remembered_for_as_long_as_the_setting_says(seconds: float, remembered: bool) -> None:
+    llm = LLM(shipped_model("moe"), **SETTINGS, user_ttl=seconds)
+    for _ in range(2):  # a rank is chosen at once
+        llm.submit("x", GREEDY, user="ann")
+    assert llm.stats().dispatch_decisions == ({"round_robin": 1, "affinity": 1} if remembered else {"round_robin": 2})
+
+
 def test_users_that_do_not_fit_the_prompts_are_refused(llm: LLM) -> None:
     with pytest.raises(ValueError, match="1 users for 2 prompts: give one, or one for each"):
         llm.generate(["a", "b"], GREEDY, user=["ann"])
@@ -143,6 +151,12 @@ async def _chat(_: Face, http: httpx.AsyncClient, user: str | None) -> int:
     return _cached(await http.post("/v1/chat/completions", json=body))
 
 
+async def _python(face: Face, _: httpx.AsyncClient, user: str | None) -> int:
+    return [
+        output.num_cached_tokens async for output in face.llm.generate(prompt(f"python {user}"), GREEDY, user=user)
+    ][-1]
+
+
 def _cached(response: httpx.Response) -> int:
     assert response.status_code == 200, response.text
     return response.json()["usage"]["prompt_tokens_details"]["cached_tokens"]
@@ -151,7 +165,7 @@ def _cached(response: httpx.Response) -> int:
 @pytest.mark.slow
 def test_the_server_s_faces_send_users_back_and_count_it() -> None:
     faces: list[Callable[[Face, httpx.AsyncClient, str | None], Awaitable[int]]]
-    faces = [_native, _kserve, _completions, _chat]
+    faces = [_native, _kserve, _completions, _chat, _python]
 
     async def use() -> None:
         async with AsyncLLM(shipped_model("moe"), **SETTINGS) as llm, serving(llm) as face:
