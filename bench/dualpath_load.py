@@ -111,8 +111,10 @@ class _Recorded:
         self._llm = llm
         self.streams: list[RequestStream] = []
 
-    async def submit(self, prompt: TokenizedPrompt, sampling_params: SamplingParams, request_id: str) -> RequestStream:
-        self.streams.append(await self._llm.submit(prompt, sampling_params, request_id))
+    async def submit(
+        self, prompt: TokenizedPrompt, sampling_params: SamplingParams, request_id: str, *, user: str
+    ) -> RequestStream:
+        self.streams.append(await self._llm.submit(prompt, sampling_params, request_id, user=user))
         return self.streams[-1]
 
 

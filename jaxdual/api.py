@@ -60,6 +60,7 @@ class LLM(ServedModel):
         prompts: Prompt | TokenizedPrompt | Sequence[Prompt | TokenizedPrompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        user: str | Sequence[str | None] | None = None,
         use_tqdm: bool = False,
     ) -> list[RequestOutput]:
         """Completes prompts.
@@ -67,20 +68,22 @@ class LLM(ServedModel):
         Args:
           prompts: one or several, each text or `{"prompt_token_ids": [...]}`.
           sampling_params: for all, or one for each; the model's defaults if left out.
+          user: who asks, for all or one for each; some `dispatch_policy`s send a user to the same rank again.
           use_tqdm: shows a progress bar.
 
         Returns:
           Outputs in the order of the prompts.
 
         Raises:
-          ValueError: a prompt or parameter that can't be used; no prompt is run then.
+          ValueError: a prompt, parameter or user that can't be used; no prompt is run then.
         """
         several = _as_list(prompts)
         params = self._params_for(sampling_params, len(several))
+        users = _one_each(user, len(several))
         outputs: list[RequestOutput] = []
         try:
-            for prompt, one in zip(several, params, strict=True):
-                outputs.append(self._front.submit(prompt, one))
+            for prompt, one, whose in zip(several, params, users, strict=True):
+                outputs.append(self._front.submit(prompt, one, user=whose))
             self._drain(outputs, show=use_tqdm)
         except BaseException:  # an interrupt too must not leave requests behind
             for output in outputs:
@@ -96,6 +99,7 @@ class LLM(ServedModel):
         *,
         add_generation_prompt: bool = True,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        user: str | Sequence[str | None] | None = None,
         use_tqdm: bool = False,
     ) -> list[RequestOutput]:
         """Answers one conversation, or several; see `generate`.
@@ -105,6 +109,7 @@ class LLM(ServedModel):
           sampling_params: as for `generate`.
           add_generation_prompt: opens the assistant's turn.
           chat_template_kwargs: further variables of the model's template.
+          user: as for `generate`.
           use_tqdm: shows a progress bar.
 
         Raises:
@@ -121,17 +126,19 @@ class LLM(ServedModel):
             )
             for conversation in conversations
         ]
-        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+        return self.generate(prompts, sampling_params, user=user, use_tqdm=use_tqdm)
 
-    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
+    def stream(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None, *, user: str | None = None
+    ) -> Iterator[RequestOutput]:
         """Completes one prompt, and yields its output each time that it has grown.
 
         It is the same object each time. Leaving the loop early ends the request.
 
         Raises:
-          ValueError: a prompt or parameter that can't be used.
+          ValueError: a prompt, parameter or user that can't be used.
         """
-        output = self._front.submit(prompt, self._params_for(sampling_params, 1)[0])
+        output = self._front.submit(prompt, self._params_for(sampling_params, 1)[0], user=user)
         try:
             while not output.finished:
                 if any(changed is output for changed in self.step()):
@@ -170,6 +177,7 @@ class LLM(ServedModel):
         request_id: str | None = None,
         *,
         priority: int = 0,
+        user: str | None = None,
     ) -> RequestOutput:
         """Queues a prompt; `step` works on it.
 
@@ -178,11 +186,13 @@ class LLM(ServedModel):
           sampling_params: the model's defaults if left out.
           request_id: unique among unfinished requests; made if left out.
           priority: smaller goes first.
+          user: who asks; see `generate`.
 
         Raises:
-          ValueError: a prompt, parameter or id that can't be used.
+          ValueError: a prompt, parameter, id or user that can't be used.
         """
-        return self._front.submit(prompt, self._params_for(sampling_params, 1)[0], request_id, priority=priority)
+        params = self._params_for(sampling_params, 1)[0]
+        return self._front.submit(prompt, params, request_id, priority=priority, user=user)
 
     def step(self) -> list[RequestOutput]:
         """Runs one engine step; returns the outputs that changed."""
@@ -263,6 +273,14 @@ class LLM(ServedModel):
         if len(params) != count:
             raise ValueError(f"{len(params)} sampling_params for {count} prompts: give one, or one for each")
         return params
+
+
+def _one_each(user: str | Sequence[str | None] | None, count: int) -> Sequence[str | None]:
+    if isinstance(user, str) or not isinstance(user, Sequence):
+        return [user] * count
+    if len(user) != count:
+        raise ValueError(f"{len(user)} users for {count} prompts: give one, or one for each")
+    return user
 
 
 def _as_list(prompts: Prompt | TokenizedPrompt | Sequence[Prompt | TokenizedPrompt]) -> list[Prompt | TokenizedPrompt]:

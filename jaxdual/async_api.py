@@ -228,16 +228,17 @@ class AsyncLLM(ServedModel):
         request_id: str | None = None,
         *,
         priority: int = 0,
+        user: str | None = None,
     ) -> RequestStream:
         """Queues a prompt. Whoever submits closes the stream in the end.
 
         While the engine is started again, requests wait for it.
 
         Args:
-          prompt, sampling_params, request_id, priority: as for `LLM.submit`.
+          prompt, sampling_params, request_id, priority, user: as for `LLM.submit`.
 
         Raises:
-          ValueError: a prompt, parameter or id that can't be used.
+          ValueError: a prompt, parameter, id or user that can't be used.
           QueueFullError: as many outputs as may wait are waiting.
           NotServingError: it is draining, was shut down, or its engine can't be started.
         """
@@ -247,7 +248,7 @@ class AsyncLLM(ServedModel):
         if not isinstance(prompt, TokenizedPrompt):
             prompt = await self.tokenize(prompt)
             self.check_door(params.n)
-        output = self._front.submit(prompt, params, request_id, priority=priority)
+        output = self._front.submit(prompt, params, request_id, priority=priority, user=user)
         stream = RequestStream(output, self._close)
         self._streams[id(output)] = stream
         self._idle.clear()
@@ -260,6 +261,7 @@ class AsyncLLM(ServedModel):
         request_id: str | None = None,
         *,
         priority: int = 0,
+        user: str | None = None,
     ) -> AsyncIterator[RequestOutput]:
         """Completes a prompt; yields its output each time that it has grown, the last time finished.
 
@@ -267,13 +269,13 @@ class AsyncLLM(ServedModel):
         left early closes it when it is garbage, so whoever breaks out uses `contextlib.aclosing`.
 
         Args:
-          prompt, sampling_params, request_id, priority: as for `LLM.submit`.
+          prompt, sampling_params, request_id, priority, user: as for `LLM.submit`.
 
         Raises:
           ValueError, QueueFullError, NotServingError: as for `submit`.
           EngineDeadError: the engine has died with the request.
         """
-        stream = await self.submit(prompt, sampling_params, request_id, priority=priority)
+        stream = await self.submit(prompt, sampling_params, request_id, priority=priority, user=user)
         try:
             async for output in stream:
                 errors = [one.error for one in output.outputs if one.error is not None]

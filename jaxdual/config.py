@@ -82,10 +82,11 @@ class EngineConfig:
         between neighbouring layers; None for what `expert_placement` needs.
       dispatch_policy: which of the data and expert parallel ranks gets a request: "rr" in turn; "vllm_counts" the one
         with the fewest requests; "gimbal" Algorithm 1 of arXiv 2602.21626 as printed, "gimbal_relaxed" with its load
-        rule also below saturation; "score" the best sum of load and KV memory.
+        rule also below saturation; "score" the best sum of cached prefix, load and KV memory.
       theta_kv: KV usage from which "gimbal" takes a rank for saturated.
       theta_diff: difference of KV usages from which "gimbal" avoids the fuller rank.
       theta_load: difference of loads, in tokens, above which "gimbal" avoids the busier rank.
+      user_ttl: seconds from a user's last request within which "gimbal" sends the next to the same rank; inf for ever.
       async_scheduling: plans the next step while the device works on this one; False is the plain loop that it must
         agree with.
       seed: of the seeds drawn for requests that bring none; None for a random one.
@@ -134,6 +135,7 @@ class EngineConfig:
     theta_kv: float = 0.9
     theta_diff: float = 0.10
     theta_load: int = 3000
+    user_ttl: float = 600.0
     async_scheduling: bool = True
     seed: int | None = None
     compilation_cache_dir: str | None = None
@@ -195,6 +197,8 @@ class EngineConfig:
             raise ConfigError(f'kv_landing="direct" writes to one device, and this engine has {self.num_devices}')
         if not self.theta_age > 0:
             raise ConfigError(f"theta_age={self.theta_age} must be above 0 seconds")
+        if not self.user_ttl >= 0:
+            raise ConfigError(f"user_ttl={self.user_ttl} must be at least 0 seconds")
         if self.preemption_mode == "swap" and not self.host_cache_bytes:
             raise ConfigError('preemption_mode="swap" needs host_cache_bytes above 0')
 
@@ -220,7 +224,7 @@ class EngineConfig:
                 f"expert_window={self.expert_window} must be at most expert_interval={self.expert_interval}"
             )
         self._refuse_unused("dispatch_policy", self.num_ranks > 1, "several data or expert parallel ranks")
-        for name in ("theta_kv", "theta_diff", "theta_load"):
+        for name in ("theta_kv", "theta_diff", "theta_load", "user_ttl"):
             self._refuse_unused(name, self.dispatch_policy.startswith("gimbal"), 'dispatch_policy="gimbal"')
         self._refuse_unused("theta_age", self.scheduling_policy == "sjf", 'scheduling_policy="sjf"')
         self._refuse_unused(

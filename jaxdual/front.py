@@ -16,6 +16,7 @@ from jaxdual.errors import PromptTooLongError
 from jaxdual.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from jaxdual.sampling_params import SamplingParams
 from jaxdual.tokenizer import Tokenizer, TokenizerError
+from jaxdual.users import checked_user
 
 # How many characters of a text may become one when a tokenizer normalizes it, at most.
 _LARGEST_SHRINK = 4
@@ -94,6 +95,7 @@ class Front:
         request_id: str | None = None,
         *,
         priority: int = 0,
+        user: str | None = None,
     ) -> RequestOutput:
         """Sends a prompt to the engine.
 
@@ -102,18 +104,20 @@ class Front:
           params: how to sample.
           request_id: unique among unfinished requests; made if left out.
           priority: smaller goes first.
+          user: who asks, at most `MAX_USER_CHARS` characters.
 
         Returns:
           The request's output, which `take` goes on filling.
 
         Raises:
-          ValueError: a prompt that can't be used, or parameters that don't fit the model.
+          ValueError: a prompt or user that can't be used, or parameters that don't fit the model.
         """
         prompt = prompt if isinstance(prompt, TokenizedPrompt) else self.tokenize(prompt)
         text, tokens = prompt.text, prompt.tokens
         if not isinstance(params, SamplingParams):
             raise ValueError(f"sampling parameters must be SamplingParams, not {type(params).__name__}")
         params.check_vocabulary(self._vocab_size)
+        user = checked_user(user)
         room = self._max_model_len - len(tokens)
         if room < 1:
             raise PromptTooLongError(
@@ -147,7 +151,7 @@ class Front:
             metrics=RequestMetrics(arrival),
         )
         engine_id = f"{number}"
-        request = Request(engine_id, tokens, params, arrival, priority)
+        request = Request(engine_id, tokens, params, arrival, priority, user)
         self._engine.add(request)
         detokenizers = [
             IncrementalDetokenizer(

@@ -3,6 +3,9 @@
 Accepted are OpenAI's fields and the sampling extensions of vLLM. A field that is not known is an error, and so is a
 known one whose meaning is not implemented, unless its value asks for nothing (`null`, or one of `_UNSUPPORTED`). Fields
 in `_IGNORED` describe the caller, or only speed, and are accepted without effect. `null` means the default everywhere.
+
+`prompt_cache_key` names requests with a common beginning, which are best computed where it is cached; where it is left
+out, `user` stands for it, as before OpenAI had it. `safety_identifier` is for those who look for abuse, and is ignored.
 """
 
 from collections.abc import Mapping
@@ -10,13 +13,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jaxdual.sampling_params import MAX_LOGPROBS, SamplingParams
+from jaxdual.users import checked_user
 
 MAX_STOP_STRINGS = 16
 MAX_CHOICES = 128
 
 _IGNORED = (
-    *("user", "metadata", "store", "service_tier", "safety_identifier"),
-    *("prompt_cache_key", "prompt_cache_retention", "prediction"),
+    *("metadata", "store", "service_tier", "safety_identifier"),
+    *("prompt_cache_retention", "prediction"),
 )
 # Field -> the values that ask for nothing beyond what happens anyway.
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
@@ -85,6 +89,7 @@ class CompletionRequest:
     stream: bool = False
     include_usage: bool = False  # a chunk with token counts ends the stream
     continuous_usage: bool = False  # every chunk has token counts
+    user: str | None = None  # who asks, or what the request has in common with others
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +105,7 @@ class ChatRequest:
     stream: bool = False
     include_usage: bool = False  # a chunk with token counts ends the stream
     continuous_usage: bool = False  # every chunk has token counts
+    user: str | None = None  # who asks, or what the request has in common with others
 
 
 def parse_chat(body: Any, default_sampling: Mapping[str, Any] | None = None) -> ChatRequest:
@@ -130,6 +136,7 @@ def parse_chat(body: Any, default_sampling: Mapping[str, Any] | None = None) -> 
     add_generation_prompt = fields.boolean("add_generation_prompt", True)
     add_special_tokens = fields.boolean("add_special_tokens", False)
     model, stream, include_usage, continuous_usage = _common(fields)
+    user = _user(fields)
     fields.finish()
     return ChatRequest(
         messages=messages,
@@ -141,6 +148,7 @@ def parse_chat(body: Any, default_sampling: Mapping[str, Any] | None = None) -> 
         stream=stream,
         include_usage=include_usage,
         continuous_usage=continuous_usage,
+        user=user,
     )
 
 
@@ -159,6 +167,7 @@ def parse_completion(body: Any, default_sampling: Mapping[str, Any] | None = Non
     if sampling["n"] is not None and fields.peek("best_of") == sampling["n"]:
         fields.take("best_of")
     model, stream, include_usage, continuous_usage = _common(fields)
+    user = _user(fields)
     fields.finish()
     return CompletionRequest(
         prompts=prompts,
@@ -170,6 +179,7 @@ def parse_completion(body: Any, default_sampling: Mapping[str, Any] | None = Non
         stream=stream,
         include_usage=include_usage,
         continuous_usage=continuous_usage,
+        user=user,
     )
 
 
@@ -260,6 +270,17 @@ def _common(fields: _Fields) -> tuple[str | None, bool, bool, bool]:
         raise ProtocolError(message, "stream_options", "unsupported_parameter")
     include_usage = bool(options.get("include_usage"))
     return model, stream, include_usage, include_usage and bool(options.get("continuous_usage_stats"))
+
+
+def _user(fields: _Fields) -> str | None:
+    """Who asks: the first of these fields that says it."""
+    given = {name: fields.string(name) for name in ("prompt_cache_key", "user")}
+    for name, user in given.items():
+        try:
+            checked_user(user, name)
+        except ValueError as error:
+            raise ProtocolError(str(error), name) from None
+    return given["prompt_cache_key"] or given["user"] or None
 
 
 def _sampling(fields: _Fields) -> dict[str, Any]:

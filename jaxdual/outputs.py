@@ -185,6 +185,7 @@ class EngineStats:
       expert_relocations, experts_moved: of experts between devices: how often, and weights of one expert in one layer.
       expert_imbalance, expert_imbalance_worst: load of the busiest device by the mean, of experts as they lie now and
         were chosen lately; mean and worst of all layers.
+      dispatch_decisions: requests by the rule that chose their rank, such as "affinity"; empty with one rank.
       load_seconds, compile_seconds: loading the model; compiling programs, or reading them from the compilation cache.
       compilations: programs compiled or read from the compilation cache.
     """
@@ -222,5 +223,6 @@ class EngineStats:
     experts_moved: int = 0
     expert_imbalance: float = 1.0
     expert_imbalance_worst: float = 1.0
+    dispatch_decisions: Mapping[str, int] = field(default_factory=dict)
     card_bytes: Mapping[str, int] = field(default_factory=dict)
     engines: Mapping[str, EngineStats] = field(default_factory=dict)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
+from collections import Counter as Counts
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from typing import Self
@@ -234,6 +235,7 @@ class _EngineCollector(Collector):
         self._llm = llm
         self._dead: EngineStats | None = None  # the last figures of an engine that is gone
         self._before = dict.fromkeys((field for _, field, _ in _ENGINE_COUNTERS), 0)
+        self._decisions_before = Counts[str]()
         llm.on_state(self._note_state)
 
     def collect(self) -> Iterator[Metric]:
@@ -250,6 +252,13 @@ class _EngineCollector(Collector):
             # Engines of a cluster that start again do so without their front.
             fronts = self._llm.restarts if field == "restarts" else 0
             counter.add_metric([model], getattr(load, field, 0) + self._before[field] + fronts)
+            yield counter
+        decisions = self._decisions_before + Counts(None if load is None else load.dispatch_decisions)
+        if decisions:
+            text = "Requests whose rank was chosen, by the rule that decided."
+            counter = CounterMetricFamily(_PREFIX + "dispatch_decisions", text, labels=(*_LABELS, "rule"))
+            for rule, count in decisions.items():
+                counter.add_metric([model, rule], count)
             yield counter
         if load is not None and load.engines:
             yield from _of_engines(model, load)
@@ -268,6 +277,8 @@ class _EngineCollector(Collector):
             self._dead = last
             for field in self._before:
                 self._before[field] += getattr(last, field, 0)
+            if last is not None:
+                self._decisions_before.update(last.dispatch_decisions)
 
 
 def _gauges(load: EngineStats) -> Iterator[tuple[str, str, float]]:

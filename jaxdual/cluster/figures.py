@@ -14,10 +14,11 @@ _PRESENT = ("num_running", "num_waiting", "kv_staging_blocks_used", *_MEMORY)
 _START = ("load_seconds", "compile_seconds")
 _UNEVEN = ("expert_imbalance", "expert_imbalance_worst")
 _OF_CLUSTERS = ("engines", "card_bytes")
+_OF_RANKS = ("dispatch_decisions",)  # an engine of a cluster has one
 _COUNTERS = tuple(
     field.name
     for field in dataclasses.fields(EngineStats)
-    if field.name not in (*_PRESENT, *_START, *_UNEVEN, *_OF_CLUSTERS, "restarts")
+    if field.name not in (*_PRESENT, *_START, *_UNEVEN, *_OF_CLUSTERS, *_OF_RANKS, "restarts")
 )
 
 

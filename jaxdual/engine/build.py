@@ -92,9 +92,8 @@ def engine_of(loaded: LoadedModel, config: EngineConfig, part: ClusterPart | Non
         prefill_beside_decode=_prefill_beside_decode(config),
     )
     router_log = _router_log(config, runner)
-    dispatch = dispatch_policy(
-        config.dispatch_policy, GimbalThresholds(config.theta_kv, config.theta_diff, config.theta_load)
-    )
+    thresholds = GimbalThresholds(config.theta_kv, config.theta_diff, config.theta_load, config.user_ttl)
+    dispatch = dispatch_policy(config.dispatch_policy, thresholds)
     ranks = Ranks([_rank(config, memory, limits) for _ in range(config.num_ranks)], dispatch)
     engine = Engine(
         runner,

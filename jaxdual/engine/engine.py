@@ -200,7 +200,8 @@ class Engine:
         given = [tokens if tokens is None else list(tokens) for tokens in request.resumed or [()] * params.n]
         if len(given) != params.n or all(tokens is None or len(tokens) >= max_output for tokens in given):
             raise ValueError(f"{len(given)} outputs are resumed of {params.n}, or all of them are complete")
-        rank, outputs = self.ranks.choose(request, self._clock()), list[_Output]()
+        prompt_keys = KeyChain(root, self.runner.layout.page_size)
+        rank, outputs = self.ranks.choose(request, prompt_keys, self._clock()), list[_Output]()
         for index, before in enumerate(given):
             if before is None:
                 continue
@@ -212,7 +213,7 @@ class Engine:
                 max_output=max_output,
                 stop_token_ids=stops,
                 min_output=params.min_tokens,
-                keys=KeyChain(root, self.runner.layout.page_size),
+                keys=prompt_keys.copy(),
                 priority=request.priority,
                 arrival=request.arrival,
                 use_cache=not wants_prompt,
@@ -293,6 +294,7 @@ class Engine:
             figures["num_waiting"] += transfers.num_waiting
         return {
             **figures,
+            "dispatch_decisions": dict(self.ranks.dispatch.branches),
             "prompt_tokens": self.prompt_tokens,
             "generation_tokens": self.generation_tokens,
             "steps": self.steps,

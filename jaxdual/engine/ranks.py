@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from jaxdual.engine.request import Request
+from jaxdual.kv.keys import KeyChain
 from jaxdual.kv.manager import KVManager
 from jaxdual.scheduling.batch import BatchScheduler
 from jaxdual.scheduling.dispatch import CountsDispatch, DispatchPolicy, DispatchRequest, LoadBoard
@@ -50,15 +51,26 @@ class Ranks:
     def __getitem__(self, number: int) -> Rank:
         return self._ranks[number]
 
-    def choose(self, request: Request, now: float) -> int:
-        """Where all outputs of a request go, so that they share its prompt."""
+    def choose(self, request: Request, keys: KeyChain, now: float) -> int:
+        """Where all outputs of a request go, so that they share its prompt.
+
+        Args:
+          keys: of its prompt; those that a policy looks at are computed here.
+          now: seconds, monotonic.
+        """
         if len(self._ranks) == 1:
             return 0
         if now - self._reported >= _REPORT_SECONDS:
             self._reported = now
             for number, rank in enumerate(self._ranks):
                 self._board.report(number, rank.scheduler.load())
-        wanted = DispatchRequest(request.request_id, len(request.prompt_token_ids), outputs=request.params.n)
+        wanted = DispatchRequest(
+            request.request_id,
+            len(request.prompt_token_ids),
+            request.user,
+            request.params.n,
+            self._shares(request, keys),
+        )
         number = self.dispatch.select(wanted, self._board, now)
         self._board.sent(number, wanted)
         return number
@@ -76,6 +88,19 @@ class Ranks:
         """Counters and figures of all ranks together, named as in `EngineStats`."""
         figures = [_figures(rank) for rank in self._ranks]
         return {name: sum(of_rank[name] for of_rank in figures) for name in figures[0]}
+
+    def _shares(self, request: Request, keys: KeyChain) -> Sequence[float]:
+        """Part of a prompt that each rank has cached, for a policy that asks."""
+        if not self.dispatch.uses_prefixes or not self._ranks[0].kv.prefix_caching:
+            return ()
+        return prefix_shares([rank.kv for rank in self._ranks], request.prompt_token_ids, keys)
+
+
+def prefix_shares(ranks: Sequence[KVManager], prompt: Sequence[int], keys: KeyChain) -> list[float]:
+    """Part of a prompt that each of several ranks could go on from; `keys` are its own."""
+    page_size = ranks[0].page_size
+    blocks = keys.upto(prompt, (len(prompt) - 1) // page_size)
+    return [kv.num_cached_blocks(blocks) * page_size / len(prompt) for kv in ranks]
 
 
 def _figures(rank: Rank) -> dict[str, int]:

@@ -28,6 +28,7 @@ class Request:
       params: how to sample; `max_tokens` is set.
       arrival: seconds of the monotonic clock.
       priority: smaller goes first.
+      user: who asks, so that a rank may be chosen that knows the beginning of it; None if that is not known.
       salt: keeps its cached blocks apart from those of requests with another salt.
       resumed: of a request that was under way in an engine that is gone, the tokens that each output had; None for an
         output that has ended. Empty for a new request.
@@ -38,6 +39,7 @@ class Request:
     params: SamplingParams
     arrival: float
     priority: int = 0
+    user: str | None = None
     salt: bytes = b""
     resumed: tuple[tuple[int, ...] | None, ...] = ()
 

@@ -175,7 +175,7 @@ class GroupAccount:
     def match(self, keys: Sequence[BlockKey], depth: int) -> int:
         """The greatest number of blocks, at most `depth`, after which a sequence could go on from cached ones."""
         if self.memory.window is None:
-            return len(self.tree.match(keys[:depth]))
+            return len(self.tree.match(keys if depth == len(keys) else keys[:depth]))
         while depth:
             needed, block = self._first_block(depth * self._page_size), depth - 1
             while block >= needed and self.tree.get(keys[block]) is not None:

@@ -40,6 +40,12 @@ class KeyChain:
         self._page_size = page_size
         self._keys: list[BlockKey] = []
 
+    def copy(self) -> KeyChain:
+        """A chain for another sequence that begins with the same tokens."""
+        chain = KeyChain(self._root, self._page_size)
+        chain._keys = list(self._keys)
+        return chain
+
     @property
     def known(self) -> list[BlockKey]:
         """Keys computed so far; the chain's own list, not to be changed."""

@@ -123,10 +123,12 @@ class KVManager:
     def num_cached_blocks(self, keys: Sequence[BlockKey]) -> int:
         """Blocks of the longest prefix of `keys` that a sequence could go on from, in any tier."""
         depth = len(keys) if self.prefix_caching else 0
+        if len(self.groups) == 1:
+            return self.groups[0].match(keys, depth)
         # What one group allows, another may not; only less can follow, so this ends.
         while True:
             allowed = min(group.match(keys, depth) for group in self.groups)
-            if allowed == depth or len(self.groups) == 1:
+            if allowed == depth:
                 return allowed
             depth = allowed
 

@@ -23,7 +23,7 @@ class Submits(Protocol):
     """What a replay needs of `AsyncLLM`."""
 
     async def submit(
-        self, prompt: TokenizedPrompt, sampling_params: SamplingParams, request_id: str
+        self, prompt: TokenizedPrompt, sampling_params: SamplingParams, request_id: str, *, user: str
     ) -> RequestStream: ...
 
 
@@ -79,6 +79,8 @@ class AgentRecord:
 class Replay:
     """Sends each session's turns one after the other, all sessions beside each other, with forced output lengths.
 
+    Each agent is a user of its own.
+
     An agent whose request fails stops there, as its next prompt would need the output.
 
     Args:
@@ -131,19 +133,20 @@ class Replay:
             prompt = self._tokens.prompt(agent.session, index, context)
             record = RequestRecord(index, len(prompt))
             agent.requests.append(record)
-            output = await self._send(prompt, turn, record, f"agent-{number}-turn-{index}")
+            output = await self._send(prompt, turn, record, f"agent-{number}")
             self._on_end(record)
             if output is None:
                 return
             context = prompt + output
         agent.finished = self._now()
 
-    async def _send(self, prompt: list[int], turn: Turn, record: RequestRecord, request_id: str) -> list[int] | None:
+    async def _send(self, prompt: list[int], turn: Turn, record: RequestRecord, agent: str) -> list[int] | None:
         """The output tokens of a request; None if it failed."""
         params = SamplingParams(temperature=0.0, max_tokens=turn.generate, min_tokens=turn.generate, ignore_eos=True)
         second_token_time = None
         try:
-            stream = await self._llm.submit(TokenizedPrompt(None, prompt), params, request_id)
+            request_id = f"{agent}-turn-{record.number}"
+            stream = await self._llm.submit(TokenizedPrompt(None, prompt), params, request_id, user=agent)
         except (ValueError, RuntimeError) as error:  # refused, or nothing there to serve it
             record.status, record.error = "failed", str(error)
             return None

@@ -96,7 +96,7 @@ class BatchRunner:
             job = _Job(line, request, [None] * len(prompts))
             for i, prompt in enumerate(prompts):
                 request_id = f"{line.number}-{i}"
-                self._llm.submit(prompt, engine_params(line, request, i), request_id=request_id)
+                self._llm.submit(prompt, engine_params(line, request, i), request_id=request_id, user=request.user)
                 self._jobs[request_id] = (job, i)
                 submitted.append(request_id)
         except ValueError as error:

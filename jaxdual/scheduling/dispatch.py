@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, get_args
+from typing import ClassVar, Literal, Protocol, get_args
 
 LoadScope = Literal["literal", "relaxed"]
 LoadDefinition = Literal["context", "remaining"]
@@ -163,9 +163,11 @@ class DispatchPolicy(Protocol):
 
     Attributes:
       branches: how often each rule has decided.
+      uses_prefixes: whether it looks at `DispatchRequest.prefix_shares`.
     """
 
     branches: Counter[str]
+    uses_prefixes: ClassVar[bool]
 
     def select(self, request: DispatchRequest, board: LoadBoard, now: float) -> int:
         """The engine of a request, which the caller then tells the board.
@@ -194,6 +196,7 @@ class _Turns:
 class RoundRobinDispatch:
     """Engines in turn, whatever they do: the baseline that the paper names."""
 
+    uses_prefixes: ClassVar[bool] = False
     branches: Counter[str] = field(default_factory=Counter)
     _turns: _Turns = field(default_factory=_Turns)
 
@@ -210,6 +213,7 @@ class CountsDispatch:
     Without reports, engines in turn.
     """
 
+    uses_prefixes: ClassVar[bool] = False
     branches: Counter[str] = field(default_factory=Counter)
     _turns: _Turns = field(default_factory=_Turns)
 
@@ -233,6 +237,8 @@ class GimbalDispatch:
       load: which tokens count.
       advance_on_call: moves the turn on with every request, not only with those that take it.
     """
+
+    uses_prefixes: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -309,6 +315,7 @@ class ScoreDispatch:
       prefix, load, kv: weights. Loads count relative to the greatest one.
     """
 
+    uses_prefixes: ClassVar[bool] = True
     prefix: float = 3.0
     load: float = 2.0
     kv: float = 2.0

@@ -158,7 +158,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             case _:
                 raise no_prompt(("text", "token_ids", "chat"))
         stream: RequestStream = await self._llm.submit(
-            prompt, params, request.request_id or None, priority=request.priority
+            prompt, params, request.request_id or None, priority=request.priority, user=request.user
         )
         return self._metrics.observe(stream), params
 

@@ -176,7 +176,7 @@ class KServeServicer(open_inference_pb2_grpc.GRPCInferenceServiceServicer):
     async def _submit(self, wanted: InferRequest, until: float | None) -> ObservedStream:
         """Queues a request; the caller closes the stream."""
         async with asyncio.timeout_at(until):
-            stream = await self._llm.submit(wanted.prompt, wanted.params, priority=wanted.priority)
+            stream = await self._llm.submit(wanted.prompt, wanted.params, priority=wanted.priority, user=wanted.user)
         return self._metrics.observe(stream)
 
     def _read(self, request: pb.ModelInferRequest) -> InferRequest:

@@ -13,6 +13,7 @@ from typing import Any
 
 from jaxdual.front import Prompt
 from jaxdual.sampling_params import SamplingParams
+from jaxdual.users import checked_user
 from server.grpc.kserve_tensors import read_inputs
 from server.grpc.prompts import checked_params, parse_json
 from server.proto.kserve import open_inference_pb2 as pb
@@ -33,6 +34,7 @@ class InferRequest:
       stream: whether the answer comes in parts; None if the request leaves it open.
       echo: whether a text prompt stands before each output's text.
       priority: smaller goes first.
+      user: who asks; None if that is not known.
       timeout: seconds until the request is given up; None for no end.
       outputs: names of the wanted tensors.
     """
@@ -42,6 +44,7 @@ class InferRequest:
     stream: bool | None
     echo: bool
     priority: int
+    user: str | None
     timeout: float | None
     outputs: tuple[str, ...]
 
@@ -90,6 +93,7 @@ def read_request(request: pb.ModelInferRequest, defaults: SamplingParams) -> Inf
         stream=values.get("stream"),
         echo=not values.get("exclude_input_in_output", True),
         priority=values.get("priority", 0),
+        user=values.get("user"),
         timeout=timeout / 1e6 if timeout else None,
         outputs=_wanted(request.outputs),
     )
@@ -213,6 +217,10 @@ def _priority(name: str, value: Any) -> int:
     return _within(name, _int(name, value), -_PRIORITIES, _PRIORITIES - 1)
 
 
+def _user(name: str, value: Any) -> str | None:
+    return checked_user(value, name)
+
+
 def _within(name: str, value: int, low: int, high: int) -> int:
     if not low <= value <= high:
         raise ValueError(f"{name}={value} must be a whole number in [{low}, {high}]")
@@ -238,6 +246,7 @@ _TENSORS = {**_SAMPLING, "stream": _bool, "exclude_input_in_output": _bool}
 _PARAMETERS = {
     **_TENSORS,
     "priority": _priority,
+    "user": _user,
     "timeout": _timeout,
     # What it asks for happens anyway: the last answer of a request is marked.
     "triton_enable_empty_final_response": _bool,

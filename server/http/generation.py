@@ -126,7 +126,9 @@ class GenerationEndpoint:
         """Sends one prompt to the engine; None stands for the prompt that the messages of a chat make."""
         try:
             tokenized = await self._tokenize(request, prompt)
-            return self._metrics.observe(await self._llm.submit(tokenized, request.params, request_id))
+            return self._metrics.observe(
+                await self._llm.submit(tokenized, request.params, request_id, user=request.user)
+            )
         except PromptTooLongError as error:
             param = "messages" if isinstance(request, ChatRequest) else "prompt"
             raise ProtocolError(str(error), param, "context_length_exceeded") from None

@@ -35,7 +35,7 @@ from jaxdual.frames import Frames, MessageSocket
 PARAMS = SamplingParams(logit_bias={3: 1.5}, stop=["end"], stop_token_ids=[1, 2], seed=-5, n=2, logprobs=0)
 MESSAGES = [
     Start(EngineConfig(model="somewhere", seed=3, max_model_len=None)),
-    Add(Request("7", [1, 2, 2**31 - 1], PARAMS, 1.25, -3, b"\x00\xff", ((1, 2), None))),
+    Add(Request("7", [1, 2, 2**31 - 1], PARAMS, 1.25, -3, "Zoë", b"\x00\xff", ((1, 2), None))),
     Prefill(Request("7", [1], PARAMS, 1.25), Target("a", "b", b"\x00", (0, 3), ((4096, 0), ()))),
     Expect("7", 12, "a"),
     Adopt(Request("7", [1], PARAMS, 1.25, resumed=((5,),)), 3),

@@ -53,6 +53,16 @@ def llm(shared_llm: LLM) -> LLM:
     shared_llm.check_integrity()
 
 
+def test_each_output_of_a_request_is_cached_under_its_own_tokens(llm: LLM) -> None:
+    prompt = list(range(3, 19))
+    params = SamplingParams(n=2, max_tokens=24, temperature=1.0, seed=5, ignore_eos=True)
+    (output,) = llm.generate({"prompt_token_ids": prompt}, params)
+    assert output.outputs[0].token_ids[:8] != output.outputs[1].token_ids[:8]
+    for one in output.outputs:
+        (longer,) = llm.generate({"prompt_token_ids": prompt + one.token_ids}, GREEDY)
+        assert longer.num_cached_tokens == 32, "all full blocks but the one that the last token completes"
+
+
 def test_text_and_token_ids_of_it_give_the_same(llm: LLM) -> None:
     text = "def f(x):\n    return x"
     ids = llm.get_tokenizer().encode(text)

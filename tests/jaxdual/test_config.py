@@ -198,9 +198,6 @@ def test_policies_have_the_names_and_defaults_that_they_are_made_with() -> None:
     ):
         assert get_args(hints[setting]) == names
     made = GimbalThresholds()
-    assert (default.theta_kv, default.theta_diff, default.theta_load) == (
-        made.theta_kv,
-        made.theta_diff,
-        made.theta_load,
-    )
+    for name in ("theta_kv", "theta_diff", "theta_load", "user_ttl"):
+        assert getattr(default, name) == getattr(made, name)
     assert (default.theta_age, default.expert_interval, default.expert_window) == (AGE_LIMIT, INTERVAL, WINDOW)

@@ -53,12 +53,13 @@ def token(letter: str, index: int = 0, **more: Any) -> TokenEvent:
     return TokenEvent(FIRST, index, ord(letter) - ord("a"), **more)
 
 
-def test_a_request_carries_tokens_limits_and_priority() -> None:
+def test_a_request_carries_tokens_limits_priority_and_user() -> None:
     front, engine = front_of()
-    output = front.submit("abc", SamplingParams(max_tokens=5), priority=-2)
+    output = front.submit("abc", SamplingParams(max_tokens=5), priority=-2, user="ann")
     (request,) = engine.requests
     assert request.prompt_token_ids == [0, 1, 2]
-    assert (request.params.max_tokens, request.priority) == (5, -2)
+    assert (request.params.max_tokens, request.priority, request.user) == (5, -2, "ann")
+    assert request.salt == b"", "users share what is cached"
     assert request.request_id == FIRST
     assert (output.prompt, output.prompt_token_ids, output.finished) == ("abc", [0, 1, 2], False)
     assert front.num_unfinished == 1
@@ -134,6 +135,29 @@ def test_prompts_that_cannot_be_used_are_refused_and_leave_nothing(prompt: Any) 
     with pytest.raises(ValueError, match=r"\w"):
         front.submit(prompt, SamplingParams())
     assert (engine.requests, front.num_unfinished) == ([], 0)
+
+
+@pytest.mark.parametrize(
+    ("user", "message"),
+    [
+        ("x" * 513, "user has 513 characters; at most 512 are possible"),
+        ("ab\ud800", "user is not valid Unicode at character 2"),
+        (7, "user must be text, not int"),
+        (b"ann", "user must be text, not bytes"),
+    ],
+)
+def test_users_that_cannot_be_used_are_refused_and_leave_nothing(user: Any, message: str) -> None:
+    front, engine = front_of()
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        front.submit("abc", SamplingParams(), user=user)
+    assert (engine.requests, front.num_unfinished) == ([], 0)
+
+
+@pytest.mark.parametrize(("user", "known"), [(None, None), ("", None), ("ë" * 512, "ë" * 512)])
+def test_an_empty_user_is_none_and_others_stay_as_they_are(user: str | None, known: str | None) -> None:
+    front, engine = front_of()
+    front.submit("abc", SamplingParams(), user=user)
+    assert engine.requests[0].user == known
 
 
 def test_errors_name_value_and_range() -> None:

@@ -139,10 +139,17 @@ def test_tools_and_template_variables_reach_the_template():
 
 
 def test_fields_without_effect_are_accepted():
-    accepted = {"user": "u", "metadata": {"a": "b"}, "store": True, "service_tier": "auto"}
+    accepted = {"safety_identifier": "u", "metadata": {"a": "b"}, "store": True, "service_tier": "auto"}
     neutral = {"response_format": {"type": "text"}, "modalities": ["text"], "tool_choice": "none", "priority": 0}
     assert chat(**accepted, **neutral) == chat()
     assert completion(n=2, best_of=2, suffix="") == completion(n=2)
+
+
+@pytest.mark.parametrize("make", [chat, completion])
+def test_the_cache_key_or_else_the_user_says_who_asks(make):
+    assert make().user is make(user="").user is make(user=None).user is make(safety_identifier="u").user is None
+    assert make(user="ann").user == make(user="ann", prompt_cache_key="").user == "ann"
+    assert make(prompt_cache_key="k").user == make(user="ann", prompt_cache_key="k").user == "k"
 
 
 def test_stream_options():
@@ -187,6 +194,10 @@ def test_stream_options():
         ({"chat_template_kwargs": {"tools": []}}, "chat_template_kwargs", "invalid_value", "must not set 'tools'"),
         ({"tools": [{"type": "retrieval"}]}, "tools[0]", "invalid_value", "tools\\[0\\] must be"),
         ({"model": 3}, "model", "invalid_type", "must be a string"),
+        ({"user": 3}, "user", "invalid_type", "user must be a string, got 3"),
+        ({"user": "x" * 513}, "user", "invalid_value", "user has 513 characters; at most 512 are possible"),
+        ({"user": "\ud800", "prompt_cache_key": "k"}, "user", "invalid_value", "user is not valid Unicode"),
+        ({"prompt_cache_key": "x" * 513}, "prompt_cache_key", "invalid_value", "prompt_cache_key has 513 characters"),
     ],
 )
 def test_wrong_fields_are_named(fields, param, code, message):
@@ -232,7 +243,7 @@ FIELD = st.sampled_from(
     [
         *("messages", "prompt", "n", "temperature", "top_p", "top_k", "stop", "seed", "logprobs", "top_logprobs"),
         *("logit_bias", "max_tokens", "stream", "tools", "stream_options", "stop_token_ids", "chat_template_kwargs"),
-        *("response_format", "min_tokens", "echo", "model", "other"),
+        *("response_format", "min_tokens", "echo", "model", "user", "prompt_cache_key", "other"),
     ]
 )
 

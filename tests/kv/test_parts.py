@@ -90,6 +90,16 @@ def test_key_chain_of_a_growing_sequence_equals_that_of_the_whole(
     assert chain.upto(tokens, 0) == []
 
 
+def test_copies_of_a_key_chain_go_on_by_themselves() -> None:
+    root, tokens = root_key(b"m", b"l"), list(range(8))
+    chain = KeyChain(root, 2)
+    chain.upto(tokens, 2)
+    copy = chain.copy()
+    assert copy.known == chain.known == KeyChain(root, 2).upto(tokens, 2)
+    assert copy.upto([0, 1, 2, 3, 9, 9], 3) == KeyChain(root, 2).upto([0, 1, 2, 3, 9, 9], 3)
+    assert chain.upto(tokens, 4) == KeyChain(root, 2).upto(tokens, 4)
+
+
 def test_key_chain_refuses_blocks_that_are_not_full() -> None:
     with pytest.raises(ValueError, match="blocks=2 of 4 tokens need more than 7 tokens"):
         KeyChain(root_key(b"m", b"l"), 4).upto([1] * 7, 2)

@@ -31,6 +31,7 @@ class FakeLLM:
         self.warm = False
         self.aborted = []
         self.seeds = {}
+        self.users = {}
 
     @classmethod
     def from_config(cls, config):
@@ -48,12 +49,13 @@ class FakeLLM:
     def tokenize_chat(self, messages, **options):
         return self.front.tokenize_chat(messages, **options)
 
-    def submit(self, prompt, params, request_id):
+    def submit(self, prompt, params, request_id, *, user):
         ids = prompt.tokens
         if len(ids) > LONGEST_PROMPT:
             raise ValueError(f"the prompt has {len(ids)} tokens, at most {LONGEST_PROMPT} fit")
         self.waiting.append((request_id, list(ids), params, time.monotonic()))
         self.seeds[request_id] = params.seed
+        self.users[request_id] = user
         self.most_unfinished = max(self.most_unfinished, self.num_unfinished)
 
     def abort(self, request_id):

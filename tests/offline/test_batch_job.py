@@ -159,6 +159,20 @@ def test_unseeded_sampling_gets_a_seed_of_its_own_that_stays(job, engines, tmp_p
     assert by_id(tmp_path / "out.jsonl")["a"]["jaxdual"] == {"line": 1, "seed": first["1-0"]}
 
 
+def test_the_user_of_a_line_goes_with_each_of_its_prompts(job, engines, tmp_path):
+    lines = [
+        completion("a"),
+        completion("b", prompt=["x", "y"], user="ann"),
+        chat("c", prompt_cache_key="k", max_tokens=3),
+    ]
+    assert job(*lines, completion("d", user="x" * 513)) == 0
+    (engine,) = engines
+    assert engine.users == {"1-0": None, "2-0": "ann", "2-1": "ann", "3-0": "k"}
+    error = by_id(tmp_path / "out.jsonl")["d"]["error"]
+    assert (error["code"], error["param"]) == ("invalid_value", "user")
+    assert "line 4: user has 513 characters; at most 512" in error["message"]
+
+
 def test_started_again_only_the_missing_requests_run(job, engines, tmp_path):
     lines = [completion(name, max_tokens=4) for name in "abcdef"] + ["{bad"]
     assert job(*lines) == 0

@@ -61,7 +61,7 @@ class FakeAsyncLLM:
 
     def __init__(self, config=None, cluster=None, max_queued_requests=0):
         self.config, self.cluster, self.max_queued_requests = config or EngineConfig(), cluster, max_queued_requests
-        self.sequences, self.prompts, self.params, self.aborted = [], {}, {}, []
+        self.sequences, self.prompts, self.params, self.users, self.aborted = [], {}, {}, {}, []
         self.broken, self.refused = {}, set()  # by request: output tokens before it breaks; refused at the door
         self.warm, self.tasks = False, set()
 
@@ -82,10 +82,11 @@ class FakeAsyncLLM:
         prompt_tokens = 1000 + sum(map(len, self.prompts.values()))  # it has served others before
         return EngineStats(prompt_tokens=prompt_tokens)
 
-    async def submit(self, prompt, sampling_params, request_id):
+    async def submit(self, prompt, sampling_params, request_id, *, user):
         if request_id in self.refused:
             raise EngineDeadError("nobody is there")
         self.prompts[request_id], self.params[request_id] = prompt.tokens, sampling_params
+        self.users[request_id] = user
         metrics = RequestMetrics(asyncio.get_running_loop().time())
         output = RequestOutput(request_id, None, prompt.tokens, [CompletionOutput(0)], metrics)
         stream = RequestStream(output, lambda stream: self.aborted.append(stream.output.request_id))
@@ -179,6 +180,12 @@ def test_next_prompt_has_the_tokens_that_the_model_gave():
     assert third[17] != second[17]
 
 
+def test_each_agent_is_a_user():
+    llm = FakeAsyncLLM()
+    play(llm, [TWO_TURNS, TWO_TURNS])
+    assert llm.users == {f"agent-{agent}-turn-{turn}": f"agent-{agent}" for agent in (0, 1) for turn in (0, 1)}
+
+
 def test_output_lengths_are_forced():
     llm = FakeAsyncLLM()
     play(llm, [TWO_TURNS])
@@ -233,8 +240,8 @@ def test_failed_request_ends_its_agent_only():
 def test_output_of_another_length_is_a_failure():
     llm = FakeAsyncLLM()
     submit = llm.submit
-    llm.submit = lambda prompt, params, request_id: submit(
-        prompt, dataclasses.replace(params, max_tokens=4, min_tokens=0), request_id
+    llm.submit = lambda prompt, params, request_id, **options: submit(
+        prompt, dataclasses.replace(params, max_tokens=4, min_tokens=0), request_id, **options
     )
     assert measures(play(llm, [TWO_TURNS]))["errors"] == [
         {"session": "a", "turn": 0, "message": "it gave 4 of 5 output tokens"}
@@ -342,7 +349,7 @@ def test_command_writes_a_generated_trace_and_runs_nothing(trace, engines, tmp_p
 
 def test_command_ends_with_1_if_something_was_not_served(trace, engines, monkeypatch, tmp_path, capsys):
     class Refuses(FakeAsyncLLM):
-        async def submit(self, *_):
+        async def submit(self, *_, **options):
             raise EngineDeadError("nobody is there")
 
     monkeypatch.setattr(replay_command, "AsyncLLM", Refuses)
@@ -365,7 +372,7 @@ def test_deadline_and_interrupt_end_the_command(trace, engines, monkeypatch, cap
     assert command.main(["--trace", str(trace), "--no-progress", "--deadline", "0.05"]) == 1
     assert "0 of 6 ok, 0 failed, 3 unfinished, 3 not sent" in capsys.readouterr().out
 
-    async def interrupted(self, *arguments):
+    async def interrupted(self, *arguments, **options):
         signal.raise_signal(signal.SIGINT)
         await asyncio.sleep(3600)
 

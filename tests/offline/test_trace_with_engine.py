@@ -20,8 +20,8 @@ def outputs(monkeypatch):
     served = {}
 
     class Recorded(AsyncLLM):
-        async def submit(self, prompt, params=None, request_id=None, *, priority=0):
-            stream = await super().submit(prompt, params, request_id, priority=priority)
+        async def submit(self, prompt, params=None, request_id=None, **options):
+            stream = await super().submit(prompt, params, request_id, **options)
             agent = request_id.partition("-turn")[0]
             served.setdefault(agent, []).append(stream.output)
             return stream

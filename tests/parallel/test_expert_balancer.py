@@ -168,6 +168,9 @@ def test_settings_of_experts_that_do_not_go_together_are_refused() -> None:
         ({"expert_interval": 5}, "expert_interval=5 needs another expert_placement"),
         ({"dispatch_policy": "rr"}, "dispatch_policy='rr' needs several"),
         ({"theta_kv": 0.5, "expert_parallel_size": 2}, "theta_kv=0.5 needs dispatch_policy"),
+        ({"user_ttl": 60.0, "expert_parallel_size": 2}, "user_ttl=60.0 needs dispatch_policy"),
+        ({"user_ttl": -1, "dispatch_policy": "gimbal", "expert_parallel_size": 2}, "user_ttl=-1.0 must be at least 0"),
+        ({"user_ttl": "nan", "dispatch_policy": "gimbal", "expert_parallel_size": 2}, "user_ttl=nan must be at"),
         ({"theta_age": 2.0}, "theta_age=2.0 needs scheduling_policy"),
     ):
         with pytest.raises(ConfigError, match=message):

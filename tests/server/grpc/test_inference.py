@@ -107,6 +107,15 @@ async def test_absent_parameters_are_the_models_and_a_conversation_is_open_ended
 
 
 @in_loop
+async def test_the_user_reaches_the_engine():
+    async with serving() as face:
+        for user in ("", "ann"):
+            await face.stub.GenerateUnary(pb.GenerateRequest(text="x", user=user))
+            await read_all(face.stub.Generate(pb.GenerateRequest(text="x", user=user)))
+        assert face.llm.users == [None, None, "ann", "ann"]
+
+
+@in_loop
 async def test_a_conversation_is_the_rendered_template():
     chat = pb.Chat(messages=[pb.ChatMessage(role="user", content="Hi")], add_generation_prompt=False)
     async with serving() as face:
@@ -223,6 +232,7 @@ async def test_a_reader_that_is_slow_gets_all_and_holds_nobody_up():
         (of_tokens(1, logit_bias={1: 101.0}), "logit_bias"),
         (of_tokens(1, min_tokens=17), "min_tokens"),
         (of_tokens(*[1] * 600), "512"),
+        (pb.GenerateRequest(text="x", user="u" * 513), "user has 513 characters; at most 512"),
         (of_text("x" * 10_000_000), "characters"),
         (pb.GenerateRequest(chat=pb.Chat()), "messages"),
         (pb.GenerateRequest(chat=pb.Chat(messages=[pb.ChatMessage(content="x")])), "role"),

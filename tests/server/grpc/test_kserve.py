@@ -144,15 +144,23 @@ async def test_sampling_parameters_come_in_each_form(form):
     seen = []
 
     class Watched(Scripted):
-        async def submit(self, prompt, params=None, request_id=None, *, priority=0):
+        async def submit(self, prompt, params=None, request_id=None, **options):
             seen.append(params)
-            return await super().submit(prompt, params, request_id, priority=priority)
+            return await super().submit(prompt, params, request_id, **options)
 
     async with serving(Watched()) as face:
         await stub(face).ModelInfer(request)
     (params,) = seen
     assert (params.max_tokens, params.temperature, params.seed, params.ignore_eos) == (3, 0.5, 7, True)
     assert params.stop_strings == ("zz",)
+
+
+@in_loop
+async def test_the_user_is_a_parameter():
+    async with serving() as face:
+        for parameters in ({}, {"user": ""}, {"user": "ann"}):
+            await stub(face).ModelInfer(of_text(parameters=parameters))
+        assert face.llm.users == [None, None, "ann"]
 
 
 def changed(request, **fields):
@@ -218,6 +226,8 @@ WRONG = {
     "bool for a number": (of_text(parameters={"max_tokens": True}), "max_tokens"),
     "many digits": (of_text(parameters={"max_tokens": "9" * 5000}), "max_tokens"),
     "priority": (of_text(parameters={"priority": 2**40}), "priority"),
+    "long user": (of_text(parameters={"user": "u" * 513}), "user has 513 characters; at most 512"),
+    "user of another type": (of_text(parameters={"user": 7}), "user must be text, not int"),
     "timeout": (of_text(parameters={"timeout": -1}), "timeout"),
     "bias": (of_text(parameters={"logit_bias": "[]"}), "logit_bias"),
     "deep": (of_text(parameters={"logit_bias": "[" * 10**6}), "deep"),

@@ -39,6 +39,7 @@ class ScriptedLLM:
         self.restarts = 0
         self.refuse_with = None
         self.submitted = []
+        self.users = []
         self.closed = []
         self.template_vars = None  # of the last chat
         self.script = None  # of output tokens for all requests, in place of their prompts
@@ -82,12 +83,12 @@ class ScriptedLLM:
         self.template_vars = how["template_vars"]
         return await asyncio.to_thread(self._front.tokenize_chat, messages, **how)
 
-    async def submit(self, prompt, params=None, request_id=None, *, priority=0):
+    async def submit(self, prompt, params=None, request_id=None, *, priority=0, user=None):
         if self.refuse_with is not None:
             raise self.refuse_with
         if not isinstance(prompt, TokenizedPrompt):
             prompt = await self.tokenize(prompt)
-        output = self._front.submit(prompt, params, request_id, priority=priority)
+        output = self._front.submit(prompt, params, request_id, priority=priority, user=user)
         self.submitted.append(request_id)
         stream = RequestStream(output, self._close)
         self._streams[id(output)] = stream
@@ -129,6 +130,7 @@ class ScriptedLLM:
 
     def add(self, request):
         self._running[request.request_id] = _Sequence(request)
+        self.users.append(request.user)
         self._work.set()
         if self._turns is None:
             self._turns = asyncio.get_running_loop().create_task(self._take_turns())

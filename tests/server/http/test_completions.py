@@ -124,6 +124,14 @@ def test_continuous_usage_counts_up(client):
     assert counts[-1] == 9
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_user_or_cache_key_reaches_the_engine(server, client, stream):
+    for fields in ({}, {"user": "ann"}, {"user": "ann", "prompt_cache_key": "k"}):
+        list(client.completions.create(model="scripted", prompt=["x", "y"], stream=stream, extra_body=fields))
+        list(client.chat.completions.create(model="scripted", messages=[USER], stream=stream, **fields))
+    assert server.llm.users == [None] * 3 + ["ann"] * 3 + ["k"] * 3
+
+
 def test_a_chat_is_answered(client):
     answer = client.chat.completions.create(
         model=MODEL, messages=[USER], max_tokens=7, logprobs=True, top_logprobs=2, extra_body={"ignore_eos": True}

@@ -139,6 +139,19 @@ def test_counters_go_on_after_a_restart_and_gauges_fall_to_nothing(server):
     assert (samples["prefix_cache_hits_total",], samples["engine_restarts_total",]) == (75, 2)
 
 
+def test_decisions_of_dispatch_show_by_rule_and_go_on_after_a_restart(server):
+    assert not [name for name, *_ in scrape(server) if name.startswith("dispatch")]
+    server.call(lambda: server.llm.set_stats(dispatch_decisions={"affinity": 7, "kv": 1}))
+    samples = scrape(server)
+    assert (samples["dispatch_decisions_total", "affinity"], samples["dispatch_decisions_total", "kv"]) == (7, 1)
+    server.call(server.llm.set_state, EngineState.RESTARTING)
+    assert scrape(server)["dispatch_decisions_total", "affinity"] == 7
+    server.call(lambda: server.llm.set_stats(dispatch_decisions={"affinity": 2, "load": 3}))
+    samples = scrape(server)
+    rules = ("affinity", "kv", "load")
+    assert [samples["dispatch_decisions_total", rule] for rule in rules] == [9, 1, 3]
+
+
 def test_openmetrics_is_spoken_to_those_who_ask(server):
     complete(server)
     response = httpx.get(f"{server.url}/metrics", headers={"accept": "application/openmetrics-text; version=1.0.0"})
