@@ -223,7 +223,8 @@ class KVManager:
         """
         missing = 0
         for group in self.groups:
-            group.leave(seq_id, start)
+            if group.memory.window is not None:
+                group.leave(seq_id, start)
             missing += group.missing(seq_id, end)
         if missing == 0:
             return True  # most decode steps

@@ -283,13 +283,14 @@ class BatchScheduler:
                 continue
             sequence.pending -= 1
             sequence.tokens.append(token)
-            if sequence.num_output == 1:
+            output = sequence.num_output
+            if output == 1:
                 self._waiting.first_token(now - sequence.arrival)
-            if sequence.phase is Phase.RUNNING:
+            if sequence.phase is Phase.RUNNING and self._kv.prefix_caching:
                 self._publish(sequence)
-            if token in sequence.stop_token_ids and sequence.num_output > sequence.min_output:
+            if token in sequence.stop_token_ids and output > sequence.min_output:
                 self.finish(sequence, "stop")
-            elif sequence.num_output >= sequence.max_output:
+            elif output >= sequence.max_output:
                 self.finish(sequence, "length")
 
     def load(self) -> EngineLoad:
@@ -327,18 +328,21 @@ class BatchScheduler:
     # Rows.
 
     def _plan_rows(self, step: _Plan) -> None:
-        position = 0
+        # Every running sequence passes here at every step: hence no calls of properties.
+        position, shares = 0, self._kv.prefix_caching
         while position < len(self._running):
             sequence = self._running[position]
             position += 1
-            if sequence.num_output + sequence.pending >= sequence.max_output:
+            tokens = len(sequence.tokens) + sequence.pending
+            if tokens - sequence.prompt_length >= sequence.max_output:
                 self._free_slot(sequence)  # its last token is under way: who comes next need not wait for it
                 continue
-            if not sequence.wants_decode:
+            if sequence.computed != tokens - 1:
                 continue
             if step.budget == 0:
                 return
-            self._publish_planned(sequence)
+            if shares:
+                self._publish_planned(sequence)
             if not self._make_room(step, sequence, 1):
                 return
             self._plan_row(step, sequence)
@@ -354,8 +358,9 @@ class BatchScheduler:
         return True
 
     def _tell_tables(self, step: _Plan, sequence: SequenceState) -> None:
-        for change in self._kv.take_changes(sequence.seq_id):
-            step.tables.append((sequence.slot, change))
+        changes = self._kv.take_changes(sequence.seq_id)
+        if changes:
+            step.tables += [(sequence.slot, change) for change in changes]
 
     def _plan_row(self, step: _Plan, sequence: SequenceState) -> None:
         step.rows.append(
@@ -364,7 +369,7 @@ class BatchScheduler:
                 slot=sequence.slot,
                 position=sequence.computed,
                 token=None if sequence.pending else sequence.tokens[-1],
-                output_index=sequence.num_output + sequence.pending,
+                output_index=sequence.computed + 1 - sequence.prompt_length,
             )
         )
         sequence.computed += 1
@@ -429,7 +434,8 @@ class BatchScheduler:
             if not step.budget or not self._slots:
                 return
             length = len(sequence.tokens)
-            keys = sequence.keys.upto(sequence.tokens, (length - 1) // self._kv.page_size)
+            blocks = (length - 1) // self._kv.page_size if self._kv.prefix_caching else 0
+            keys = sequence.keys.upto(sequence.tokens, blocks)
             if sequence.pending or self._is_coming(sequence, keys):
                 continue
             admission = self._kv.admit(
@@ -449,7 +455,7 @@ class BatchScheduler:
                 sequence.cached = admission.cached
             bisect.insort(self._running, sequence, key=lambda s: s.order)
             step.admitted.append(sequence.seq_id)
-            for key in keys[self._kv.num_published(sequence.seq_id) :] if self._kv.prefix_caching else ():
+            for key in keys[self._kv.num_published(sequence.seq_id) :]:
                 self._coming.setdefault(key, sequence.seq_id)
             length = 1 if sequence.wants_decode else self._chunk_length(step, sequence)
             if not self._kv.grow(sequence.seq_id, sequence.computed, sequence.computed + length):
@@ -489,9 +495,11 @@ class BatchScheduler:
             self._publish(sequence)
 
     def _publish(self, sequence: SequenceState) -> None:
+        if not self._kv.prefix_caching:
+            return
         blocks = min(sequence.computed, len(sequence.tokens)) // self._kv.page_size
         published = self._kv.num_published(sequence.seq_id)
-        if blocks <= published or not self._kv.prefix_caching:
+        if blocks <= published:
             return
         keys = sequence.keys.upto(sequence.tokens, blocks)
         self._forget_coming(sequence, keys[published:])
