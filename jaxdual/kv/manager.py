@@ -234,6 +234,12 @@ class KVManager:
             group.extend(seq_id, end)
         return True
 
+    def room_of(self, seq_id: int) -> int:
+        """Tokens that a running sequence's pages hold, so that `grow` has nothing to do for them; 0 behind a window."""
+        if any(group.memory.window is not None for group in self.groups):
+            return 0
+        return self.page_size * min(len(group.held[seq_id].pages) for group in self.groups)
+
     def publish(self, seq_id: int, keys: Sequence[BlockKey]) -> None:
         """Shares the first blocks of a running sequence: `keys` are those of its full blocks computed so far.
 

@@ -48,6 +48,7 @@ class SequenceState:
       pending: tokens sampled by planned steps and not known yet.
       cached: tokens of the prompt that came from the prefix cache at first admission, in tokens.
       slot: its row of the per-sequence device state while running and not all its tokens are planned; else -1.
+      room: tokens that surely need no other page, nor have one that the device was not told of; 0 if that is not known.
     """
 
     seq_id: int
@@ -64,6 +65,7 @@ class SequenceState:
     pending: int = 0
     cached: int | None = None
     slot: int = -1
+    room: int = 0
     phase: Phase = Phase.WAITING
     finish_reason: FinishReason | None = None
 
@@ -343,7 +345,7 @@ class BatchScheduler:
                 return
             if shares:
                 self._publish_planned(sequence)
-            if not self._make_room(step, sequence, 1):
+            if sequence.computed >= sequence.room and not self._make_room(step, sequence, 1):
                 return
             self._plan_row(step, sequence)
 
@@ -355,6 +357,7 @@ class BatchScheduler:
             if victim is sequence:
                 return False
         self._tell_tables(step, sequence)
+        sequence.room = self._kv.room_of(sequence.seq_id)
         return True
 
     def _tell_tables(self, step: _Plan, sequence: SequenceState) -> None:
@@ -363,15 +366,9 @@ class BatchScheduler:
             step.tables += [(sequence.slot, change) for change in changes]
 
     def _plan_row(self, step: _Plan, sequence: SequenceState) -> None:
-        step.rows.append(
-            Row(
-                seq_id=sequence.seq_id,
-                slot=sequence.slot,
-                position=sequence.computed,
-                token=None if sequence.pending else sequence.tokens[-1],
-                output_index=sequence.computed + 1 - sequence.prompt_length,
-            )
-        )
+        position = sequence.computed
+        token = None if sequence.pending else sequence.tokens[-1]
+        step.rows.append(Row(sequence.seq_id, sequence.slot, position, token, position + 1 - sequence.prompt_length))
         sequence.computed += 1
         sequence.pending += 1
         step.budget -= 1
@@ -401,8 +398,8 @@ class BatchScheduler:
         while position < len(self._running):
             sequence = self._running[position]
             position += 1
-            if sequence.wants_decode:
-                continue
+            if sequence.computed == len(sequence.tokens) + sequence.pending - 1:
+                continue  # it decodes
             self._publish_planned(sequence)
             length = self._chunk_length(step, sequence)
             if length > 0 and self._make_room(step, sequence, length):
@@ -476,6 +473,7 @@ class BatchScheduler:
     # Both.
 
     def _stop_running(self, sequence: SequenceState) -> None:
+        sequence.room = 0
         self._running.remove(sequence)
         self._forget_coming(sequence, sequence.keys.known)
         self._free_slot(sequence)
@@ -504,6 +502,7 @@ class BatchScheduler:
         keys = sequence.keys.upto(sequence.tokens, blocks)
         self._forget_coming(sequence, keys[published:])
         self._kv.publish(sequence.seq_id, keys)
+        sequence.room = 0
 
     def _forget_coming(self, sequence: SequenceState, keys: Sequence[BlockKey]) -> None:
         for key in keys if self._coming else ():
