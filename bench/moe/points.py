@@ -57,5 +57,5 @@ def make_point(profile: str, memory: float | None, tilt: float) -> Point:
 POINTS = {
     "kv_ample": make_point("fixed", None, 0.0),
     "kv_tight": make_point("fixed", 1.0, 0.0),
-    "moe_bound": make_point("moe", 1.5, 0.4),
+    "moe_bound": make_point("moe", 2.0, 0.25),
 }

@@ -24,7 +24,7 @@ from bench.report import table
 
 REQUESTS = 10_000
 RATE = 1.4  # requests a second
-SEVERAL_TURNS = 0.02  # of conversations
+SEVERAL_TURNS = 0.001  # of conversations: engines in turn then find about as much as published
 TURNS = (2, 10)
 THINK_SECONDS = 30.0
 _TOKEN_SECONDS = 0.06  # that an answer takes, before its reader thinks
@@ -67,7 +67,7 @@ def session_arrivals(requests: int, rate: float, seed: int, several: float = SEV
     """
     of = conversations(requests, several)
     rng = np.random.default_rng((seed, 12))
-    begins = np.cumsum(rng.exponential(len(of) and requests / rate / len(of), len(of)))
+    begins = np.cumsum(rng.exponential(requests / rate / len(of), len(of)))
     turns = []
     for conversation, begin in zip(of, begins, strict=True):
         said: list[int] = []
