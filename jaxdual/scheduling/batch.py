@@ -321,6 +321,8 @@ class BatchScheduler:
             s.phase is not Phase.WAITING for s in self._waiting
         ):
             raise IntegrityError("a sequence is in the wrong queue")
+        if any(s.room > self._kv.room_of(s.seq_id) for s in self._running) or any(s.room for s in self._waiting):
+            raise IntegrityError("a sequence has room that its pages do not give")
         running = {sequence.seq_id for sequence in self._running}
         if not running.issuperset(self._coming.values()):
             raise IntegrityError("a block is expected of a sequence that does not run")

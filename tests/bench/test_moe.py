@@ -134,7 +134,7 @@ def test_requests_out_of_order_or_too_long_are_refused() -> None:
 def test_waits_percentiles_and_counts_are_those_of_the_requests() -> None:
     times = {"fixed_seconds": 1.0, "token_seconds": 0.0, "context_seconds": 0.0, "expert_seconds": 0.0}
     cluster = Cluster(engines=1, kv_tokens=4000, max_num_seqs=1, **times)
-    outcome = simulate(cluster, Arm("sjf", queue="sjf"), [Arrival(0.0, 10, 7), Arrival(0.0, 20, 2)], TRACE, TRACE)
+    outcome = simulate(cluster, Arm("sjf", queue="sjf"), [Arrival(3.0, 10, 7), Arrival(3.0, 20, 2)], TRACE, TRACE)
     # One at a time: the first runs for seven steps; the slot is free once its last token is under way.
     assert outcome.waited == {0: 0.0, 1: 7.0}
     assert outcome.ttft == pytest.approx([1.0, 8.0])

@@ -210,5 +210,5 @@ def test_windows_end_where_they_should_and_hold_their_steps_only() -> None:
             assert (ended is not None) == (step > 1 and (step - 1) % steps == 0)
             if ended is not None:
                 assert ended is log.window
-                assert ended.tokens == sum(range(step - window, step))
+                assert (ended.tokens, ended.steps) == (sum(range(step - window, step)), window)
             runner.tokens += step
