@@ -75,7 +75,7 @@ class EngineConfig:
       expert_placement: where the experts of each layer lie, decided anew every `expert_interval` steps: "linear" in
         order, for ever; "eplb" so that loads are balanced; "edr" Algorithm 3 of arXiv 2602.21626, which pins experts
         that follow each other on one device and balances the others, "edr_column" with one assignment for all layers;
-        "source" near the sequences that choose them.
+        "source" near the sequences that choose them; "metro" so that as many experts are at work on each device.
       expert_interval: steps between two relocations.
       expert_window: steps whose choices a relocation looks at.
       router_statistics: what is counted of the routers' choices: "off", "activations" of experts, or also "transitions"
@@ -127,7 +127,7 @@ class EngineConfig:
     coordinator_address: str | None = None
     join_timeout: float = 300.0
     redundant_experts: int = 0
-    expert_placement: Literal["linear", "eplb", "edr", "edr_column", "source"] = "linear"
+    expert_placement: Literal["linear", "eplb", "edr", "edr_column", "source", "metro"] = "linear"
     expert_interval: int = 3000
     expert_window: int = 1000
     router_statistics: Literal["off", "activations", "transitions"] | None = None
@@ -236,7 +236,7 @@ class EngineConfig:
         pinned = self.expert_placement in ("edr", "edr_column")
         if self.expert_placement != "linear" and self.expert_parallel_size == 1:
             raise ConfigError(f"expert_placement={self.expert_placement!r} needs expert_parallel_size above 1")
-        if self.redundant_experts and self.expert_placement not in ("linear", "eplb"):
+        if self.redundant_experts and self.expert_placement not in ("linear", "eplb", "metro"):
             raise ConfigError(
                 f"redundant_experts={self.redundant_experts} have no use under "
                 f"expert_placement={self.expert_placement!r}"

@@ -9,31 +9,22 @@ engines for a while. Queues, batches, pages, preemption and choices of engines a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
-import numpy as np
-
-from bench.moe.routing import RouterTrace, StepImbalance
+from bench.moe.arms import Arm
+from bench.moe.outcome import Outcome
+from bench.moe.routing import RouterTrace, StepImbalance, load_sums
 from bench.moe.workload import Arrival
 from jaxdual.kv.keys import KeyChain, root_key
 from jaxdual.kv.manager import GroupPages, KVManager
 from jaxdual.scheduling.batch import BatchLimits, BatchScheduler, Phase, SequenceState
-from jaxdual.scheduling.dispatch import (
-    DispatchPolicy,
-    DispatchRequest,
-    GimbalDispatch,
-    GimbalThresholds,
-    LoadBoard,
-    dispatch_policy,
-)
-from jaxdual.scheduling.expert_policies import expert_policy
-from jaxdual.scheduling.experts import INTERVAL, linear_placement
-from jaxdual.scheduling.queues import waiting_queue
+from jaxdual.scheduling.dispatch import DispatchRequest, LoadBoard
+from jaxdual.scheduling.experts import INTERVAL
+from jaxdual.scheduling.queues import ShortestFirst, waiting_queue
 
 _ROOT = root_key(b"simulation", b"")
-_PAGE = 16  # tokens
+PAGE = 16  # tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +40,7 @@ class Cluster:
       stall_seconds: of a relocation.
       report_seconds: between two reports of an engine's load.
       max_num_seqs, max_num_batched_tokens: of a step of one engine.
+      prefix_caching: whether engines keep prefixes.
     """
 
     engines: int = 2
@@ -62,91 +54,7 @@ class Cluster:
     report_seconds: float = 0.1
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 2048
-
-
-@dataclass(frozen=True, slots=True)
-class Arm:
-    """Policies of the three levels, by the names of the settings.
-
-    Attributes:
-      remaining: compares loads by tokens that are left to compute, not by those in memory.
-    """
-
-    name: str
-    dispatch: str = "rr"
-    queue: str = "fcfs"
-    experts: str = "linear"
-    remaining: bool = False
-
-    def dispatcher(self) -> DispatchPolicy:
-        if self.remaining:
-            scope = "relaxed" if self.dispatch == "gimbal_relaxed" else "literal"
-            return GimbalDispatch(GimbalThresholds(), load_scope=scope, load="remaining")  # type: ignore[arg-type]
-        return dispatch_policy(self.dispatch)
-
-
-ARMS = (
-    Arm("rr"),
-    Arm("vllm_counts", dispatch="vllm_counts"),
-    Arm("DPLB", dispatch="gimbal"),
-    Arm("DPLB relaxed", dispatch="gimbal_relaxed"),
-    Arm("DPLB relaxed, remaining", dispatch="gimbal_relaxed", remaining=True),
-    Arm("SJFS", queue="sjf"),
-    Arm("SJF, linear ageing", queue="sjf_linear"),
-    Arm("EPLB", experts="eplb"),
-    Arm("EDR", experts="edr"),
-    Arm("EDR, one assignment", experts="edr_column"),
-    Arm("source locality", experts="source"),
-    Arm("DPLB + SJFS", dispatch="gimbal", queue="sjf"),
-    Arm("DPLB + EDR", dispatch="gimbal", experts="edr"),
-    Arm("SJFS + EDR", queue="sjf", experts="edr"),
-    Arm("score", dispatch="score"),
-    Arm("Gimbal", dispatch="gimbal", queue="sjf", experts="edr"),
-    Arm("Gimbal relaxed", dispatch="gimbal_relaxed", queue="sjf", experts="edr"),
-    Arm("vllm_counts + SJFS + EPLB", dispatch="vllm_counts", queue="sjf", experts="eplb"),
-)
-
-
-@dataclass(slots=True)
-class Outcome:
-    """What a run gave, in seconds.
-
-    Attributes:
-      ttft, tpot: of each request, the latter without those of one token.
-      seconds: from the first arrival to the last token.
-      tokens: given.
-      branches: how often each rule has chosen an engine.
-      full_share: part of the time in which some engine's KV memory was used by 90 % or more.
-    """
-
-    ttft: list[float] = field(default_factory=list)
-    tpot: list[float] = field(default_factory=list)
-    seconds: float = 0.0
-    tokens: int = 0
-    steps: int = 0
-    preemptions: int = 0
-    relocations: int = 0
-    imbalance: float = 1.0
-    full_share: float = 0.0
-    branches: dict[str, int] = field(default_factory=dict)
-
-    def figures(self) -> dict[str, Any]:
-        """Means, percentiles and counts, for a report."""
-        return {
-            "ttft_s": float(np.mean(self.ttft)),
-            "ttft_p50_s": float(np.percentile(self.ttft, 50)),
-            "ttft_p99_s": float(np.percentile(self.ttft, 99)),
-            "ttft_most_s": max(self.ttft),
-            "tpot_s": float(np.mean(self.tpot)),
-            "tpot_p99_s": float(np.percentile(self.tpot, 99)),
-            "tokens_per_s": self.tokens / self.seconds,
-            "steps": self.steps,
-            "preemptions": self.preemptions,
-            "relocations": self.relocations,
-            "imbalance": self.imbalance,
-            "kv_full_share": self.full_share,
-            "branches": dict(self.branches),
-        }
+    prefix_caching: bool = False
 
 
 class _Run:
@@ -155,31 +63,25 @@ class _Run:
     ) -> None:
         self._cluster, self._requests = cluster, requests
         limits = BatchLimits(cluster.max_num_seqs, cluster.max_num_batched_tokens, cluster.max_num_batched_tokens)
-        pages = cluster.kv_tokens // _PAGE
-        self._engines = [
-            BatchScheduler(
-                limits, KVManager([GroupPages(pages)], _PAGE, prefix_caching=False), waiting_queue(arm.queue)
-            )
-            for _ in range(cluster.engines)
+        pages = cluster.kv_tokens // PAGE
+        self._memory = [
+            KVManager([GroupPages(pages)], PAGE, prefix_caching=cluster.prefix_caching) for _ in range(cluster.engines)
         ]
+        self._queues = [waiting_queue(arm.queue) for _ in range(cluster.engines)]
+        self._engines = [BatchScheduler(limits, *parts) for parts in zip(self._memory, self._queues, strict=True)]
         self._dispatch, self._board = arm.dispatcher(), LoadBoard(cluster.engines)
         self._reported = -float("inf")
         self._sequences: dict[int, SequenceState] = {}
-        self._engine_of: dict[int, int] = {}
         self._first: dict[int, float] = {}
-        layers = len(trace.choices)
-        seen = profile.window(cluster.engines)
-        policy = expert_policy(arm.experts, cluster.engines, profile=seen)
-        self._moves = policy is not None
-        placement = linear_placement(layers, trace.experts, cluster.engines)
-        if policy is not None:  # at load time, from the profile
-            placement = policy(seen)
-        self._imbalance = StepImbalance(trace, placement)
+        self._moves = arm.experts != "linear"
+        # At load time experts are placed by the profile.
+        self._imbalance = StepImbalance(load_sums(trace, arm.experts, cluster.engines, profile))
         self.outcome = Outcome()
 
     def run(self) -> Outcome:
         outcome, cluster, now, arrived = self.outcome, self._cluster, 0.0, 0
         uneven, full = 0.0, 0.0
+        full_pages = cluster.kv_tokens // PAGE // 10  # free ones, where 90 % are used: theta_kv of the paper
         while arrived < len(self._requests) or self._sequences:
             if not self._sequences:
                 now = max(now, self._requests[arrived].time)
@@ -187,15 +89,15 @@ class _Run:
                 self._admit(arrived, self._requests[arrived])
                 arrived += 1
             plans = [engine.plan(now) for engine in self._engines]
-            loads = [engine.load() for engine in self._engines]
-            contexts = [sum(row.position + 1 for row in plan.rows) for plan in plans]
             tokens = [plan.num_tokens for plan in plans]
-            phi = self._imbalance.next(sum(tokens))
-            busiest = max(
-                cluster.token_seconds * count + cluster.context_seconds * context
-                for count, context in zip(tokens, contexts, strict=True)
-            )
-            seconds = cluster.fixed_seconds + busiest + cluster.expert_seconds * sum(tokens) * phi
+            total, busiest = sum(tokens), 0.0
+            for plan, count in zip(plans, tokens, strict=True):
+                context = sum([row.position for row in plan.rows]) + len(plan.rows)
+                busiest = max(busiest, cluster.token_seconds * count + cluster.context_seconds * context)
+                for seq_id in plan.admitted:  # of a preempted sequence only the first time counts
+                    outcome.waited.setdefault(seq_id, now - self._sequences[seq_id].arrival)
+            phi = self._imbalance.next(total)
+            seconds = cluster.fixed_seconds + busiest + cluster.expert_seconds * total * phi
             seconds *= cluster.slow
             outcome.steps += 1
             if self._moves and outcome.steps % INTERVAL == 0:
@@ -204,13 +106,14 @@ class _Run:
                 seconds += cluster.stall_seconds
             now += seconds
             uneven += phi * seconds
-            full += seconds * any(load.kv_used >= 0.9 * load.kv_capacity for load in loads)
+            full += seconds * any(memory.num_available <= full_pages for memory in self._memory)
             for number, plan in enumerate(plans):
                 sampled = [chunk.seq_id for chunk in plan.chunks if chunk.samples]
-                self._complete(number, [*(row.seq_id for row in plan.rows), *sampled], now)
+                self._complete(number, [row.seq_id for row in plan.rows] + sampled, now)
                 outcome.preemptions += len(plan.preempted)
         outcome.seconds, outcome.branches = now, dict(self._dispatch.branches)
         outcome.imbalance, outcome.full_share = uneven / now, full / now
+        outcome.aged = sum(queue.aged for queue in self._queues if isinstance(queue, ShortestFirst))
         return outcome
 
     def _admit(self, number: int, request: Arrival) -> None:
@@ -219,36 +122,34 @@ class _Run:
             self._reported = request.time
             for engine, scheduler in enumerate(self._engines):
                 self._board.report(engine, scheduler.load())
-        wanted = DispatchRequest(str(number), request.prompt)
+        wanted = DispatchRequest(str(number), request.prompt, request.user)
         chosen = self._dispatch.select(wanted, self._board, request.time)
         self._board.sent(chosen, wanted)
         sequence = SequenceState(
             seq_id=number,
-            tokens=[0] * request.prompt,
+            tokens=[0] * request.prompt if request.tokens is None else list(request.tokens),
             prompt_length=request.prompt,
             max_output=request.output,
             stop_token_ids=frozenset(),
-            keys=KeyChain(_ROOT, _PAGE),
+            keys=KeyChain(_ROOT, PAGE),
             arrival=request.time,
-            use_cache=False,
+            use_cache=self._cluster.prefix_caching,
         )
-        self._sequences[number], self._engine_of[number] = sequence, chosen
+        self._sequences[number] = sequence
         self._engines[chosen].add(sequence)
 
     def _complete(self, engine: int, seq_ids: Sequence[int], now: float) -> None:
         sequences = [self._sequences[seq_id] for seq_id in seq_ids]
         self._engines[engine].complete([(sequence, 0) for sequence in sequences], now)
         for sequence in sequences:
-            number = sequence.seq_id
-            if sequence.num_output == 1:
+            number, output = sequence.seq_id, len(sequence.tokens) - sequence.prompt_length
+            if output == 1:
                 self._first[number] = now
-                self.outcome.ttft.append(now - sequence.arrival)
+                self.outcome.started(sequence, now, PAGE)
             if sequence.phase is Phase.FINISHED:
                 del self._sequences[number]
                 self._board.withdrawn(engine, str(number))
-                self.outcome.tokens += sequence.num_output
-                if sequence.num_output > 1:
-                    self.outcome.tpot.append((now - self._first[number]) / (sequence.num_output - 1))
+                self.outcome.ended(output, now - self._first.pop(number))
 
 
 def simulate(

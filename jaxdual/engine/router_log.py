@@ -23,7 +23,7 @@ class RouterLog:
     """
 
     def __init__(self, runner: Runner, devices: int, window: int, period: int | None = None) -> None:
-        self._runner, self._devices = runner, devices
+        self._runner, self._devices, self._window = runner, devices, window
         self._period = window if period is None else period
         self._begin = (self._period - window) % self._period
         self._steps = 0
@@ -35,16 +35,16 @@ class RouterLog:
         ends = phase == 0 and self._steps > 0
         if ends:
             counts = self._runner.take_router_counts()
-            self.window = None if counts is None else _window(counts, self._devices)
+            self.window = None if counts is None else _window(counts, self._devices, self._window)
         elif phase == self._begin:
             self._runner.take_router_counts()
         self._steps += 1
         return self.window if ends else None
 
 
-def _window(counts: RouterCounts, devices: int) -> RouterWindow:
+def _window(counts: RouterCounts, devices: int, steps: int) -> RouterWindow:
     """Counts of all ranks, by the device along the expert axis that each rank is on."""
     activations = np.asarray(counts.activations)
     by_device = activations.reshape(-1, devices, *activations.shape[1:]).sum(axis=0)
     transitions = None if counts.transitions is None else np.asarray(counts.transitions).sum(axis=0)
-    return RouterWindow(int(np.sum(counts.tokens)), by_device.transpose(1, 0, 2), transitions)
+    return RouterWindow(int(np.sum(counts.tokens)), by_device.transpose(1, 0, 2), transitions, steps)

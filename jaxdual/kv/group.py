@@ -266,7 +266,8 @@ class GroupAccount:
     def missing(self, seq_id: int, num_tokens: int) -> int:
         """Pages that a running sequence lacks for its first `num_tokens` tokens."""
         held = self.held[seq_id]
-        return max(0, -(-num_tokens // self._page_size) - held.first - len(held.pages))
+        missing = -(-num_tokens // self._page_size) - held.first - len(held.pages)
+        return missing if missing > 0 else 0
 
     def extend(self, seq_id: int, num_tokens: int) -> None:
         """Takes the pages that are missing, and must be available, for the first `num_tokens` tokens."""

@@ -225,7 +225,8 @@ class KVManager:
         """
         missing = 0
         for group in self.groups:
-            group.leave(seq_id, start)
+            if group.memory.window is not None:
+                group.leave(seq_id, start)
             missing += group.missing(seq_id, end)
         if missing == 0:
             return True  # most decode steps
@@ -234,6 +235,12 @@ class KVManager:
         for group in self.groups:
             group.extend(seq_id, end)
         return True
+
+    def room_of(self, seq_id: int) -> int:
+        """Tokens that a running sequence's pages hold, so that `grow` has nothing to do for them; 0 behind a window."""
+        if any(group.memory.window is not None for group in self.groups):
+            return 0
+        return self.page_size * min(len(group.held[seq_id].pages) for group in self.groups)
 
     def publish(self, seq_id: int, keys: Sequence[BlockKey]) -> None:
         """Shares the first blocks of a running sequence: `keys` are those of its full blocks computed so far.

@@ -48,6 +48,7 @@ class SequenceState:
       pending: tokens sampled by planned steps and not known yet.
       cached: tokens of the prompt that came from the prefix cache at first admission, in tokens.
       slot: its row of the per-sequence device state while running and not all its tokens are planned; else -1.
+      room: tokens that surely need no other page, nor have one that the device was not told of; 0 if that is not known.
     """
 
     seq_id: int
@@ -64,6 +65,7 @@ class SequenceState:
     pending: int = 0
     cached: int | None = None
     slot: int = -1
+    room: int = 0
     phase: Phase = Phase.WAITING
     finish_reason: FinishReason | None = None
 
@@ -283,13 +285,14 @@ class BatchScheduler:
                 continue
             sequence.pending -= 1
             sequence.tokens.append(token)
-            if sequence.num_output == 1:
+            output = sequence.num_output
+            if output == 1:
                 self._waiting.first_token(now - sequence.arrival)
-            if sequence.phase is Phase.RUNNING:
+            if sequence.phase is Phase.RUNNING and self._kv.prefix_caching:
                 self._publish(sequence)
-            if token in sequence.stop_token_ids and sequence.num_output > sequence.min_output:
+            if token in sequence.stop_token_ids and output > sequence.min_output:
                 self.finish(sequence, "stop")
-            elif sequence.num_output >= sequence.max_output:
+            elif output >= sequence.max_output:
                 self.finish(sequence, "length")
 
     def load(self) -> EngineLoad:
@@ -318,6 +321,8 @@ class BatchScheduler:
             s.phase is not Phase.WAITING for s in self._waiting
         ):
             raise IntegrityError("a sequence is in the wrong queue")
+        if any(s.room > self._kv.room_of(s.seq_id) for s in self._running) or any(s.room for s in self._waiting):
+            raise IntegrityError("a sequence has room that its pages do not give")
         running = {sequence.seq_id for sequence in self._running}
         if not running.issuperset(self._coming.values()):
             raise IntegrityError("a block is expected of a sequence that does not run")
@@ -327,19 +332,22 @@ class BatchScheduler:
     # Rows.
 
     def _plan_rows(self, step: _Plan) -> None:
-        position = 0
+        # Every running sequence passes here at every step: hence no calls of properties.
+        position, shares = 0, self._kv.prefix_caching
         while position < len(self._running):
             sequence = self._running[position]
             position += 1
-            if sequence.num_output + sequence.pending >= sequence.max_output:
+            tokens = len(sequence.tokens) + sequence.pending
+            if tokens - sequence.prompt_length >= sequence.max_output:
                 self._free_slot(sequence)  # its last token is under way: who comes next need not wait for it
                 continue
-            if not sequence.wants_decode:
+            if sequence.computed != tokens - 1:
                 continue
             if step.budget == 0:
                 return
-            self._publish_planned(sequence)
-            if not self._make_room(step, sequence, 1):
+            if shares:
+                self._publish_planned(sequence)
+            if sequence.computed >= sequence.room and not self._make_room(step, sequence, 1):
                 return
             self._plan_row(step, sequence)
 
@@ -351,22 +359,18 @@ class BatchScheduler:
             if victim is sequence:
                 return False
         self._tell_tables(step, sequence)
+        sequence.room = self._kv.room_of(sequence.seq_id)
         return True
 
     def _tell_tables(self, step: _Plan, sequence: SequenceState) -> None:
-        for change in self._kv.take_changes(sequence.seq_id):
-            step.tables.append((sequence.slot, change))
+        changes = self._kv.take_changes(sequence.seq_id)
+        if changes:
+            step.tables += [(sequence.slot, change) for change in changes]
 
     def _plan_row(self, step: _Plan, sequence: SequenceState) -> None:
-        step.rows.append(
-            Row(
-                seq_id=sequence.seq_id,
-                slot=sequence.slot,
-                position=sequence.computed,
-                token=None if sequence.pending else sequence.tokens[-1],
-                output_index=sequence.num_output + sequence.pending,
-            )
-        )
+        position = sequence.computed
+        token = None if sequence.pending else sequence.tokens[-1]
+        step.rows.append(Row(sequence.seq_id, sequence.slot, position, token, position + 1 - sequence.prompt_length))
         sequence.computed += 1
         sequence.pending += 1
         step.budget -= 1
@@ -396,8 +400,8 @@ class BatchScheduler:
         while position < len(self._running):
             sequence = self._running[position]
             position += 1
-            if sequence.wants_decode:
-                continue
+            if sequence.computed == len(sequence.tokens) + sequence.pending - 1:
+                continue  # it decodes
             self._publish_planned(sequence)
             length = self._chunk_length(step, sequence)
             if length > 0 and self._make_room(step, sequence, length):
@@ -429,7 +433,8 @@ class BatchScheduler:
             if not step.budget or not self._slots:
                 return
             length = len(sequence.tokens)
-            keys = sequence.keys.upto(sequence.tokens, (length - 1) // self._kv.page_size)
+            blocks = (length - 1) // self._kv.page_size if self._kv.prefix_caching else 0
+            keys = sequence.keys.upto(sequence.tokens, blocks)
             if sequence.pending or self._is_coming(sequence, keys):
                 continue
             admission = self._kv.admit(
@@ -449,7 +454,7 @@ class BatchScheduler:
                 sequence.cached = admission.cached
             bisect.insort(self._running, sequence, key=lambda s: s.order)
             step.admitted.append(sequence.seq_id)
-            for key in keys[self._kv.num_published(sequence.seq_id) :] if self._kv.prefix_caching else ():
+            for key in keys[self._kv.num_published(sequence.seq_id) :]:
                 self._coming.setdefault(key, sequence.seq_id)
             length = 1 if sequence.wants_decode else self._chunk_length(step, sequence)
             if not self._kv.grow(sequence.seq_id, sequence.computed, sequence.computed + length):
@@ -470,6 +475,7 @@ class BatchScheduler:
     # Both.
 
     def _stop_running(self, sequence: SequenceState) -> None:
+        sequence.room = 0
         self._running.remove(sequence)
         self._forget_coming(sequence, sequence.keys.known)
         self._free_slot(sequence)
@@ -489,13 +495,16 @@ class BatchScheduler:
             self._publish(sequence)
 
     def _publish(self, sequence: SequenceState) -> None:
+        if not self._kv.prefix_caching:
+            return
         blocks = min(sequence.computed, len(sequence.tokens)) // self._kv.page_size
         published = self._kv.num_published(sequence.seq_id)
-        if blocks <= published or not self._kv.prefix_caching:
+        if blocks <= published:
             return
         keys = sequence.keys.upto(sequence.tokens, blocks)
         self._forget_coming(sequence, keys[published:])
         self._kv.publish(sequence.seq_id, keys)
+        sequence.room = 0
 
     def _forget_coming(self, sequence: SequenceState, keys: Sequence[BlockKey]) -> None:
         for key in keys if self._coming else ():

@@ -51,23 +51,23 @@ class Traffic:
 
 
 def traffic(choices: np.ndarray, homes: np.ndarray, placement: Placement) -> Traffic:
-    """Traffic of one step, of several copies of an expert the first one taken.
+    """Traffic of one step; of several copies of an expert, tokens take one after another.
 
     Args:
       choices: experts of each token in each layer.
       homes: `[tokens]` device of each token's engine.
     """
     layers, tokens, _ = choices.shape
-    devices = placement.devices_of()
-    device_of = np.stack([devices[layer][choices[layer]] for layer in range(layers)])
+    slots, copies = placement.slots_of()
+    layer, token = np.arange(layers)[:, None, None], np.arange(tokens)[:, None]
+    device_of = placement.device_of_slot[slots[layer, choices, token % copies[layer, choices]]]
     touched = np.zeros((layers, tokens, placement.devices), bool)
     np.put_along_axis(touched, device_of, True, axis=2)
     touched[:, np.arange(tokens), homes] = False
-    active = [
-        max(np.unique(chosen[where == device]).size for device in range(placement.devices))
-        for chosen, where in zip(choices, device_of, strict=True)
-    ]
-    return Traffic(float(touched.sum() / (layers * tokens)), float(np.mean(active)))
+    at_work = np.zeros((layers, placement.devices, placement.num_experts), bool)
+    at_work[layer, device_of, choices] = True
+    most = at_work.sum(axis=2).max(axis=1)
+    return Traffic(float(touched.sum() / (layers * tokens)), float(most.mean()))
 
 
 def transitions_of(choices: np.ndarray, experts: int) -> np.ndarray:

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from jaxdual.scheduling.expert_activity import DECODE_TOKENS, metro
 from jaxdual.scheduling.experts import Placement, build_pool, by_column, by_source, edr, eplb
 
-EXPERT_PLACEMENTS = ("linear", "eplb", "edr", "edr_column", "source")
+EXPERT_PLACEMENTS = ("linear", "eplb", "edr", "edr_column", "source", "metro")
+COPYING = ("eplb", "metro")  # placements that have a use for redundant slots
 WINDOW = 1000  # steps that a relocation looks at, as vLLM's
 
 
@@ -22,17 +24,24 @@ class RouterWindow:
       sources: `[layers, devices, experts]` tokens of each device's sequences that chose each expert.
       transitions: `[layers - 1, experts, experts]` tokens that chose expert i in a layer and j in the next; None where
         they were not counted.
+      steps: in which they were routed; None where that is not known.
     """
 
     tokens: int
     sources: np.ndarray
     transitions: np.ndarray | None = None
+    steps: int | None = None
 
     @property
     def activations(self) -> np.ndarray:
         """`[layers, experts]` tokens that chose each expert."""
         total: np.ndarray = self.sources.sum(axis=1)
         return total
+
+    @property
+    def step_tokens(self) -> float:
+        """Tokens of a step, on average; `DECODE_TOKENS` where steps were not counted."""
+        return self.tokens / self.steps if self.steps else DECODE_TOKENS
 
 
 type ExpertPolicy = Callable[[RouterWindow], Placement]
@@ -46,7 +55,7 @@ def expert_policy(
     Args:
       name: one of `EXPERT_PLACEMENTS`.
       devices: that share each layer's experts.
-      redundant: slots of a layer beyond one for each expert, which only "eplb" has a use for.
+      redundant: slots of a layer beyond one for each expert, which those of `COPYING` have a use for.
       anchor: the device of the pool, of "edr" and "edr_column".
       profile: transitions that the pool is made of, counted before; without, those of the first window.
 
@@ -55,12 +64,18 @@ def expert_policy(
     """
     if name not in EXPERT_PLACEMENTS:
         raise ValueError(f"expert placement {name!r} must be one of {', '.join(EXPERT_PLACEMENTS)}")
-    if redundant and name not in ("linear", "eplb"):
-        raise ValueError(f"expert placement {name!r} has no use for {redundant} redundant slots: eplb has")
+    if redundant and name not in ("linear", *COPYING):
+        raise ValueError(
+            f"expert placement {name!r} has no use for {redundant} redundant slots: {' and '.join(COPYING)} have"
+        )
     if name == "linear":
         return None
     if name == "eplb":
         return lambda window: eplb(window.activations, devices, redundant=redundant)
+    if name == "metro":
+        return lambda window: metro(
+            window.activations, window.tokens, devices, step_tokens=window.step_tokens, redundant=redundant
+        )
     if name == "source":
         return lambda window: by_source(window.sources)
     return _Pinned(devices, anchor, profile, column=name == "edr_column")

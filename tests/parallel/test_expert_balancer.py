@@ -118,7 +118,7 @@ def test_experts_that_move_while_tokens_come_change_none(sizes: dict[str, Any], 
             np.testing.assert_array_equal(found, np.asarray(getattr(experts, name)[...])[held])
 
 
-@pytest.mark.parametrize("policy", ["eplb", "edr", "edr_column", "source"])
+@pytest.mark.parametrize("policy", ["eplb", "edr", "edr_column", "source", "metro"])
 def test_policies_place_experts_anew_every_so_many_steps(policy: str) -> None:
     want = expected("qwen3_moe")
     llm = LLM(
@@ -213,5 +213,5 @@ def test_windows_end_where_they_should_and_hold_their_steps_only() -> None:
             assert (ended is not None) == (step > 1 and (step - 1) % steps == 0)
             if ended is not None:
                 assert ended is log.window
-                assert ended.tokens == sum(range(step - window, step))
+                assert (ended.tokens, ended.steps) == (sum(range(step - window, step)), window)
             runner.tokens += step

@@ -250,6 +250,10 @@ def test_cut_and_traffic_count_what_is_elsewhere() -> None:
     found = traffic(choices, np.array([0, 0, 1]), placement)
     assert found.remote_copies == ((0 + 1 + 1) + (0 + 1 + 0)) / 6
     assert found.active_experts == (2 + 2) / 2
+    copied = Placement(np.array([[0, 1, 0, 2]], np.int32), 2, 3)
+    # Three tokens at home on device 0 choose expert 0: its copies on devices 0, 1 and 0 serve them.
+    found = traffic(np.zeros((1, 3, 1), int), np.zeros(3, int), copied)
+    assert (found.remote_copies, found.active_experts) == (1 / 3, 1)
     assert cut(np.zeros((1, 4, 4)), placement) == 0
 
 
