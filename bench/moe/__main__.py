@@ -3,12 +3,13 @@
 Every arm serves the same requests. The factor on all times is set so that the baseline has the published P99 of the
 time to a first token, on seeds of their own; no policy's threshold is fitted. Changes are against strict round robin
 and against what vLLM does, both with first come, first served, seed by seed, with bootstrap intervals of their mean.
-`--placements`, `--sessions` and `--search` are measurements of their own.
+`--placements`, `--sessions`, `--search` and `--wall-clock` are measurements of their own.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import dataclasses
 import os
 import sys
@@ -32,6 +33,7 @@ from bench.moe.summary import (
     compare,
     figure_rows,
 )
+from bench.moe.wall_clock import WALL_CLOCK_ARMS, wall_clock
 from bench.moe.workload import SHAPES
 from bench.report import header, table, write_json
 
@@ -44,6 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report = header("bench.moe")
     if options.placements:
         report["placements"] = placement_report()
+    elif options.wall_clock:
+        _wall_clock(options, report)
     else:
         with ProcessPoolExecutor(options.jobs) as pool:
             if options.sessions:
@@ -61,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--placements", action="store_true", help="what placements of experts are worth, and no requests")
     what.add_argument("--sessions", action="store_true", help="users who come back, with prefixes kept")
+    what.add_argument("--wall-clock", action="store_true", help="engines of two processes in place of a simulation")
     what.add_argument(
         "--search", action="store_true", help="candidates for an operating point with the paper's changes"
     )
@@ -100,6 +105,17 @@ def _campaign(pool: Executor, options: argparse.Namespace, report: dict[str, Any
         print(f"{name}: shapes and rates, of {len(shapes) * len(rates)}, with better TTFT and TPOT")
         better = better_points(compared).items()
         print(table(["arm", "against", "TTFT", "TPOT"], [[*names, *counts] for names, counts in better]))
+
+
+def _wall_clock(options: argparse.Namespace, report: dict[str, Any]) -> None:
+    shapes, load = options.shape or list(SHAPES), options.rate[0] if options.rate else 0.8
+    found = asyncio.run(wall_clock(shapes, options.seeds, options.requests, load))
+    runs = found.pop("runs")
+    compared = [
+        compare(runs, arm.name, base.name, load) for base in BASELINES for arm in WALL_CLOCK_ARMS if arm is not base
+    ]
+    report["wall_clock"] = found | {"changes": compared, "cells": cells(runs)}
+    _print("wall clock", load, compared, runs)
 
 
 def _cases(
