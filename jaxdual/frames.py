@@ -86,7 +86,15 @@ class MessageSocket:
         Raises:
           OSError: the other end is gone.
         """
-        self._sock.sendall(self._frames.encode(message))
+        self.send_frame(self.encode(message))
+
+    def encode(self, message: Message) -> bytes:
+        """The frame of a message, for this socket or another one."""
+        return self._frames.encode(message)
+
+    def send_frame(self, frame: bytes) -> None:
+        """See `send`."""
+        self._sock.sendall(frame)
 
     def receive(self, timeout: float | None, beside: Sequence[int] = ()) -> list[Any]:
         """Messages that have come.

@@ -79,6 +79,15 @@ def build_engine(config: EngineConfig, part: ClusterPart | None = None) -> Built
 
 def engine_of(loaded: LoadedModel, config: EngineConfig, part: ClusterPart | None) -> Built[Engine]:
     """See `build_engine`."""
+    try:
+        return _engine_of(loaded, config, part)
+    except BaseException:
+        if loaded.followers is not None:
+            loaded.followers.close()
+        raise
+
+
+def _engine_of(loaded: LoadedModel, config: EngineConfig, part: ClusterPart | None) -> Built[Engine]:
     layout, max_chunk = loaded.layout, loaded.max_chunk
     memory = group_pages(config, layout, loaded.max_model_len, max_chunk, loaded.model.config)
     check_host_memory(config, layout, memory, loaded.model.config)

@@ -29,7 +29,7 @@ from models.errors import ModelError
 _HELLO_SECONDS = 5.0  # from a connection to its first message
 _RETRY_SECONDS = 0.2  # between two attempts to reach a leader that is not there yet
 _END_SECONDS = 10.0  # from the end of an engine until followers that are still there are killed
-_WORDS_SECONDS = 2.0  # in which a process that has made a step fail is noticed to have ended
+_WORDS_SECONDS = 2.0  # in which a process that has made something fail is noticed to have ended
 
 
 class Followers:
@@ -75,12 +75,18 @@ class Followers:
         Raises:
           EngineDeadError: one of them has ended.
         """
+        frame: bytes | None = None
         for number, channel in self._channels.items():
+            frame = frame or channel.encode(message)
             try:
-                channel.send(message)
+                channel.send_frame(frame)
             except OSError as error:
-                self.check(_WORDS_SECONDS)
+                self.explain()
                 raise EngineDeadError(f"process {number} of the engine can't be reached: {error}") from error
+
+    def explain(self) -> None:
+        """Raises what a process has ended with, if one does so in these moments: after something has failed."""
+        self.check(_WORDS_SECONDS)
 
     def check(self, timeout: float = 0.0) -> None:
         """Raises what a process has ended with, if one has.

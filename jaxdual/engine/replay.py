@@ -21,8 +21,6 @@ from jaxdual.frames import Message
 from jaxdual.scheduling.batch import StepPlan
 from jaxdual.scheduling.experts import Move
 
-_WORDS_SECONDS = 2.0  # in which a process that has made a call fail is noticed to have ended
-
 
 class LeadingRunner(Runner):
     """The runner of process 0.
@@ -79,7 +77,7 @@ class LeadingRunner(Runner):
         try:
             yield
         except Exception:
-            self._followers.check(_WORDS_SECONDS)  # if one has ended, that is the reason
+            self._followers.explain()
             raise
 
 
