@@ -1,0 +1,155 @@
+"""DySCO (arXiv 2602.22175): attention that is rescaled at every decoded token, after what retrieval heads look at.
+
+A token is computed twice: first as always, through the layers that have retrieval heads, whose attention is blended
+into a relevance of each token so far; then again and in full, with the attention to the most relevant tokens raised in
+all heads.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+
+Preset = Literal["code", "rev89c", "paper"]
+# What is kept of the relevance before, at each blending: the authors' code, an earlier revision of it, their formula.
+HISTORY: dict[Preset, float] = {"code": 0.75 / 1.75, "rev89c": 0.4, "paper": 0.75}
+_MAX_STRENGTH = 1000.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DyscoParams:
+    """How a request is decoded by DySCO. Defaults are the authors'.
+
+    Attributes:
+      heads: retrieval heads as (layer, query head), from 0; None for those of `profile`.
+      profile: name of a profile that ships with jaxdual, or file of one; None for the model's own, if `heads` is None.
+      top_p: part of the relevance that selected tokens have at most, in (0, 1]; None for no such limit.
+      top_k: tokens that are selected at most; None for no such limit.
+      strength: factor on the attention weights of selected tokens before they are normalised, above 0; 1 changes none.
+      decay: weight of the relevance before by that of the new attention, at least 0; None for that of `preset`.
+      preset: "code" as the authors' code (0.75), "rev89c" as an earlier revision of it, "paper" as their formula.
+      observe: tokens whose attention makes the first relevance, that of the last one being the first raised one.
+      tail: tokens at the end of the prompt that are decoded as if they were generated; "auto" for those that the chat
+        template puts behind the last message, 2 without one.
+      template_sequences: token sequences whose occurrences in the prompt are never raised; None for the profile's.
+      static: selects once, by what was observed, and computes each token once.
+
+    Raises:
+      ValueError: a value of the wrong type or out of its range, or two that exclude each other.
+    """
+
+    heads: Sequence[tuple[int, int]] | None = None
+    profile: str | None = None
+    top_p: float | None = 0.975
+    top_k: int | None = 4096
+    strength: float = 2.0
+    decay: float | None = None
+    preset: Preset | None = None
+    observe: int = 8
+    tail: int | Literal["auto"] = "auto"
+    template_sequences: Sequence[Sequence[int]] | None = None
+    static: bool = False
+
+    def __post_init__(self) -> None:
+        if self.heads is not None:
+            object.__setattr__(self, "heads", _heads(self.heads))
+            if self.profile is not None:
+                raise ValueError(f"dysco: heads and profile={self.profile!r} exclude each other")
+        if self.profile is not None and (not isinstance(self.profile, str) or not self.profile):
+            raise ValueError(f"dysco: profile={self.profile!r} must be a name or a file")
+        if self.top_p is None and self.top_k is None:
+            raise ValueError("dysco: top_p and top_k can't both be None: everything would be selected")
+        if self.top_p is not None:
+            _real("top_p", self.top_p, 0.0, 1.0, open_low=True)
+        if self.top_k is not None:
+            _whole("top_k", self.top_k, 1)
+        _real("strength", self.strength, 0.0, _MAX_STRENGTH, open_low=True)
+        if self.decay is not None:
+            _real("decay", self.decay, 0.0, math.inf)
+            if self.preset is not None:
+                raise ValueError(f"dysco: decay={self.decay} and preset={self.preset!r} exclude each other")
+        if self.preset is not None and self.preset not in get_args(Preset):
+            raise ValueError(f"dysco: preset={self.preset!r} must be one of {', '.join(get_args(Preset))}")
+        _whole("observe", self.observe, 0)
+        if self.tail != "auto":
+            _whole("tail", self.tail, 0)
+        if self.template_sequences is not None:
+            object.__setattr__(self, "template_sequences", _sequences(self.template_sequences))
+        if not isinstance(self.static, bool):
+            raise ValueError(f"dysco: static={self.static!r} must be true or false")
+        if self.static and self.observe < 2:
+            raise ValueError(f"dysco: static selects by what was observed, and observe={self.observe} leaves nothing")
+
+    @property
+    def history(self) -> float:
+        """Weight of the relevance before, that of the new attention being 1 less it."""
+        if self.decay is not None:
+            return self.decay / (1 + self.decay) if math.isfinite(self.decay) else 1.0
+        return HISTORY[self.preset or "code"]
+
+
+def first_raised(prompt_length: int, tail: int, observe: int) -> int:
+    """Position of the first token that is computed twice; the ones before are those of any prompt.
+
+    The authors' code begins one token before the tail, but with it where it observes nothing.
+    """
+    return max(prompt_length - tail - (observe > 0), 0)
+
+
+def template_mask(tokens: Sequence[int], sequences: Sequence[Sequence[int]]) -> np.ndarray:
+    """`[tokens]` bool: which of them lie in an occurrence of one of some sequences."""
+    values = np.asarray(tokens)
+    inside = np.zeros(len(values), bool)
+    for sequence in sequences:
+        width = len(sequence)
+        if width > len(values):
+            continue
+        starts = (np.lib.stride_tricks.sliding_window_view(values, width) == np.asarray(sequence)).all(axis=1)
+        for offset in range(width):
+            inside[offset : offset + len(starts)] |= starts
+    return inside
+
+
+def _heads(heads: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    if isinstance(heads, str) or not isinstance(heads, Sequence) or not heads:
+        raise ValueError(f"dysco: heads={heads!r} must be a list of (layer, head) pairs")
+    pairs = []
+    for pair in heads:
+        if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2:
+            raise ValueError(f"dysco: heads={heads!r} must be a list of (layer, head) pairs")
+        for value in pair:
+            _whole("heads", value, 0)
+        pairs.append((int(pair[0]), int(pair[1])))
+    if len(set(pairs)) < len(pairs):
+        raise ValueError(f"dysco: heads={heads!r} names a head twice")
+    return tuple(pairs)
+
+
+def _sequences(sequences: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
+    if isinstance(sequences, str) or not isinstance(sequences, Sequence):
+        raise ValueError(f"dysco: template_sequences={sequences!r} must be a list of lists of token ids")
+    for sequence in sequences:
+        if isinstance(sequence, str) or not isinstance(sequence, Sequence) or not sequence:
+            raise ValueError(f"dysco: template_sequences={sequences!r} must be a list of lists of token ids")
+        for token in sequence:
+            _whole("template_sequences", token, 0)
+    return tuple(tuple(int(token) for token in sequence) for sequence in sequences)
+
+
+def _whole(name: str, value: object, low: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise ValueError(f"dysco: {name}={value!r} must be a whole number of at least {low}")
+
+
+def _real(name: str, value: object, low: float, high: float, *, open_low: bool = False) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value):
+        raise ValueError(f"dysco: {name}={value!r} must be a number")
+    if value < low or value > high or (open_low and value == low):
+        bounds = f"{'above' if open_low else 'at least'} {low:g}"
+        if math.isfinite(high):
+            bounds += f" and at most {high:g}"
+        raise ValueError(f"dysco: {name}={value!r} must be {bounds}")
