@@ -8,6 +8,7 @@ the device knows yet.
 from __future__ import annotations
 
 import bisect
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -44,6 +45,8 @@ class SequenceState:
       priority: smaller goes first.
       arrival: seconds; earlier goes first within a priority.
       use_cache: False computes the whole prompt anew.
+      single_from: position from which on tokens are computed one at a time, each as a row, also those that are known;
+        what comes of them is this sequence's own, so their blocks are neither shared nor looked up.
       computed: tokens whose keys and values are there once all planned steps have run.
       pending: tokens sampled by planned steps and not known yet.
       cached: tokens of the prompt that came from the prefix cache at first admission, in tokens.
@@ -61,6 +64,7 @@ class SequenceState:
     priority: int = 0
     arrival: float = 0.0
     use_cache: bool = True
+    single_from: int = sys.maxsize
     computed: int = 0
     pending: int = 0
     cached: int | None = None
@@ -76,8 +80,8 @@ class SequenceState:
 
     @property
     def wants_decode(self) -> bool:
-        """All tokens but the newest, known or pending, are computed."""
-        return self.computed == len(self.tokens) + self.pending - 1
+        """All tokens but the newest, known or pending, are computed, or the next one is to be computed by itself."""
+        return self.computed == len(self.tokens) + self.pending - 1 or self.computed >= self.single_from
 
     @property
     def order(self) -> tuple[int, float, int]:
@@ -113,6 +117,7 @@ class Row:
       position: of the input token.
       token: the input token; None if the step before sampled it and only the device knows it.
       output_index: number of the output token that this step samples, from 0.
+      samples: whether it does; the token that follows is known otherwise.
     """
 
     seq_id: int
@@ -120,6 +125,7 @@ class Row:
     position: int
     token: int | None
     output_index: int
+    samples: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -341,7 +347,7 @@ class BatchScheduler:
             if tokens - sequence.prompt_length >= sequence.max_output:
                 self._free_slot(sequence)  # its last token is under way: who comes next need not wait for it
                 continue
-            if sequence.computed != tokens - 1:
+            if sequence.computed != tokens - 1 and sequence.computed < sequence.single_from:
                 continue
             if step.budget == 0:
                 return
@@ -368,22 +374,26 @@ class BatchScheduler:
             step.tables += [(sequence.slot, change) for change in changes]
 
     def _plan_row(self, step: _Plan, sequence: SequenceState) -> None:
-        position = sequence.computed
-        token = None if sequence.pending else sequence.tokens[-1]
-        step.rows.append(Row(sequence.seq_id, sequence.slot, position, token, position + 1 - sequence.prompt_length))
+        position, known = sequence.computed, len(sequence.tokens)
+        token = sequence.tokens[position] if position < known else None
+        samples = position == known + sequence.pending - 1
+        output_index = position + 1 - sequence.prompt_length
+        step.rows.append(Row(sequence.seq_id, sequence.slot, position, token, output_index, samples))
         sequence.computed += 1
-        sequence.pending += 1
+        sequence.pending += samples
         step.budget -= 1
 
     def _preempt(self, step: _Plan, victim: SequenceState) -> None:
         if step.rows and step.rows[-1].seq_id == victim.seq_id:
             # A chunk needs room, and rows are planned before chunks.
-            step.rows.pop()
+            row = step.rows.pop()
             victim.computed -= 1
-            victim.pending -= 1
+            victim.pending -= row.samples
             step.budget += 1
         step.preempted.append(victim.seq_id)
-        if self.limits.preemption == "swap" and self._kv.swap_out(victim.seq_id, victim.computed):
+        # What a sequence has beside its blocks since it goes by single tokens, it can only compute anew.
+        swaps = self.limits.preemption == "swap" and victim.computed <= victim.single_from
+        if swaps and self._kv.swap_out(victim.seq_id, victim.computed):
             self.stats.preemptions_swap += 1
         else:
             self._kv.release(victim.seq_id)
@@ -400,15 +410,16 @@ class BatchScheduler:
         while position < len(self._running):
             sequence = self._running[position]
             position += 1
-            if sequence.computed == len(sequence.tokens) + sequence.pending - 1:
-                continue  # it decodes
+            if sequence.wants_decode:
+                continue
             self._publish_planned(sequence)
             length = self._chunk_length(step, sequence)
             if length > 0 and self._make_room(step, sequence, length):
                 self._plan_chunk(step, sequence, length)
 
     def _chunk_length(self, step: _Plan, sequence: SequenceState) -> int:
-        return min(len(sequence.tokens) - sequence.computed, step.budget, self.limits.max_chunk)
+        end = min(len(sequence.tokens), sequence.single_from)
+        return min(end - sequence.computed, step.budget, self.limits.max_chunk)
 
     def _plan_chunk(self, step: _Plan, sequence: SequenceState, length: int) -> None:
         end = sequence.computed + length
@@ -433,7 +444,8 @@ class BatchScheduler:
             if not step.budget or not self._slots:
                 return
             length = len(sequence.tokens)
-            blocks = (length - 1) // self._kv.page_size if self._kv.prefix_caching else 0
+            shared = min(length - 1, sequence.single_from)
+            blocks = shared // self._kv.page_size if self._kv.prefix_caching else 0
             keys = sequence.keys.upto(sequence.tokens, blocks)
             if sequence.pending or self._is_coming(sequence, keys):
                 continue
@@ -497,7 +509,7 @@ class BatchScheduler:
     def _publish(self, sequence: SequenceState) -> None:
         if not self._kv.prefix_caching:
             return
-        blocks = min(sequence.computed, len(sequence.tokens)) // self._kv.page_size
+        blocks = min(sequence.computed, len(sequence.tokens), sequence.single_from) // self._kv.page_size
         published = self._kv.num_published(sequence.seq_id)
         if blocks <= published:
             return

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import random
+import sys
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,7 +18,7 @@ from jaxdual.kv.keys import KeyChain, root_key
 from jaxdual.kv.layout import most_blocks
 from jaxdual.kv.manager import GroupPages, KVManager
 from jaxdual.kv.slots import IntegrityError
-from jaxdual.scheduling.batch import BatchLimits, BatchScheduler, Phase, SequenceState, StepPlan
+from jaxdual.scheduling.batch import BatchLimits, BatchScheduler, Phase, Row, SequenceState, StepPlan
 from jaxdual.scheduling.queues import QUEUE_POLICIES, waiting_queue
 from tests.kv.memory import Memory
 
@@ -37,6 +39,15 @@ class Job:
     expected: list[int] = field(default_factory=list)  # prompt and output
     reason: str = ""
     aborted: bool = False
+
+    def content(self, position: int, token: int) -> int:
+        """What is computed of a token; by itself, it is something that no other sequence has."""
+        own = position >= self.sequence.single_from
+        return token + 1000 * (1 + self.sequence.seq_id) if own else token
+
+    @functools.cached_property
+    def contents(self) -> tuple[int, ...]:
+        return tuple(self.content(position, token) for position, token in enumerate(self.expected))
 
     @classmethod
     def make(cls, sequence: SequenceState, seed: int) -> Job:
@@ -159,6 +170,10 @@ class Simulation:
         self.memory.execute(plan.copies)
         for seq_id in plan.admitted:
             self.last_token[self.jobs[seq_id].sequence.slot] = None
+        for part in (*plan.rows, *plan.chunks):
+            start = part.position if isinstance(part, Row) else part.start
+            if part.seq_id in plan.admitted:
+                assert start <= self.jobs[part.seq_id].sequence.single_from, "what goes with single tokens is not there"
         for slot, change in plan.tables:
             table = self.tables.setdefault(slot, [(0, [])] * len(self.windows))
             pages = [*table[change.group][1][: change.start], *change.pages]
@@ -171,26 +186,30 @@ class Simulation:
             assert row.output_index == row.position + 1 - job.sequence.prompt_length
             token = self.last_token[row.slot] if row.token is None else row.token
             assert token is not None
-            prefix = self._compute(row.slot, row.position, tuple(job.expected[: row.position]), token)
-            sampled.append((row.seq_id, self._sample(row.slot, prefix, job.seed)))
+            assert token == job.expected[row.position]
+            self._compute(row.slot, row.position, job, token)
+            if row.samples:
+                sampled.append((row.seq_id, self._sample(row.slot, job, row.position + 1)))
+            else:
+                assert row.position + 1 < len(job.sequence.tokens) + job.sequence.pending
         for chunk in plan.chunks:
             job = self.jobs[chunk.seq_id]
             assert chunk.slot == job.sequence.slot
             end = chunk.start + len(chunk.tokens)
-            prefix = tuple(job.expected[: chunk.start])
+            assert end <= job.sequence.single_from, "a token that is to be computed by itself"
             for offset, token in enumerate(chunk.tokens):
-                prefix = self._compute(chunk.slot, chunk.start + offset, prefix, token)
+                self._compute(chunk.slot, chunk.start + offset, job, token)
             if chunk.samples:
                 assert chunk.output_index == end - job.sequence.prompt_length
-                sampled.append((chunk.seq_id, self._sample(chunk.slot, prefix, job.seed)))
+                sampled.append((chunk.seq_id, self._sample(chunk.slot, job, end)))
         return sampled
 
-    def _compute(self, slot: int, position: int, prefix: tuple[int, ...], token: int) -> tuple[int, ...]:
+    def _compute(self, slot: int, position: int, job: Job, token: int) -> None:
         """Writes one token in all groups, after a look at what it sees of those before."""
+        prefix = job.contents[:position]
         for group, (first, pages) in enumerate(self.tables[slot]):
             self.memory.check(pages, prefix, position, group=group, first=first)
-            self.memory.write(pages, position, (*prefix, token), group=group, first=first)
-        return (*prefix, token)
+            self.memory.write(pages, position, (*prefix, job.content(position, token)), group=group, first=first)
 
     def _check_tables(self, plan: StepPlan) -> None:
         """Behind a window few pages are held, and no sequence holds one that another writes in this step."""
@@ -211,8 +230,8 @@ class Simulation:
                 for page in self.tables[slot][group][1]:
                     assert writers.get(page, seq_id) == seq_id, "reads a page that another writes in this step"
 
-    def _sample(self, slot: int, prefix: tuple[int, ...], seed: int) -> int:
-        token = next_token(prefix, seed)
+    def _sample(self, slot: int, job: Job, end: int) -> int:
+        token = next_token(job.expected[:end], job.seed)
         self.last_token[slot] = token
         return token
 
@@ -244,8 +263,13 @@ def run_random(
     host_pages: int,
     windows: tuple[int | None, ...] = (None,),
     policy: str = "fcfs",
+    singles: float = 0.0,
 ) -> Simulation:
-    """Requests, groups and aborts at random times, in very little memory."""
+    """Requests, groups and aborts at random times, in very little memory.
+
+    Args:
+      singles: part of the requests whose last tokens are computed one at a time.
+    """
     draw = random.Random(seed)
     page_size = draw.choice((1, 2, 3))
     num_pages = draw.randint(3, 9)
@@ -269,6 +293,7 @@ def run_random(
         priority, use_cache = draw.choice((0, 0, 0, 1, -1)), draw.random() < 0.85
         stops = frozenset(draw.sample(range(VOCAB), draw.choice((0, 0, 1, 3))))
         least = draw.choice((0, 0, min(2, most)))
+        single_from = draw.randrange(length) if singles and draw.random() < singles else sys.maxsize
         group = []
         for _ in range(draw.choice((1, 1, 1, 3))):
             sequence = sequence_of(
@@ -281,6 +306,7 @@ def run_random(
                 priority=priority,
                 arrival=float(ids),
                 use_cache=use_cache,
+                single_from=single_from,
             )
             group.append(Job.make(sequence, seed=ids))
             ids += 1
@@ -324,6 +350,32 @@ def test_every_sequence_gets_its_tokens(
         prefix_caching=prefix_caching,
         host_pages=host_pages,
         windows=windows,
+    )
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize(
+    ("preemption", "host_pages"),
+    [("recompute", 0), ("recompute", 3), ("swap", 12)],
+)
+@pytest.mark.parametrize("windows", [(None,), (5,), (None, 4)])
+@settings(max_examples=200, derandomize=True, deadline=None)
+@given(seed=st.integers(0, 2**32))
+def test_tokens_that_are_computed_one_at_a_time_are_nobody_else_s(
+    late: bool,
+    preemption: Literal["recompute", "swap"],
+    host_pages: int,
+    windows: tuple[int | None, ...],
+    seed: int,
+) -> None:
+    run_random(
+        seed,
+        late=late,
+        preemption=preemption,
+        prefix_caching=True,
+        host_pages=host_pages,
+        windows=windows,
+        singles=0.6,
     )
 
 
