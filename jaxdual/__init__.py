@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from jaxdual.api import LLM
     from jaxdual.async_api import AsyncLLM
     from jaxdual.config import ConfigError, EngineConfig
+    from jaxdual.decoding.dysco import DyscoParams
     from jaxdual.errors import EngineDeadError, NotServingError, QueueFullError
     from jaxdual.outputs import (
         CompletionOutput,
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
         Logprob,
         RequestMetrics,
         RequestOutput,
+        SelectionStep,
     )
     from jaxdual.sampling_params import SamplingParams
 
@@ -25,6 +27,7 @@ __all__ = [
     "AsyncLLM",
     "CompletionOutput",
     "ConfigError",
+    "DyscoParams",
     "EngineConfig",
     "EngineDeadError",
     "EngineInfo",
@@ -35,6 +38,7 @@ __all__ = [
     "RequestMetrics",
     "RequestOutput",
     "SamplingParams",
+    "SelectionStep",
 ]
 
 # Imported when they are first asked for: a front process has no use for JAX, which takes seconds to import, and the
@@ -43,6 +47,7 @@ _MODULES = {
     "LLM": "api",
     "AsyncLLM": "async_api",
     "ConfigError": "config",
+    "DyscoParams": "decoding.dysco",
     "EngineConfig": "config",
     "EngineDeadError": "errors",
     "NotServingError": "errors",

@@ -10,16 +10,21 @@ from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
+
+from jaxdual.decoding.dysco import DyscoModel
 from jaxdual.detokenizer import IncrementalDetokenizer
 from jaxdual.engine.request import Request, TokenEvent, TokenLogprobs
 from jaxdual.errors import PromptTooLongError
-from jaxdual.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+from jaxdual.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput, SelectionStep
 from jaxdual.sampling_params import SamplingParams
 from jaxdual.tokenizer import Tokenizer, TokenizerError
 from jaxdual.users import checked_user
 
 # How many characters of a text may become one when a tokenizer normalizes it, at most.
 _LARGEST_SHRINK = 4
+
+_NO_DYSCO = DyscoModel(0, 0, "the engine does not say that it can")
 
 type Prompt = str | Mapping[str, Any] | Sequence[int]
 
@@ -70,15 +75,23 @@ class Front:
       tokenizer: None for a model folder without one, which takes token ids only.
       vocab_size: of the model.
       max_model_len: tokens of prompt and output together.
+      dysco: what requests that are decoded so can ask.
     """
 
     def __init__(
-        self, engine: TokenEngine, tokenizer: Tokenizer | None, *, vocab_size: int, max_model_len: int
+        self,
+        engine: TokenEngine,
+        tokenizer: Tokenizer | None,
+        *,
+        vocab_size: int,
+        max_model_len: int,
+        dysco: DyscoModel = _NO_DYSCO,
     ) -> None:
         self.tokenizer = tokenizer
         self._engine = engine
         self._vocab_size = vocab_size
         self._max_model_len = max_model_len
+        self._dysco = dysco
         self._tracked: dict[str, _Tracked] = {}  # by the caller's id
         self._by_engine_id: dict[str, _Tracked] = {}
         self._aborted: list[RequestOutput] = []  # not yet returned by `take`
@@ -128,6 +141,8 @@ class Front:
             raise ValueError("stop strings need a tokenizer, and this model folder has none; use stop_token_ids")
         limit = room if params.max_tokens is None else min(room, params.max_tokens)
         params = dataclasses.replace(params, max_tokens=limit, min_tokens=min(params.min_tokens, limit))
+        if params.dysco is not None:
+            params = dataclasses.replace(params, dysco=self._dysco.resolved(params.dysco))
         number = next(self._numbers)
         if request_id is None:
             request_id = f"request-{number}"
@@ -318,6 +333,11 @@ class Front:
             request.metrics.queue_seconds = event.queue_seconds
             request.metrics.allocation_seconds = event.allocation_seconds
             request.metrics.read_seconds = event.read_seconds
+        if event.selections:
+            output.selection = (output.selection or []) + [
+                SelectionStep(one.position, one.selected, np.frombuffer(one.relevance, np.float32))
+                for one in event.selections
+            ]
         if event.prompt_logprobs is not None:
             request.prompt_logprobs = [None]
             request.prompt_logprobs += [

@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from jaxdual.scheduling.batch import FinishReason
 
 
@@ -24,6 +26,21 @@ class Logprob:
     decoded_token: str | None
 
 
+@dataclass(frozen=True, slots=True)
+class SelectionStep:
+    """What a step of DySCO has selected.
+
+    Attributes:
+      position: of the token that the step computes, in prompt and output together.
+      selected: positions, ascending, before template tokens are left out and the token itself is added.
+      relevance: `[position + 1]` float32, of all tokens so far.
+    """
+
+    position: int
+    selected: list[int]
+    relevance: np.ndarray
+
+
 @dataclass(slots=True)
 class CompletionOutput:
     """One output of a request, so far.
@@ -37,6 +54,7 @@ class CompletionOutput:
       finish_reason: "stop", "length", "abort" or "error" once it has ended.
       stop_reason: the stop string or stop token id that ended it; None for the model's own end of sequence.
       error: what went wrong, where `finish_reason` is "error".
+      selection: of each step with raised attention, where `DyscoParams.return_selection` asks for it.
     """
 
     index: int
@@ -47,6 +65,7 @@ class CompletionOutput:
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     error: str | None = None
+    selection: list[SelectionStep] | None = None
 
 
 @dataclass(slots=True)
@@ -132,6 +151,8 @@ class EngineInfo:
       kv_layout: identifies the form of its KV blocks, in hexadecimal digits.
       kv_block_bytes: of the KV memory of `block_size` tokens, in all layers.
       full_attention: whether every layer sees all tokens.
+      num_heads: query heads of a layer.
+      dysco_refusal: why requests can't be decoded by DySCO; "" where they can.
     """
 
     model_folder: str
@@ -149,6 +170,8 @@ class EngineInfo:
     kv_layout: str = ""
     kv_block_bytes: int = 0
     full_attention: bool = True
+    num_heads: int = 0
+    dysco_refusal: str = ""
 
     @property
     def system_fingerprint(self) -> str:

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+from jaxdual.decoding.dysco import DyscoParams
+
 MAX_LOGPROBS = 20
 MAX_STOP_TOKENS = 16
 _MAX_TOP_K = 2**31 - 1  # above all vocabularies, and no more than a message between processes holds
@@ -40,6 +42,7 @@ class SamplingParams:
       n: independent outputs, at most 1024.
       skip_special_tokens: leaves special tokens out of the text.
       include_stop_str_in_output: keeps the stop string in the text.
+      dysco: raises the attention to what the model looks for in the context, at each token; None doesn't.
 
     Raises:
       ValueError: a value of the wrong type or out of its range.
@@ -64,6 +67,7 @@ class SamplingParams:
     n: int = 1
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
+    dysco: DyscoParams | None = None
 
     def __post_init__(self) -> None:
         if self.max_tokens is not None:
@@ -93,6 +97,11 @@ class SamplingParams:
         for token in ids:
             _whole("stop_token_ids", token, 0, None)
         self._set("stop_token_ids", tuple(ids))
+        if self.dysco is not None:
+            if not isinstance(self.dysco, DyscoParams):
+                raise ValueError(f"dysco={self.dysco!r} must be DyscoParams")
+            if self.prompt_logprobs is not None:
+                raise ValueError("prompt_logprobs and dysco exclude each other: a prompt's end is decoded, not scored")
         if self.logit_bias is not None:
             if not isinstance(self.logit_bias, Mapping):
                 raise ValueError(f"logit_bias={self.logit_bias!r} must map token ids to numbers")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
+from jaxdual.decoding.dysco import DyscoModel
 from jaxdual.front import Front, TokenEngine
 from jaxdual.outputs import EngineInfo
 from jaxdual.sampling_params import SamplingParams
@@ -61,4 +62,5 @@ def front_of(engine: TokenEngine, info: EngineInfo) -> Front:
         Tokenizer.find(info.model_folder),
         vocab_size=info.vocab_size,
         max_model_len=info.max_model_len,
+        dysco=DyscoModel(info.num_layers, info.num_heads, info.dysco_refusal),
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import numpy as np
@@ -18,6 +18,7 @@ Preset = Literal["code", "rev89c", "paper"]
 # What is kept of the relevance before, at each blending: the authors' code, an earlier revision of it, their formula.
 HISTORY: dict[Preset, float] = {"code": 0.75 / 1.75, "rev89c": 0.4, "paper": 0.75}
 _MAX_STRENGTH = 1000.0
+_PLAIN_TAIL = 2  # tokens, of a prompt that no template has made
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +37,8 @@ class DyscoParams:
       tail: tokens at the end of the prompt that are decoded as if they were generated; "auto" for those that the chat
         template puts behind the last message, 2 without one.
       template_sequences: token sequences whose occurrences in the prompt are never raised; None for the profile's.
-      static: selects once, by what was observed, and computes each token once.
+      static: selects once, by what was observed.
+      return_selection: has outputs say what was selected at each step; see `CompletionOutput.selection`.
 
     Raises:
       ValueError: a value of the wrong type or out of its range, or two that exclude each other.
@@ -53,6 +55,7 @@ class DyscoParams:
     tail: int | Literal["auto"] = "auto"
     template_sequences: Sequence[Sequence[int]] | None = None
     static: bool = False
+    return_selection: bool = False
 
     def __post_init__(self) -> None:
         if self.heads is not None:
@@ -79,8 +82,9 @@ class DyscoParams:
             _whole("tail", self.tail, 0)
         if self.template_sequences is not None:
             object.__setattr__(self, "template_sequences", _sequences(self.template_sequences))
-        if not isinstance(self.static, bool):
-            raise ValueError(f"dysco: static={self.static!r} must be true or false")
+        for name in ("static", "return_selection"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"dysco: {name}={getattr(self, name)!r} must be true or false")
         if self.static and self.observe < 2:
             raise ValueError(f"dysco: static selects by what was observed, and observe={self.observe} leaves nothing")
 
@@ -90,6 +94,38 @@ class DyscoParams:
         if self.decay is not None:
             return self.decay / (1 + self.decay) if math.isfinite(self.decay) else 1.0
         return HISTORY[self.preset or "code"]
+
+
+@dataclass(frozen=True, slots=True)
+class DyscoModel:
+    """What requests can ask of an engine.
+
+    Attributes:
+      num_layers, num_heads: of its model; heads are query heads of a layer.
+      refusal: why none is decoded so; "" where they can be.
+    """
+
+    num_layers: int
+    num_heads: int
+    refusal: str = ""
+
+    def resolved(self, params: DyscoParams) -> DyscoParams:
+        """Parameters that leave nothing open.
+
+        Raises:
+          ValueError: they can't be used here.
+        """
+        if self.refusal:
+            raise ValueError(f"dysco: {self.refusal}")
+        if params.heads is None:
+            raise ValueError("dysco: heads are needed, (layer, head) pairs of the model's retrieval heads")
+        for layer, head in params.heads:
+            if layer >= self.num_layers or head >= self.num_heads:
+                raise ValueError(
+                    f"dysco: heads={[layer, head]} must be below {[self.num_layers, self.num_heads]}, the model's "
+                    "layers and the query heads of each"
+                )
+        return replace(params, tail=_PLAIN_TAIL) if params.tail == "auto" else params
 
 
 def first_raised(prompt_length: int, tail: int, observe: int) -> int:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import itertools
 import random
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from jaxdual.engine.dysco import SlotDysco, slot_dysco
 from jaxdual.engine.expert_balancer import ExpertBalancer
 from jaxdual.engine.ranks import Ranks
-from jaxdual.engine.request import Hits, Request, Target, TokenEvent, TokenLogprobs
+from jaxdual.engine.request import Hits, Request, Selection, Target, TokenEvent, TokenLogprobs
 from jaxdual.engine.router_log import RouterLog
 from jaxdual.engine.runner import Launch, Runner, ScoreTargets, StepResult
 from jaxdual.engine.sampler import SlotSampling, seed_of, slot_sampling, stop_tokens
@@ -44,6 +46,8 @@ class _Output:
     read_seconds: float = 0.0
     num_scored: int = 0
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    dysco: SlotDysco | None = None
+    selections: list[Selection] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,6 +210,7 @@ class Engine:
             if before is None:
                 continue
             wants_prompt = params.prompt_logprobs is not None and index == 0 and not before
+            dysco = None if params.dysco is None else slot_dysco(params.dysco, request.prompt_token_ids)
             sequence = SequenceState(
                 seq_id=next(self._ids),
                 tokens=[*request.prompt_token_ids, *before],
@@ -217,9 +222,11 @@ class Engine:
                 priority=request.priority,
                 arrival=request.arrival,
                 use_cache=not wants_prompt,
+                single_from=sys.maxsize if dysco is None else dysco.observed_from,
             )
             sampling = slot_sampling(params, base_seed, index, stops)
-            outputs.append(_Output(request, index, rank, sequence, sampling, wants_prompt, self._clock()))
+            output = _Output(request, index, rank, sequence, sampling, wants_prompt, self._clock(), dysco=dysco)
+            outputs.append(output)
         self._requests[request.request_id] = outputs
         self.prompt_tokens += len(request.prompt_token_ids)
         for output in outputs:
@@ -382,6 +389,7 @@ class Engine:
                     sampling=output.sampling,
                     prompt=sequence.tokens[: sequence.prompt_length],
                     output=sequence.tokens[sequence.prompt_length :],
+                    dysco=output.dysco,
                 )
             )
         targets: dict[int, ScoreTargets] = {}
@@ -409,6 +417,9 @@ class Engine:
         result = self.runner.fetch(flight.launch)
         if self.transfers is not None:
             self.transfers.settle(flight.gathered)
+        for seq_id, selection in result.selections.items():
+            if seq_id in self._outputs:
+                self._outputs[seq_id].selections.append(selection)
         for seq_id, scores in result.prompt_logprobs.items():
             if seq_id in self._outputs:
                 self._outputs[seq_id].prompt_logprobs.extend(scores)
@@ -434,6 +445,8 @@ class Engine:
                 sampled.token if sequence.finish_reason == "stop" else None,
                 sequence.cached or 0,
             )
+            if output.selections:
+                event.selections, output.selections = tuple(output.selections), []
             if sequence.num_output == 1:
                 if output.wants_prompt_logprobs:
                     event.prompt_logprobs = tuple(output.prompt_logprobs)

@@ -146,6 +146,8 @@ def _load_model(config: EngineConfig, others: Leader | Followers | None) -> Load
         kv_layout=layout.fingerprint().hex(),
         kv_block_bytes=sum(layout.full_block_bytes(group) for group in range(len(layout.groups))),
         full_attention=len(layout.groups) == 1 and layout.groups[0].window is None,
+        num_heads=model_config.num_heads,
+        dysco_refusal=_dysco_refusal(config, layout),
     )
     return LoadedModel(
         model,
@@ -160,6 +162,14 @@ def _load_model(config: EngineConfig, others: Leader | Followers | None) -> Load
         mesh,
         placement,
     )
+
+
+def _dysco_refusal(config: EngineConfig, layout: KVLayout) -> str:
+    if any(group.window is not None for group in layout.groups):
+        return "the model has layers that don't see all tokens"
+    if config.num_devices > 1 or config.redundant_experts:
+        return "engines of several devices don't decode so yet"
+    return "engines of clusters don't decode so yet" if config.kv_transport is not None else ""
 
 
 def use_compilation_cache(folder: str | None) -> None:

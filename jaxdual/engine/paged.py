@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int32
 
 from jaxdual.kv.layout import ROWS_PER_LAYER, KVLayout
 from pallas_kernels.decode_attention import decode_attention
+from pallas_kernels.key_bias import KeyBias
 from pallas_kernels.prefill_attention import prefill_attention
 
 Arena = Float[Array, "rows page_size kv_heads head_dim"]
@@ -20,7 +21,7 @@ Attend = Callable[..., tuple[Array, Arenas]]
 
 # Jitted within the step that they are part of, so that layers share one trace.
 _prefill_attention = jax.jit(prefill_attention, static_argnames="window")
-_decode_attention = jax.jit(decode_attention, static_argnames="window")
+_decode_attention = jax.jit(decode_attention, static_argnames=("window", "return_lse"))
 
 
 class GroupTable(NamedTuple):
@@ -131,13 +132,27 @@ def prefill_attend(
     return attend
 
 
-def decode_attend(layout: KVLayout, positions: Int32[Array, " seqs"], tables: Sequence[GroupTable]) -> Attend:
+# Told of a layer's attention: layer, queries, its group's arena, row ids of the keys, lengths, and sums of each query's
+# scores.
+Look = Callable[[int, Array, Array, Array, Array, Array], None]
+
+
+def decode_attend(
+    layout: KVLayout,
+    positions: Int32[Array, " seqs"],
+    tables: Sequence[GroupTable],
+    *,
+    key_bias: KeyBias | None = None,
+    look: Look | None = None,
+) -> Attend:
     """Writes and attends for one token of each sequence.
 
     Args:
       layout: of the arenas.
       positions: of the tokens; -1 for padding.
       tables: one for each layer group.
+      key_bias: of the scores, in all layers.
+      look: is told of each layer's attention.
     """
     real = positions >= 0
     relative = [jnp.where(real, table.relative(positions), -1) for table in tables]
@@ -157,16 +172,22 @@ def decode_attend(layout: KVLayout, positions: Int32[Array, " seqs"], tables: Se
         group, index = layout.place_of(layer)
         layers = len(layout.groups[group].layers)
         arena = _write(layers, index, arenas[group], places[group], k, v)
-        rows = _k_rows(layers, index, pages[group])
-        out = _decode_attention(
+        rows, lengths = _k_rows(layers, index, pages[group]), relative[group] + 1
+        attended = _decode_attention(
             q,
             arena,
             arena,
             rows,
-            relative[group] + 1,
+            lengths,
             v_page_table=rows + 1,
             window=layout.groups[group].window,
+            key_bias=key_bias,
+            return_lse=look is not None,
         )
+        if look is None:
+            return attended, _replaced(arenas, group, arena)
+        out, lse = attended
+        look(layer, q, arena, rows, lengths, lse)
         return out, _replaced(arenas, group, arena)
 
     return attend

@@ -75,6 +75,21 @@ class Hits:
     there: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """What a step of a sequence has selected for raised attention.
+
+    Attributes:
+      position: of the token of the step.
+      selected: positions, ascending, before template tokens are left out and the token itself is added.
+      relevance: of all tokens so far, as bytes of float32.
+    """
+
+    position: int
+    selected: list[int]
+    relevance: bytes
+
+
 @dataclass(slots=True)  # not frozen: one is made for every token, and frozen ones take four times as long to make
 class TokenEvent:
     """One step forward of one output of a request.
@@ -90,6 +105,7 @@ class TokenEvent:
       queue_seconds, allocation_seconds, read_seconds: on the first token of an output: how long it waited before it
         ran for its turn, for memory of a decode engine, and for stored blocks.
       error: what went wrong, where `finish_reason` is "error".
+      selections: of the steps since the last event, where they are wanted.
     """
 
     request_id: str
@@ -104,3 +120,4 @@ class TokenEvent:
     allocation_seconds: float | None = None
     read_seconds: float | None = None
     error: str | None = None
+    selections: tuple[Selection, ...] = ()

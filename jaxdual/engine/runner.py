@@ -15,9 +15,10 @@ from jaxtyping import Int32
 
 from jaxdual.engine.buckets import Buckets, PrefillBatch
 from jaxdual.engine.direct_landing import DirectLanding
+from jaxdual.engine.dysco import Chosen, DyscoSlots, Selections
 from jaxdual.engine.mesh_programs import MeshPrograms
 from jaxdual.engine.paged import GroupTable
-from jaxdual.engine.request import TokenLogprobs
+from jaxdual.engine.request import Selection, TokenLogprobs
 from jaxdual.engine.router_counts import RouterCounts, no_counts
 from jaxdual.engine.slot_sampler import SampleBatch, Sampled, SampleRow, SlotBinding, SlotSampler
 from jaxdual.engine.steps import Programs
@@ -50,10 +51,12 @@ class StepResult:
     Attributes:
       sampled: tokens, one a sampling chunk or row.
       prompt_logprobs: of sequences that wanted them, for the positions of their chunk's targets.
+      selections: of sequences that want them told.
     """
 
     sampled: tuple[Sampled, ...]
     prompt_logprobs: Mapping[int, tuple[TokenLogprobs, ...]]
+    selections: Mapping[int, Selection]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +84,11 @@ class _Tables:
         self._pages = np.zeros((slots, most_blocks(memory.window, max_chunk, page_size, max_pages)), np.int32)
         self._first = np.zeros(slots, np.int32)
 
+    @property
+    def width(self) -> int:
+        """Pages of a table."""
+        return int(self._pages.shape[1])
+
     def change(self, slot: int, change: TableChange) -> None:
         self._pages[slot, change.start : change.start + len(change.pages)] = change.pages
         self._first[slot] = change.first * self._page_size
@@ -97,6 +105,7 @@ class Launch:
     """A step that was dispatched and not fetched yet."""
 
     batches: list[SampleBatch] = field(default_factory=list)
+    selections: Selections | None = None
     scored: list[_Scored] = field(default_factory=list)
 
 
@@ -159,6 +168,8 @@ class Runner:
         ]
         self._sampler = SlotSampler(self.programs, max_num_seqs, model.config.vocab_size, ranks)
         self._padding_slot = self._sampler.padding_slot
+        self._config = model.config
+        self._dysco: DyscoSlots | None = None  # with the first sequence that is decoded so
         moe = model.config.moe
         self._router_counts: RouterCounts | None = None
         if count_routers != "off" and moe is not None:
@@ -193,6 +204,10 @@ class Runner:
                 self._tables[change.group].change(self._slot(rank, slot), change)
         for binding in bindings:
             self._sampler.bind(binding)
+            if binding.dysco is not None and self._dysco is None:
+                self._dysco = self._new_dysco()
+            if self._dysco is not None:
+                self._dysco.bind(binding.slot, binding.dysco)
         # Rows before chunks: they wait for the step before this one already, so their tokens come first.
         if any(plan.rows for plan in plans):
             self._decode(launch, [plan.rows for plan in plans])
@@ -209,7 +224,8 @@ class Runner:
             for scored in launch.scored
             for seq_id, first, wanted in scored.parts
         }
-        return StepResult(tuple(sampled), prompt_logprobs)
+        selections = {} if launch.selections is None else launch.selections.fetch()
+        return StepResult(tuple(sampled), prompt_logprobs, selections)
 
     def warm_ups(self, *, moves: bool = False) -> Iterator[tuple[str, Callable[[], float]]]:
         """Name of every program in every shape, and a call that compiles and runs it and returns the seconds it took.
@@ -276,15 +292,27 @@ class Runner:
         tokens = np.zeros((self.ranks, padded), np.int32)
         positions = np.full((self.ranks, padded), -1, np.int32)
         sampling: list[SampleRow] = []
+        dysco, watched = self._dysco, list[Row]()
+        if dysco is not None:  # it has one rank
+            (rows,) = rows_of
+            watched = [row for row in rows if row.slot in dysco]
+            rows_of = [[*watched, *(row for row in rows if row.slot not in dysco)]]
         for rank, rows in enumerate(rows_of):
             slots[rank, : len(rows)] = [row.slot for row in rows]
             tokens[rank, : len(rows)] = [-1 if row.token is None else row.token for row in rows]
             positions[rank, : len(rows)] = [row.position for row in rows]
             first = rank * padded
             sampling += [
-                SampleRow(first + index, row.seq_id, rank, row.slot, row.output_index) for index, row in enumerate(rows)
+                SampleRow(first + index, row.seq_id, rank, row.slot, row.output_index)
+                for index, row in enumerate(rows)
+                if row.samples
             ]
-        x = self._run_decode(slots, tokens, positions)
+        if dysco is None or not watched:
+            x = self._run_decode(slots, tokens, positions)
+        else:
+            x, chosen = self._run_decode_dysco(slots, tokens, positions, dysco, watched)
+            told = dysco.told(watched)
+            launch.selections = Selections(told, chosen) if told else None
         launch.batches.append(self._sampler.sample(x, sampling))
 
     def _prefill(self, launch: Launch, batch: PrefillBatch, targets: Mapping[int, ScoreTargets]) -> None:
@@ -371,6 +399,37 @@ class Runner:
             self._router_counts,
         )
         return x
+
+    def _run_decode_dysco(
+        self,
+        slots: Int32[np.ndarray, "ranks rows"],
+        tokens: Int32[np.ndarray, "ranks rows"],
+        positions: Int32[np.ndarray, "ranks rows"],
+        dysco: DyscoSlots,
+        watched: Sequence[Row],
+    ) -> tuple[jax.Array, Chosen]:
+        programs, tables = self.programs, self._group_tables(slots, 1)
+        rows, layers = dysco.rows(watched, min(self.buckets.decode(len(watched)), slots.size))
+        batch = (slots.reshape(-1), tokens.reshape(-1), positions.reshape(-1))
+        x: jax.Array
+        chosen: Chosen
+        self.arenas, x, self._router_counts, dysco.state, chosen = programs.decode_dysco(
+            programs.leaves,
+            self.arenas,
+            self._sampler.last_token,
+            *batch,
+            tables,
+            dysco.state,
+            rows,
+            layers=layers,
+            experts=programs.experts,
+            router_counts=self._router_counts,
+        )
+        return x, chosen
+
+    def _new_dysco(self) -> DyscoSlots:
+        config, keys = self._config, self._tables[0].width * self.layout.page_size
+        return DyscoSlots(self._padding_slot + 1, keys, config.num_heads, self.programs.slot_sharding)
 
     def _run_prefill(
         self,

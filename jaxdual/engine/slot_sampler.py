@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from jaxdual.engine import sampler
+from jaxdual.engine.dysco import SlotDysco
 from jaxdual.engine.request import TokenLogprobs
 from jaxdual.engine.sampler import Logprobs, SlotSampling
 from jaxdual.engine.steps import Programs
@@ -19,13 +20,16 @@ _SCORE_TOKENS = 128  # scored by one program: waste at the end costs less than a
 
 @dataclass(frozen=True, slots=True)
 class SlotBinding:
-    """A sequence that runs from a step on: where, how it is sampled, and the tokens that penalties look at."""
+    """A sequence that runs from a step on: where, how it is sampled, the tokens that penalties look at, and how it is
+    decoded, if not as usual.
+    """
 
     rank: int
     slot: int
     sampling: SlotSampling
     prompt: Sequence[int]
     output: Sequence[int]
+    dysco: SlotDysco | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from jax.sharding import Sharding
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from jaxdual.engine import sampler
+from jaxdual.engine.dysco import Chosen, DyscoRows, DyscoState, Watched, choose
 from jaxdual.engine.paged import Arenas, Attend, GroupTable, decode_attend, prefill_attend
 from jaxdual.engine.router_counts import RouterCounts, count
 from jaxdual.engine.sampler import Logprobs, SampleInputs, SamplerState
@@ -70,6 +71,7 @@ class Programs:
         donated = ("arenas", "router_counts")
         self.prefill = jax.jit(self._prefill, donate_argnames=donated)
         self.decode = jax.jit(self._decode, donate_argnames=donated)
+        self.decode_dysco = jax.jit(self._decode_dysco, donate_argnames=(*donated, "state"), static_argnames="layers")
         self.sample = jax.jit(self._sample, donate_argnums=2)
         self.score = jax.jit(self._score)
         self.set_slot = jax.jit(sampler.set_slot, donate_argnums=0)
@@ -133,6 +135,44 @@ class Programs:
         attend, routing = self._decode_attend(positions, tables), Routing(experts, positions >= 0, router_counts)
         x, arenas = self._model(leaves)(tokens, jnp.maximum(positions, 0), attend, arenas, self._mix(routing))
         return arenas, x, self._counted(routing)
+
+    def _decode_dysco(
+        self,
+        leaves: Leaves,
+        arenas: Arenas,
+        last_token: Int32[Array, " slots"],
+        slots: Int32[Array, " seqs"],
+        tokens: Int32[Array, " seqs"],
+        positions: Int32[Array, " seqs"],
+        tables: tuple[GroupTable, ...],
+        state: DyscoState,
+        rows: DyscoRows,
+        layers: tuple[int, ...],
+        experts: Any = None,
+        router_counts: RouterCounts | None = None,
+    ) -> tuple[Arenas, Float[Array, "seqs hidden"], RouterCounts | None, DyscoState, Chosen]:
+        """`_decode`, of which the first sequences are decoded by DySCO: they go through the layers up to the last of
+        `layers`, those of retrieval heads, before all go through all of them.
+
+        The first pass leaves keys and values where the second one writes its own, layer by layer before it reads them.
+
+        Returns:
+          Also the new state, and what those sequences have selected.
+        """
+        model, count = self._model(leaves), rows.slot.shape[0]
+        tokens = jnp.where(tokens < 0, self._at_slots(last_token, slots), tokens)
+        first = tuple(GroupTable(table.pages[:count]) for table in tables)
+        watched = Watched(rows.weights, layers)
+        attend = decode_attend(self._layout, positions[:count], first, look=watched.look)
+        x, rope = model.embed(tokens[:count]), model.rope(jnp.maximum(positions[:count], 0))
+        mix = self._mix(Routing(experts, positions[:count] >= 0, None))
+        for layer in range(max(layers) + 1):
+            x, arenas = model.layer(layer, x, rope, attend, arenas, mix)
+        state, chosen, key_bias = choose(state, rows, watched.attention, positions)
+        attend = decode_attend(self._layout, positions, tables, key_bias=key_bias)
+        routing = Routing(experts, positions >= 0, router_counts)
+        x, arenas = model(tokens, jnp.maximum(positions, 0), attend, arenas, self._mix(routing))
+        return arenas, x, self._counted(routing), state, chosen
 
     def _sample(
         self, leaves: Leaves, x: Float[Array, "rows hidden"], state: SamplerState, inputs: SampleInputs
