@@ -113,9 +113,11 @@ def _run(options: argparse.Namespace) -> int:
     if model.moe.num_experts % devices:
         raise ConfigError(f"--devices {devices} must divide the {model.moe.num_experts} experts")
     llm = LLM.from_config(config)
+    for workload in workloads.values():
+        workload.check(llm)
     served, windows = dict[str, Served](), dict[str, RouterWindow]()
     for name, workload in workloads.items():
-        served[name] = workload(llm)
+        served[name] = workload.run(llm)
         window = llm.router_statistics(so_far=True)
         if window is None or not window.tokens:
             print(f"{_PROG}: error: no request of {name} was served: {served[name].problem}", file=sys.stderr)

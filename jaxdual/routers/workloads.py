@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from jaxdual.api import LLM
+from jaxdual.config import ConfigError
 from jaxdual.offline.batch_file import read_batch
 from jaxdual.offline.display import Progress
 from jaxdual.offline.runner import BatchRunner, Totals
@@ -30,7 +30,14 @@ class Served:
     problem: str = ""
 
 
-type Workload = Callable[[LLM], Served]
+class Workload(Protocol):
+    """Requests."""
+
+    def check(self, llm: LLM) -> None:
+        """Raises `ConfigError` if the model can't serve them at all."""
+
+    def run(self, llm: LLM) -> Served:
+        """Has them served."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +54,10 @@ class BatchWorkload:
     lines: int
     progress: bool
 
-    def __call__(self, llm: LLM) -> Served:
+    def check(self, llm: LLM) -> None:
+        """Each line is checked when its turn comes."""
+
+    def run(self, llm: LLM) -> Served:
         rows = _Dropped()
         with Progress(self.lines, 0, self.progress) as progress:
 
@@ -75,7 +85,14 @@ class RandomWorkload:
     seed: int
     progress: bool
 
-    def __call__(self, llm: LLM) -> Served:
+    def check(self, llm: LLM) -> None:
+        if self.input_len + self.output_len > llm.max_model_len:
+            raise ConfigError(
+                f"random requests of {self.input_len} tokens with outputs of {self.output_len} are longer than the "
+                f"{llm.max_model_len} of max_model_len"
+            )
+
+    def run(self, llm: LLM) -> Served:
         tokens = np.random.default_rng(self.seed).integers(llm.info.vocab_size, size=(self.requests, self.input_len))
         params = SamplingParams(max_tokens=self.output_len, temperature=0, ignore_eos=True)
         llm.generate([{"prompt_token_ids": prompt} for prompt in tokens.tolist()], params, use_tqdm=self.progress)
