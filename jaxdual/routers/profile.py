@@ -64,7 +64,7 @@ def read_profile(path: Path) -> RouterProfile:
         arrays = _arrays(path)
     except OSError as error:
         raise ConfigError(f"{path}: can't be read: {error.strerror or error}") from error
-    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, ValueError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError) as error:
         raise ConfigError(f"{path}: not a router profile: {error}") from error
     version, fingerprint, tokens = (arrays[name] for name in ("version", "fingerprint", "tokens"))
     if version.shape or version != FORMAT_VERSION:
