@@ -223,12 +223,16 @@ class LLM(ServedModel):
         for name, run in self._engine.warm_ups():
             report(name, run())
 
-    def router_statistics(self) -> RouterWindow | None:
+    def router_statistics(self, *, so_far: bool = False) -> RouterWindow | None:
         """What the routers of a model with experts have chosen in the last `expert_window` of steps that is full.
 
         None where nothing is counted (`router_statistics`), and before the first window.
+
+        Args:
+          so_far: in the window that is under way instead, which ends with it: the next one begins with the next step,
+            and so does the interval to the next relocation, where experts move. None where none is under way.
         """
-        return self._engine.router_statistics()
+        return self._engine.router_statistics(so_far=so_far)
 
     def stats(self) -> EngineStats:
         """Counters since the start."""

@@ -76,6 +76,10 @@ class EngineConfig:
         order, for ever; "eplb" so that loads are balanced; "edr" Algorithm 3 of arXiv 2602.21626, which pins experts
         that follow each other on one device and balances the others, "edr_column" with one assignment for all layers;
         "source" near the sequences that choose them; "metro" so that as many experts are at work on each device.
+      expert_profile: file of `python -m jaxdual.routers` that the first placement of all but "linear" and "source" is
+        made of while loading, and that says what "edr" and "edr_column" pin; of the same model in the same number type.
+        None for experts in order at first, and for the first window to say what is pinned.
+      expert_anchor: the device, of those that share the experts, that "edr" and "edr_column" pin experts on.
       expert_interval: steps between two relocations.
       expert_window: steps whose choices a relocation looks at.
       router_statistics: what is counted of the routers' choices: "off", "activations" of experts, or also "transitions"
@@ -128,6 +132,8 @@ class EngineConfig:
     join_timeout: float = 300.0
     redundant_experts: int = 0
     expert_placement: Literal["linear", "eplb", "edr", "edr_column", "source", "metro"] = "linear"
+    expert_profile: str | None = None
+    expert_anchor: int = 0
     expert_interval: int = 3000
     expert_window: int = 1000
     router_statistics: Literal["off", "activations", "transitions"] | None = None
@@ -158,6 +164,7 @@ class EngineConfig:
             ("data_parallel_size", 1),
             ("num_processes", 1),
             ("redundant_experts", 0),
+            ("expert_anchor", 0),
             ("expert_interval", 1),
             ("expert_window", 1),
             ("theta_load", 0),
@@ -234,8 +241,18 @@ class EngineConfig:
         if self.kv_transport is not None and self.router_statistics not in (None, "off"):
             raise ConfigError(f"router_statistics={self.router_statistics!r} are those of an engine by itself")
         pinned = self.expert_placement in ("edr", "edr_column")
+        self._refuse_unused(
+            "expert_profile",
+            pinned or self.expert_placement in ("eplb", "metro"),
+            'expert_placement="eplb", "metro", "edr" or "edr_column"',
+        )
+        self._refuse_unused("expert_anchor", pinned, 'expert_placement="edr" or "edr_column"')
         if self.expert_placement != "linear" and self.expert_parallel_size == 1:
             raise ConfigError(f"expert_placement={self.expert_placement!r} needs expert_parallel_size above 1")
+        if self.expert_anchor >= self.expert_parallel_size:
+            raise ConfigError(
+                f"expert_anchor={self.expert_anchor} must be below expert_parallel_size={self.expert_parallel_size}"
+            )
         if self.redundant_experts and self.expert_placement not in ("linear", "eplb", "metro"):
             raise ConfigError(
                 f"redundant_experts={self.redundant_experts} have no use under "

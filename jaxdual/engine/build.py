@@ -25,7 +25,6 @@ from jaxdual.kv.manager import GroupPages, KVManager
 from jaxdual.outputs import EngineInfo, EngineStats
 from jaxdual.scheduling.batch import BatchLimits, BatchScheduler
 from jaxdual.scheduling.dispatch import GimbalThresholds, dispatch_policy
-from jaxdual.scheduling.expert_policies import expert_policy
 from jaxdual.scheduling.queues import waiting_queue
 
 if TYPE_CHECKING:  # an engine by itself needs none of its packages
@@ -111,7 +110,7 @@ def _engine_of(loaded: LoadedModel, config: EngineConfig, part: ClusterPart | No
         model_fingerprint=loaded.identity,
         transfers=None if slab is None else build_transfers(config, part, ranks[0].kv, runner, memory, host, slab),
         router_log=router_log,
-        balancer=_balancer(config, loaded, runner, router_log),
+        balancer=_balancer(loaded, runner, router_log),
         overlap=config.async_scheduling,
         seed=config.seed,
     )
@@ -170,13 +169,10 @@ def _router_log(config: EngineConfig, runner: Runner) -> RouterLog | None:
     return RouterLog(runner, config.expert_parallel_size, config.expert_window, period)
 
 
-def _balancer(
-    config: EngineConfig, loaded: LoadedModel, runner: Runner, log: RouterLog | None
-) -> ExpertBalancer | None:
+def _balancer(loaded: LoadedModel, runner: Runner, log: RouterLog | None) -> ExpertBalancer | None:
     if loaded.placement is None:
         return None
-    policy = expert_policy(config.expert_placement, config.expert_parallel_size, redundant=config.redundant_experts)
-    return ExpertBalancer(runner, loaded.placement, log=log, policy=policy)
+    return ExpertBalancer(runner, loaded.placement, log=log, policy=loaded.expert_policy)
 
 
 def _prefill_beside_decode(config: EngineConfig) -> int | None:

@@ -309,9 +309,15 @@ class Engine:
             **({} if self.balancer is None else self.balancer.stats()),
         }
 
-    def router_statistics(self) -> RouterWindow | None:
-        """What routers chose in the last full window; None if that is not counted, or not known yet."""
-        return None if self.router_log is None else self.router_log.window
+    def router_statistics(self, *, so_far: bool = False) -> RouterWindow | None:
+        """What routers chose in the last full window; None if that is not counted, or not known yet.
+
+        Args:
+          so_far: in the window under way instead, which ends; see `RouterLog.end_early`.
+        """
+        if self.router_log is None:
+            return None
+        return self.router_log.end_early() if so_far else self.router_log.window
 
     def check_integrity(self) -> None:
         """Raises `IntegrityError` if KV accounting, queues or requests contradict each other."""

@@ -19,7 +19,9 @@ from jaxdual.model_folder import find_model
 from jaxdual.outputs import EngineInfo
 from jaxdual.parallel.mesh import DeviceMesh, ParallelSizes, claim_devices, device_mesh
 from jaxdual.parallel.placement import first_placement, put_experts
+from jaxdual.routers.profile import RouterProfile, read_profile
 from jaxdual.sampling_params import MAX_STOP_TOKENS, RECOMMENDED_SAMPLING
+from jaxdual.scheduling.expert_policies import ExpertPolicy, expert_policy
 from jaxdual.scheduling.experts import Placement
 from jaxdual.telemetry import CompileCounter
 from models import Decoder, GenerationConfig, ModelConfig, init, load, load_config, load_generation_config
@@ -48,6 +50,7 @@ class LoadedModel:
       compiles: counts compilations from before that on.
       mesh: of the devices that it lies on; None for one.
       placement: of its experts on them; None for a model without, or on one device.
+      expert_policy: where they should be; None for where they are.
       followers: the other processes that have loaded it, where there are some.
     """
 
@@ -62,6 +65,7 @@ class LoadedModel:
     compiles: CompileCounter
     mesh: DeviceMesh | None = None
     placement: Placement | None = None
+    expert_policy: ExpertPolicy | None = None
     followers: Followers | None = None
 
 
@@ -102,19 +106,33 @@ def _load_model(config: EngineConfig, others: Leader | Followers | None) -> Load
     splits = sizes.devices > 1 or config.redundant_experts > 0
     if splits:
         sizes.check(model_config, config.redundant_experts)
+    profile = _read_profile(config, model_config)
+    policy = expert_policy(
+        config.expert_placement,
+        config.expert_parallel_size,
+        redundant=config.redundant_experts,
+        anchor=config.expert_anchor,
+        profile=None if profile is None else profile.window,
+    )
     if others is not None:  # with the first use of a device, they wait for each other
         others.agree("configuration", hashlib.blake2b(repr(model_config).encode()).digest())
     max_model_len = _max_model_len(config, model_config)
-    mesh, placement = device_mesh(sizes) if splits else None, None
+    mesh = device_mesh(sizes) if splits else None
     model = _model(config, folder, model_config, None if mesh is None else sharding_rule(mesh.mesh, mesh.rules))
     dtype = jnp.dtype(model.embedding[...].dtype)
     identity = model_fingerprint(folder, dtype.name, random_weights=config.load_format == "dummy")
+    if profile is not None and profile.fingerprint != identity.hex():
+        raise ConfigError(
+            f"expert_profile={config.expert_profile!r} is of another model or number type than {folder} in {dtype.name}"
+        )
+    placement = None if mesh is None else first_placement(model_config, mesh, config.redundant_experts)
+    if profile is not None and policy is not None:
+        placement = policy(profile.window)
     if others is not None:  # from here on, they do everything together
-        others.agree("model", identity)
-    if mesh is not None:
-        placement = first_placement(model_config, mesh, config.redundant_experts)
-        if placement is not None:
-            put_experts(model, placement, mesh)
+        what = "model" if profile is None else "model or expert_profile"
+        others.agree(what, _identity_with(identity, placement))
+    if mesh is not None and placement is not None:
+        put_experts(model, placement, mesh)
     load_seconds = time.perf_counter() - start
 
     layout = KVLayout.of_layers(
@@ -161,6 +179,7 @@ def _load_model(config: EngineConfig, others: Leader | Followers | None) -> Load
         compiles,
         mesh,
         placement,
+        policy,
     )
 
 
@@ -170,6 +189,31 @@ def _dysco_refusal(config: EngineConfig, layout: KVLayout) -> str:
     if config.num_devices > 1 or config.redundant_experts:
         return "engines of several devices don't decode so yet"
     return "engines of clusters don't decode so yet" if config.kv_transport is not None else ""
+
+
+def _read_profile(config: EngineConfig, model: ModelConfig) -> RouterProfile | None:
+    """The profile that a configuration names, whose sizes are those of the model."""
+    if config.expert_profile is None:
+        return None
+    profile = read_profile(Path(config.expert_profile))
+    layers, _, experts = profile.window.sources.shape
+    wanted = len(model.sparse_layers), 0 if model.moe is None else model.moe.num_experts
+    if (layers, experts) != wanted:
+        raise ConfigError(
+            f"expert_profile={config.expert_profile!r} is of {layers} layers of {experts} experts, and the model has "
+            f"{wanted[0]} of {wanted[1]}"
+        )
+    if profile.window.transitions is None and config.expert_placement in ("edr", "edr_column"):
+        raise ConfigError(
+            f"expert_profile={config.expert_profile!r} has no transitions, which "
+            f"expert_placement={config.expert_placement!r} needs"
+        )
+    return profile
+
+
+def _identity_with(identity: bytes, placement: Placement | None) -> bytes:
+    """Identifies a model whose experts lie so."""
+    return identity if placement is None else hashlib.blake2b(identity + placement.experts.tobytes()).digest()
 
 
 def use_compilation_cache(folder: str | None) -> None:

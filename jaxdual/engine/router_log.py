@@ -41,6 +41,18 @@ class RouterLog:
         self._steps += 1
         return self.window if ends else None
 
+    def end_early(self) -> RouterWindow | None:
+        """Ends the window under way after the steps that it has had; None where none is under way.
+
+        The period begins anew with the next step, and `window` stays the last full one.
+        """
+        steps = (self._steps - 1) % self._period - self._begin + 1
+        if not self._steps or steps <= 0:
+            return None
+        self._steps = 0
+        counts = self._runner.take_router_counts()
+        return None if counts is None else _window(counts, self._devices, steps)
+
 
 def _window(counts: RouterCounts, devices: int, steps: int) -> RouterWindow:
     """Counts of all ranks, by the device along the expert axis that each rank is on."""

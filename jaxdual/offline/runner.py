@@ -1,12 +1,12 @@
 """Runs the lines of a batch through an engine and writes a row for each."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from jaxdual.api import LLM
 from jaxdual.front import TokenizedPrompt
 from jaxdual.offline.batch_file import BatchLine, RejectedLine
-from jaxdual.offline.output_file import OutputFile
 from jaxdual.offline.rows import engine_params, error_row, parse_body, response_row
 from jaxdual.openai_protocol import ChatRequest, CompletionRequest, ProtocolError
 from jaxdual.outputs import RequestOutput
@@ -31,6 +31,17 @@ class Totals:
     latency: list[float] = field(default_factory=list)
 
 
+class Rows(Protocol):
+    """Where rows go, such as an `OutputFile`."""
+
+    @property
+    def done(self) -> Collection[str | int]:
+        """Keys of the lines that have a row."""
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Takes one row."""
+
+
 @dataclass(slots=True)
 class _Job:
     """A line in flight: its outputs by prompt, None while a prompt is not finished."""
@@ -45,13 +56,13 @@ class BatchRunner:
 
     Args:
         llm: the engine.
-        output: where rows go; lines that have a row there are skipped.
+        output: takes the rows; lines that have a row there are skipped.
         created: the time that responses carry, seconds since the epoch.
         on_progress: called after each step and each row with the totals.
     """
 
     def __init__(
-        self, llm: LLM, output: OutputFile, created: int, on_progress: Callable[[Totals], None] = lambda _: None
+        self, llm: LLM, output: Rows, created: int, on_progress: Callable[[Totals], None] = lambda _: None
     ) -> None:
         self.totals = Totals()
         self._llm = llm

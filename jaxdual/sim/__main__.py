@@ -9,16 +9,16 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from jaxdual.config import ConfigError
+from jaxdual.result_files import check_picture, check_writable
 from jaxdual.sim.compare import compare, read_report
 from jaxdual.sim.config import MAX_LENS, SimConfig, read_sim_config
 from jaxdual.sim.nodes import Request
-from jaxdual.sim.pictures import check_picture, draw
+from jaxdual.sim.pictures import draw
 from jaxdual.sim.plan import Trial, format_plan, make_plan, parse_slo
 from jaxdual.sim.report import format_report
 from jaxdual.sim.run import run_simulation
@@ -75,7 +75,8 @@ def _simulate(arguments: Sequence[str]) -> int:
             write_spans(options.spans, request, now)
 
     for file in (options.json, options.plot, options.spans):
-        _check_writable(file)
+        if file is not None:
+            check_writable(file)
     if options.spans is not None:
         _check_turn(config, *options.spans_of)
     if options.plot is not None:
@@ -145,12 +146,6 @@ def _named(file: Path) -> Iterator[None]:
         yield
     except ConfigError as error:
         raise ConfigError(str(error) if str(error).startswith("--") else f"{file}: {error}") from None
-
-
-def _check_writable(file: Path | None) -> None:
-    """Refuses before a long run what can't be written after it."""
-    if file is not None and (file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK)):
-        raise ConfigError(f"{file}: cannot be written")
 
 
 def _check_turn(config: SimConfig, agent: int, turn: int) -> None:

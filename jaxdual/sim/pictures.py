@@ -6,28 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxdual.config import ConfigError
-
 _MOST_LINES = 16  # of a kind of card; above, the middle and the outermost are drawn
 
 
-def check_picture(path: Path) -> None:
-    """Makes sure that a picture can be drawn.
-
-    Raises:
-      ConfigError: matplotlib is not installed, or the file's ending is none of its formats.
-    """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-    except ImportError:
-        raise ConfigError("--plot needs matplotlib: pip install 'jaxdual[plot]'") from None
-    known = FigureCanvasAgg.get_supported_filetypes()
-    if path.suffix.removeprefix(".") not in known:
-        raise ConfigError(f"--plot {path}: its ending must be one of {', '.join(sorted(known))}")
-
-
 def draw(report: Mapping[str, Any], path: Path) -> None:
-    """Draws a report's figures over time; see `check_picture`."""
+    """Draws a report's figures over time; see `result_files.check_picture`."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -196,15 +196,18 @@ def test_statistics_are_those_of_the_last_window(sizes: dict[str, Any]) -> None:
     assert seen.activations.sum(axis=1).tolist() == [2 * seen.tokens] * len(seen.sources)
 
 
+class Counted:
+    """A runner that counts tokens, of which each step has another number."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+
+    def take_router_counts(self) -> RouterCounts:
+        taken, self.tokens = self.tokens, 0
+        return RouterCounts(np.array([taken]), np.zeros((1, 1, 2), np.int32), None)  # type: ignore[arg-type]
+
+
 def test_windows_end_where_they_should_and_hold_their_steps_only() -> None:
-    class Counted:
-        def __init__(self) -> None:
-            self.tokens = 0
-
-        def take_router_counts(self) -> RouterCounts:
-            taken, self.tokens = self.tokens, 0
-            return RouterCounts(np.array([taken]), np.zeros((1, 1, 2), np.int32), None)  # type: ignore[arg-type]
-
     for window, period in ((3, None), (3, 5), (5, 5)):
         runner, steps = Counted(), period or window
         log = RouterLog(runner, 1, window, period)  # type: ignore[arg-type]
@@ -215,3 +218,46 @@ def test_windows_end_where_they_should_and_hold_their_steps_only() -> None:
                 assert ended is log.window
                 assert (ended.tokens, ended.steps) == (sum(range(step - window, step)), window)
             runner.tokens += step
+
+
+def test_a_window_that_is_ended_early_holds_its_steps_so_far_and_a_whole_one_follows() -> None:
+    for window, period in ((3, None), (3, 5), (5, 5)):
+        steps = period or window
+        for early in range(2 * steps + 1):
+            runner = Counted()
+            log = RouterLog(runner, 1, window, period)  # type: ignore[arg-type]
+            for step in range(early):
+                log.before_step()
+                runner.tokens += 2**step
+            full, begin = log.window, steps - window
+            phase = (early - 1) % steps + 1 if early else 0
+            found = log.end_early()
+            assert log.window is full
+            if phase <= begin:
+                assert found is None
+                continue
+            assert found is not None
+            assert found.tokens == sum(2**step for step in range(early - phase + begin, early))
+            assert log.end_early() is None
+            for step in range(steps):
+                assert log.before_step() is None
+                runner.tokens += 2**step
+            ended = log.before_step()
+            assert ended is not None
+            assert ended.tokens == sum(2**step for step in range(begin, steps))
+
+
+@pytest.mark.parametrize("sizes", [{}, {"expert_parallel_size": 2}])
+def test_statistics_so_far_are_of_all_tokens_since_the_window_began(sizes: dict[str, Any]) -> None:
+    llm = LLM(FIXTURES / "qwen3_moe", **SETTINGS, **sizes, router_statistics="transitions")
+    assert llm.router_statistics(so_far=True) is None
+    assert LLM(FIXTURES / "qwen3_moe", **SETTINGS).router_statistics(so_far=True) is None
+    for count in (1, 3):
+        llm.generate([{"prompt_token_ids": prompt} for prompt in prompts(count, seed=count)], GREEDY)
+        found = llm.router_statistics(so_far=True)
+        assert found is not None
+        assert found.tokens == sum(len(prompt) + 23 for prompt in prompts(count, seed=count))
+        assert found.activations.sum(axis=1).tolist() == [2 * found.tokens] * 3
+        assert found.transitions is not None
+        assert found.transitions.sum(axis=(1, 2)).tolist() == [4 * found.tokens] * 2
+        assert llm.router_statistics() is None
