@@ -100,8 +100,9 @@ def _run(options: argparse.Namespace) -> int:
     files = [file for file in (options.profile, options.plot, options.json) if file is not None]
     for file in files:
         check_writable(file)
-    if len({file.resolve() for file in files}) < len(files):
-        raise ConfigError("profile, picture and figures must be different files")
+    named = [file.resolve() for file in (options.input_file, *files) if file is not None]
+    if len(set(named)) < len(named):
+        raise ConfigError("requests, profile, picture and figures must be different files")
     if options.plot is not None:
         check_picture(options.plot)
     workloads = _workloads(options, config)

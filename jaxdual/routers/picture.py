@@ -65,7 +65,7 @@ def _draw_loads(axes: Any, name: str, loads: np.ndarray, layers: Sequence[int], 
 
 
 def _draw_pairs(axes: Any, name: str, shares: np.ndarray, layers: Sequence[int]) -> None:
-    strongest = -np.sort(-shares.reshape(len(shares), -1), axis=1)[:, :_PAIRS]
+    strongest = -np.sort(-shares.reshape(len(shares), shares.shape[1] ** 2), axis=1)[:, :_PAIRS]
     at = np.repeat(np.arange(len(shares)), strongest.shape[1])
     axes.plot(at, strongest.reshape(-1), "_", color="tab:blue", markersize=10)
     axes.axhline(PAIR_SHARE, color="tab:red", linestyle="--", linewidth=1, label=f"{PAIR_SHARE}: the paper's pool")

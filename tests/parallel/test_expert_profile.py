@@ -70,6 +70,20 @@ def test_the_pool_of_a_profile_lies_on_the_anchor_from_the_start_and_never_moves
     ties.check()
 
 
+def test_a_profile_pins_the_same_experts_of_all_layers_in_one_column(file: str) -> None:
+    settings = SETTINGS | EDR | {"expert_parallel_size": 2, "expert_placement": "edr_column"}
+    llm = LLM(MODEL, **settings, expert_profile=file, expert_anchor=1)
+    balancer, window = balancer_of(llm), read_profile(Path(file)).window
+    assert window.transitions is not None
+    before, after = np.unravel_index(window.transitions.sum(axis=0).argmax(), (8, 8))
+    for _ in range(2):
+        for row in balancer.placement.experts:
+            assert row.tolist() == balancer.placement.experts[0].tolist()
+            assert {int(before), int(after)} <= set(row[4:].tolist())
+        llm.generate([{"prompt_token_ids": prompt} for prompt in prompts(8)], GREEDY)
+    assert llm.stats().expert_relocations >= 3
+
+
 def test_without_a_profile_the_pool_lies_on_the_anchor_from_the_first_window_on() -> None:
     llm = LLM(MODEL, **SETTINGS, **EDR, expert_parallel_size=2, expert_anchor=1)
     balancer = balancer_of(llm)

@@ -179,6 +179,7 @@ def test_bad_calls_are_refused_before_the_work(batch: Path, tmp_path: Path, caps
         ([*SMALL, *RANDOM, "--profile", "/none/profile.npz"], "/none/profile.npz: cannot be written"),
         ([*SMALL, *RANDOM, "--json", str(tmp_path)], "cannot be written"),
         ([*SMALL, *RANDOM, "--json", file, "--profile", file], "must be different files"),
+        ([*SMALL, "-i", str(batch), "--json", str(batch)], "must be different files"),
         ([*SMALL, *RANDOM, "--devices", "3"], "--devices 3 must divide the 8 experts"),
         ([*SMALL, *RANDOM, "--block-size", "0"], "block_size=0 must be at least 1"),
         ([*SMALL, *RANDOM, "--random-input-len", "59"], "of 59 tokens with outputs of 6 are longer than the 64 of"),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from jaxdual.routers.figures import comparison, figures, pools
-from jaxdual.routers.picture import device_traffic
+from jaxdual.routers.picture import device_traffic, draw
 from jaxdual.scheduling.expert_policies import RouterWindow
 
 # Ten tokens of two devices; each chooses one expert a layer.
@@ -43,6 +45,17 @@ def test_a_pool_without_frequent_pairs_is_that_of_the_strongest_ones() -> None:
     even = RouterWindow(10, SOURCES, np.full((1, 4, 4), 1))
     found = pools(even, 2)
     assert [found[name].edges for name in ("threshold", "top", "edr")] == [0, 16, 0]
+
+
+def test_one_layer_has_no_pairs(tmp_path: Path) -> None:
+    one = RouterWindow(10, SOURCES[:1], TRANSITIONS[:0])
+    found = figures(one, [3], 2)
+    assert found["pairs"] == []
+    assert [pool["experts"] for pool in found["pools"].values()] == [0, 0, 0]
+    assert found["placements"]["edr"] == found["placements"]["eplb"]
+    pytest.importorskip("matplotlib", reason="pictures need matplotlib")
+    draw({"batch": one}, [3], tmp_path / "routers.png")
+    assert (tmp_path / "routers.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_what_two_workloads_have_in_common() -> None:
