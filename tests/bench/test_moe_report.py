@@ -82,6 +82,17 @@ def test_the_command_reports_changes_and_intervals(tmp_path: Path, capsys: pytes
     assert "Gimbal" in capsys.readouterr().out
 
 
+def test_lengths_come_from_a_file_that_must_be_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "burst.csv"
+    file.write_text("Timestamp,Request tokens,Response tokens\n" + "1,50,3\n" * 40)
+    call = ["--point", "kv_ample", "--shape", "random", "--rate", "1.4", "--arm", "rr", "--seeds", "1", "--jobs", "1"]
+    call += ["--requests", "30", "--variation", "2.0"]
+    assert command.main([*call, "--trace", str(file)]) == 0
+    with pytest.raises(SystemExit):
+        command.main([*call, "--trace", str(tmp_path / "none.csv")])
+    assert "none.csv: cannot be read" in capsys.readouterr().err
+
+
 def test_a_candidate_is_measured_on_its_own_baseline(pool: Executor) -> None:
     row = measure(pool, POINTS["moe_bound"], Load(30), ["random"])
     assert float(row["P99, s"]) > 1
