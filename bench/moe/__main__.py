@@ -34,15 +34,22 @@ from bench.moe.summary import (
     figure_rows,
 )
 from bench.moe.wall_clock import WALL_CLOCK_ARMS, wall_clock
-from bench.moe.workload import SHAPES
+from bench.moe.workload import SHAPES, read_lengths
 from bench.report import header, table, write_json
+from jaxdual.offline.trace import TraceError
 
 PAPER = {"ttft_s": -0.178, "tpot_s": -0.133}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.trace is not None:
+        try:
+            read_lengths(options.trace)
+        except TraceError as error:
+            parser.error(str(error))
     report = header("bench.moe")
     if options.placements:
         report["placements"] = placement_report()

@@ -80,7 +80,8 @@ def relocation(before: Placement, after: Placement) -> dict[str, float]:
     """What coming from one placement to another takes, experts that stay on a device keeping their slots."""
     kept = keep_slots(before, after)
     cost = migration_cost(moves(before, kept), kept, EXPERT_BYTES, BANDWIDTH)
-    return {"moved, GB": cost.bytes_between / 1e9, "stall, ms": 1000 * cost.stall_seconds}
+    moved = {"experts moved": cost.copies, "GB between devices": cost.bytes_between / 1e9}
+    return moved | {"stall, ms": 1000 * cost.stall_seconds}
 
 
 def placement_rows(devices: int, *, skew: float = 1.0, tilt: float = 0.0) -> list[dict[str, Any]]:

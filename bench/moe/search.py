@@ -25,12 +25,9 @@ _NAMES = ("rr", "Gimbal", "Gimbal relaxed")
 # Profile of step times, KV memory by that of `kv_tight` (None for ample), tilt of the routers.
 CANDIDATES: tuple[tuple[str, float | None, float], ...] = (
     ("fixed", 1.0, 0.65),
-    ("mid", 1.0, 0.65),
     ("mid", None, 0.65),
-    ("prefill", None, 0.65),
     ("moe", None, 0.4),
     ("moe", 1.0, 0.4),
-    ("moe", 1.5, 0.3),
     ("moe", 2.0, 0.25),
 )
 

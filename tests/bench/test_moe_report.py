@@ -82,6 +82,17 @@ def test_the_command_reports_changes_and_intervals(tmp_path: Path, capsys: pytes
     assert "Gimbal" in capsys.readouterr().out
 
 
+def test_lengths_come_from_a_file_that_must_be_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "burst.csv"
+    file.write_text("Timestamp,Request tokens,Response tokens\n" + "1,50,3\n" * 40)
+    call = ["--point", "kv_ample", "--shape", "random", "--rate", "1.4", "--arm", "rr", "--seeds", "1", "--jobs", "1"]
+    call += ["--requests", "30", "--variation", "2.0"]
+    assert command.main([*call, "--trace", str(file)]) == 0
+    with pytest.raises(SystemExit):
+        command.main([*call, "--trace", str(tmp_path / "none.csv")])
+    assert "none.csv: cannot be read" in capsys.readouterr().err
+
+
 def test_a_candidate_is_measured_on_its_own_baseline(pool: Executor) -> None:
     row = measure(pool, POINTS["moe_bound"], Load(30), ["random"])
     assert float(row["P99, s"]) > 1
@@ -113,8 +124,9 @@ def test_worth_of_a_placement_is_that_of_the_choices_it_serves() -> None:
 def test_relocation_counts_what_changes_its_device() -> None:
     before = Placement(np.array([[0, 1, 2, 3]], np.int32), 2, 4)
     after = Placement(np.array([[3, 0, 1, 2]], np.int32), 2, 4)
-    assert relocation(before, after) == {"moved, GB": 2 * EXPERT_BYTES / 1e9, "stall, ms": EXPERT_BYTES / 100e9 * 1000}
-    assert relocation(before, before) == {"moved, GB": 0, "stall, ms": 0}
+    found = {"experts moved": 2, "GB between devices": 2 * EXPERT_BYTES / 1e9, "stall, ms": EXPERT_BYTES / 100e9 * 1000}
+    assert relocation(before, after) == found
+    assert relocation(before, before) == dict.fromkeys(found, 0)
 
 
 def test_every_placement_is_a_candidate_and_no_heuristic_beats_the_bound() -> None:
