@@ -22,6 +22,7 @@ def test_the_command_reports_ratios_of_steps_of_one_turn(tmp_path: Path, capsys:
     assert list(modes) == ["off", "activations", "transitions"]
     assert modes["off"]["ratio"] == 1.0
     assert all(of_mode["step_ms"] > 0 for of_mode in modes.values())
+    assert json.loads(path.read_text())["second_off_by_first"]["ratio"] > 0
     assert "ratio to off" in capsys.readouterr().out
 
 
