@@ -24,7 +24,7 @@ from jaxdual.users import checked_user
 # How many characters of a text may become one when a tokenizer normalizes it, at most.
 _LARGEST_SHRINK = 4
 
-_NO_DYSCO = DyscoModel(0, 0, "the engine does not say that it can")
+_NO_DYSCO = DyscoModel("", 0, 0, "the engine does not say that it can")
 
 type Prompt = str | Mapping[str, Any] | Sequence[int]
 
@@ -39,10 +39,17 @@ class TokenEngine(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class TokenizedPrompt:
-    """A checked prompt: its text, if it was one, and its tokens."""
+    """A checked prompt.
+
+    Attributes:
+      text: if it was one.
+      tokens: of it.
+      opening: tokens at its end that a chat template has put there for the answer to begin; None for no chat.
+    """
 
     text: str | None
     tokens: list[int]
+    opening: int | None = None
 
 
 @dataclass(slots=True)
@@ -141,8 +148,9 @@ class Front:
             raise ValueError("stop strings need a tokenizer, and this model folder has none; use stop_token_ids")
         limit = room if params.max_tokens is None else min(room, params.max_tokens)
         params = dataclasses.replace(params, max_tokens=limit, min_tokens=min(params.min_tokens, limit))
+        dysco = None
         if params.dysco is not None:
-            params = dataclasses.replace(params, dysco=self._dysco.resolved(params.dysco))
+            dysco = self._dysco.resolved(params.dysco, len(tokens), prompt.opening)
         number = next(self._numbers)
         if request_id is None:
             request_id = f"request-{number}"
@@ -166,7 +174,7 @@ class Front:
             metrics=RequestMetrics(arrival),
         )
         engine_id = f"{number}"
-        request = Request(engine_id, tokens, params, arrival, priority, user)
+        request = Request(engine_id, tokens, params, arrival, priority, user, dysco=dysco)
         self._engine.add(request)
         detokenizers = [
             IncrementalDetokenizer(
@@ -292,7 +300,22 @@ class Front:
           ValueError: messages that the template refuses, or no template.
         """
         rendered = self.text_tokenizer().apply_chat_template(messages, add_generation_prompt, **(template_vars or {}))
-        return self._encode(str(rendered), add_special_tokens)
+        prompt = self._encode(str(rendered), add_special_tokens)
+        opening = self._opening(template_vars or {}) if add_generation_prompt else None
+        return dataclasses.replace(prompt, opening=opening)
+
+    def _opening(self, template_vars: Mapping[str, Any]) -> int | None:
+        """Tokens that the template puts behind the last message; None if it can't be told."""
+        tokenizer, messages = self.text_tokenizer(), [{"role": "user", "content": "x"}]
+        try:
+            closed, opened = (
+                str(tokenizer.apply_chat_template(messages, opens, **template_vars)) for opens in (False, True)
+            )
+        except TokenizerError:  # it wants other conversations than this one
+            return None
+        if not opened.startswith(closed):
+            return None
+        return len(tokenizer.encode(opened[len(closed) :], add_special_tokens=False))
 
     def _encode(self, text: str, add_special_tokens: bool) -> TokenizedPrompt:
         tokenizer = self.text_tokenizer()

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import numpy as np
+
+from jaxdual.decoding.profiles import DyscoProfile, Limits, profile_of, read_profile, shipped_names
 
 Preset = Literal["code", "rev89c", "paper"]
 # What is kept of the relevance before, at each blending: the authors' code, an earlier revision of it, their formula.
@@ -23,14 +25,17 @@ _PLAIN_TAIL = 2  # tokens, of a prompt that no template has made
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DyscoParams:
-    """How a request is decoded by DySCO. Defaults are the authors'.
+    """How a request is decoded by DySCO.
 
     Attributes:
       heads: retrieval heads as (layer, query head), from 0; None for those of `profile`.
-      profile: name of a profile that ships with jaxdual, or file of one; None for the model's own, if `heads` is None.
-      top_p: part of the relevance that selected tokens have at most, in (0, 1]; None for no such limit.
-      top_k: tokens that are selected at most; None for no such limit.
-      strength: factor on the attention weights of selected tokens before they are normalised, above 0; 1 changes none.
+      profile: name of a profile that ships with jaxdual, or file of one; None for the one of the model's name, if
+        `heads` is None.
+      top_p: part of the relevance that selected tokens have at most, in (0, 1]; None for no such limit; "auto" for the
+        profile's at the prompt's length, 0.975 without one.
+      top_k: tokens that are selected at most; None for no such limit; "auto" likewise, 4096 without a profile.
+      strength: factor on the attention weights of selected tokens before they are normalised, above 0; 1 changes none;
+        "auto" likewise, 2 without a profile.
       decay: weight of the relevance before by that of the new attention, at least 0; None for that of `preset`.
       preset: "code" as the authors' code (0.75), "rev89c" as an earlier revision of it, "paper" as their formula.
       observe: tokens whose attention makes the first relevance, that of the last one being the first raised one.
@@ -46,9 +51,9 @@ class DyscoParams:
 
     heads: Sequence[tuple[int, int]] | None = None
     profile: str | None = None
-    top_p: float | None = 0.975
-    top_k: int | None = 4096
-    strength: float = 2.0
+    top_p: float | Literal["auto"] | None = "auto"
+    top_k: int | Literal["auto"] | None = "auto"
+    strength: float | Literal["auto"] = "auto"
     decay: float | None = None
     preset: Preset | None = None
     observe: int = 8
@@ -66,11 +71,12 @@ class DyscoParams:
             raise ValueError(f"dysco: profile={self.profile!r} must be a name or a file")
         if self.top_p is None and self.top_k is None:
             raise ValueError("dysco: top_p and top_k can't both be None: everything would be selected")
-        if self.top_p is not None:
+        if self.top_p is not None and self.top_p != "auto":
             _real("top_p", self.top_p, 0.0, 1.0, open_low=True)
-        if self.top_k is not None:
+        if self.top_k is not None and self.top_k != "auto":
             _whole("top_k", self.top_k, 1)
-        _real("strength", self.strength, 0.0, _MAX_STRENGTH, open_low=True)
+        if self.strength != "auto":
+            _real("strength", self.strength, 0.0, _MAX_STRENGTH, open_low=True)
         if self.decay is not None:
             _real("decay", self.decay, 0.0, math.inf)
             if self.preset is not None:
@@ -96,36 +102,87 @@ class DyscoParams:
         return HISTORY[self.preset or "code"]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dysco:
+    """How a request is decoded by DySCO: `DyscoParams` that leave nothing open."""
+
+    heads: tuple[tuple[int, int], ...]
+    top_p: float | None
+    top_k: int | None
+    strength: float
+    history: float
+    observe: int
+    tail: int
+    template_sequences: tuple[tuple[int, ...], ...]
+    static: bool
+    return_selection: bool
+
+
 @dataclass(frozen=True, slots=True)
 class DyscoModel:
     """What requests can ask of an engine.
 
     Attributes:
-      num_layers, num_heads: of its model; heads are query heads of a layer.
+      name: of its model.
+      num_layers, num_heads: of it; heads are query heads of a layer.
       refusal: why none is decoded so; "" where they can be.
     """
 
+    name: str
     num_layers: int
     num_heads: int
     refusal: str = ""
 
-    def resolved(self, params: DyscoParams) -> DyscoParams:
-        """Parameters that leave nothing open.
+    def resolved(self, params: DyscoParams, prompt_length: int, opening: int | None) -> Dysco:
+        """What parameters mean for a prompt.
+
+        Args:
+          opening: tokens at the prompt's end that a template has put there for the answer to begin; None where none
+            has made it.
 
         Raises:
           ValueError: they can't be used here.
         """
         if self.refusal:
             raise ValueError(f"dysco: {self.refusal}")
-        if params.heads is None:
-            raise ValueError("dysco: heads are needed, (layer, head) pairs of the model's retrieval heads")
-        for layer, head in params.heads:
+        profile = self._profile(params)
+        limits = Limits() if profile is None else profile.limits_of(prompt_length)
+        heads = _heads(params.heads or ()) if profile is None else profile.heads
+        sequences = params.template_sequences
+        if sequences is None:
+            sequences = () if profile is None else profile.template_sequences
+        for layer, head in heads:
             if layer >= self.num_layers or head >= self.num_heads:
                 raise ValueError(
                     f"dysco: heads={[layer, head]} must be below {[self.num_layers, self.num_heads]}, the model's "
                     "layers and the query heads of each"
                 )
-        return replace(params, tail=_PLAIN_TAIL) if params.tail == "auto" else params
+        return Dysco(
+            heads=heads,
+            top_p=limits.top_p if params.top_p == "auto" else params.top_p,
+            top_k=limits.top_k if params.top_k == "auto" else params.top_k,
+            strength=limits.strength if params.strength == "auto" else params.strength,
+            history=params.history,
+            observe=params.observe,
+            tail=(_PLAIN_TAIL if opening is None else opening) if params.tail == "auto" else params.tail,
+            template_sequences=_sequences(sequences),
+            static=params.static,
+            return_selection=params.return_selection,
+        )
+
+    def _profile(self, params: DyscoParams) -> DyscoProfile | None:
+        """That heads come from; None where they are given."""
+        if params.heads is not None:
+            return None
+        if params.profile is not None:
+            return read_profile(params.profile)
+        profile = profile_of(self.name)
+        if profile is None:
+            raise ValueError(
+                f"dysco: there is no profile for the model {self.name!r}: give heads, (layer, head) pairs of its "
+                f"retrieval heads, or a profile: a file, or one of {', '.join(shipped_names())}"
+            )
+        return profile
 
 
 def first_raised(prompt_length: int, tail: int, observe: int) -> int:

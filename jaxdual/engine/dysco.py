@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import Sharding
 from jaxtyping import Array, Bool, Float32, Int32
 
-from jaxdual.decoding.dysco import DyscoParams, first_raised, template_mask
+from jaxdual.decoding.dysco import Dysco, first_raised, template_mask
 from jaxdual.decoding.relevance import blend, raised, select
 from jaxdual.engine.request import Selection
 from jaxdual.scheduling.batch import Row
@@ -31,25 +31,23 @@ class SlotDysco:
     """How a sequence is decoded.
 
     Attributes:
-      params: with heads.
+      params: of the request.
       observed_from: position of the first token whose attention counts.
       raised_from: position of the first token with raised attention.
       template: positions in the prompt that are never raised.
     """
 
-    params: DyscoParams
+    params: Dysco
     observed_from: int
     raised_from: int
     template: Sequence[int]
 
 
-def slot_dysco(params: DyscoParams, prompt: Sequence[int]) -> SlotDysco:
-    """How a prompt is decoded with parameters that leave nothing open."""
-    if params.heads is None or params.tail == "auto":
-        raise ValueError("dysco: heads and tail are still open")
+def slot_dysco(params: Dysco, prompt: Sequence[int]) -> SlotDysco:
+    """How a prompt is decoded."""
     begin = first_raised(len(prompt), params.tail, params.observe)
     observed = max(begin - max(params.observe - 1, 0), 0)
-    template = np.flatnonzero(template_mask(prompt, params.template_sequences or ())).tolist()
+    template = np.flatnonzero(template_mask(prompt, params.template_sequences)).tolist()
     return SlotDysco(params, observed, begin, template)
 
 
@@ -194,7 +192,7 @@ class DyscoSlots:
     def rows(self, rows: Sequence[Row], padded: int) -> tuple[DyscoRows, tuple[int, ...]]:
         """What the device is told of the rows, which all have one, and the layers that are watched."""
         bound = [self._bound[row.slot] for row in rows]
-        layers = tuple(sorted({layer for dysco in bound for layer, _ in dysco.params.heads or ()}))
+        layers = tuple(sorted({layer for dysco in bound for layer, _ in dysco.params.heads}))
         out = DyscoRows(
             slot=np.full(padded, self._padding, np.int32),
             weights=np.zeros((padded, len(layers), self._heads), np.float32),
@@ -207,10 +205,9 @@ class DyscoSlots:
         )
         for number, (row, dysco) in enumerate(zip(rows, bound, strict=True)):
             params = dysco.params
-            heads = params.heads or ()
             out.slot[number] = row.slot
-            for layer, head in heads:
-                out.weights[number, layers.index(layer), head] = 1 / len(heads)
+            for layer, head in params.heads:
+                out.weights[number, layers.index(layer), head] = 1 / len(params.heads)
             is_raised = row.position >= dysco.raised_from
             out.is_first[number] = row.position == dysco.observed_from
             out.history[number] = 1.0 if params.static and is_raised else params.history

@@ -210,7 +210,7 @@ class Engine:
             if before is None:
                 continue
             wants_prompt = params.prompt_logprobs is not None and index == 0 and not before
-            dysco = None if params.dysco is None else slot_dysco(params.dysco, request.prompt_token_ids)
+            dysco = None if request.dysco is None else slot_dysco(request.dysco, request.prompt_token_ids)
             sequence = SequenceState(
                 seq_id=next(self._ids),
                 tokens=[*request.prompt_token_ids, *before],

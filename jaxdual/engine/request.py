@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from jaxdual.decoding.dysco import Dysco
 from jaxdual.sampling_params import SamplingParams
 from jaxdual.scheduling.batch import FinishReason
 
@@ -32,6 +33,7 @@ class Request:
       salt: keeps its cached blocks apart from those of requests with another salt.
       resumed: of a request that was under way in an engine that is gone, the tokens that each output had; None for an
         output that has ended. Empty for a new request.
+      dysco: what `params.dysco` means for this prompt.
     """
 
     request_id: str
@@ -42,6 +44,7 @@ class Request:
     user: str | None = None
     salt: bytes = b""
     resumed: tuple[tuple[int, ...] | None, ...] = ()
+    dysco: Dysco | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -160,7 +160,11 @@ def test_requests_that_cannot_be_decoded_so_are_refused() -> None:
     case = "llama_topk"
     llm = LLM(FIXTURES / case, **SETTINGS)
     for dysco, message in (
-        (DyscoParams(), "heads are needed"),
+        (DyscoParams(), "no profile for the model 'llama_topk': give heads"),
+        (DyscoParams(profile="mine"), "profile='mine' must be a file, or one of llama-3.1-8b, mixtral-8x7b"),
+        (DyscoParams(profile="qwen3-8b"), r"heads=\[21, 31\] must be below \[5, 8\]"),
+        (DyscoParams(profile=str(FIXTURES / case / "config.json")), "is not a profile: KeyError: 'num_layers'"),
+        (DyscoParams(profile="./nowhere.json"), "can't be read"),
         (DyscoParams(heads=[(5, 0)]), r"heads=\[5, 0\] must be below \[5, 8\]"),
         (DyscoParams(heads=[(0, 8)]), r"heads=\[0, 8\] must be below \[5, 8\]"),
     ):
