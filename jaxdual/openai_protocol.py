@@ -1,8 +1,9 @@
 """OpenAI's request bodies for `/v1/chat/completions` and `/v1/completions`, checked and turned into plain data.
 
-Accepted are OpenAI's fields and the sampling extensions of vLLM. A field that is not known is an error, and so is a
-known one whose meaning is not implemented, unless its value asks for nothing (`null`, or one of `_UNSUPPORTED`). Fields
-in `_IGNORED` describe the caller, or only speed, and are accepted without effect. `null` means the default everywhere.
+Accepted are OpenAI's fields, the sampling extensions of vLLM, and `dysco`, an object of `DyscoParams`. A field that is
+not known is an error, and so is a known one whose meaning is not implemented, unless its value asks for nothing
+(`null`, or one of `_UNSUPPORTED`). Fields in `_IGNORED` describe the caller, or only speed, and are accepted without
+effect. `null` means the default everywhere.
 
 `prompt_cache_key` names requests with a common beginning, which are best computed where it is cached; where it is left
 out, `user` stands for it, as before OpenAI had it. `safety_identifier` is for those who look for abuse, and is ignored.
@@ -12,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from jaxdual.decoding.dysco import DyscoParams, params_from_json
 from jaxdual.sampling_params import MAX_LOGPROBS, SamplingParams
 from jaxdual.users import checked_user
 
@@ -303,7 +305,15 @@ def _sampling(fields: _Fields) -> dict[str, Any]:
         "skip_special_tokens": fields.boolean("skip_special_tokens", True),
         "include_stop_str_in_output": fields.boolean("include_stop_str_in_output", False),
         "prompt_logprobs": fields.integer("prompt_logprobs", 0, MAX_LOGPROBS),
+        "dysco": _dysco(fields.take("dysco")),
     }
+
+
+def _dysco(value: Any) -> DyscoParams | None:
+    try:
+        return None if value is None else params_from_json(value)
+    except ValueError as error:
+        raise ProtocolError(str(error), "dysco") from None
 
 
 def _params(sampling: Mapping[str, Any], defaults: Mapping[str, Any] | None) -> SamplingParams:

@@ -8,13 +8,13 @@ all heads.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, get_args
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
 
 import numpy as np
 
-from jaxdual.decoding.profiles import DyscoProfile, Limits, profile_of, read_profile, shipped_names
+from jaxdual.decoding.profiles import DyscoProfile, Limits, is_file, profile_of, read_profile, shipped_names
 
 Preset = Literal["code", "rev89c", "paper"]
 # What is kept of the relevance before, at each blending: the authors' code, an earlier revision of it, their formula.
@@ -100,6 +100,24 @@ class DyscoParams:
         if self.decay is not None:
             return self.decay / (1 + self.decay) if math.isfinite(self.decay) else 1.0
         return HISTORY[self.preset or "code"]
+
+
+def params_from_json(value: Any) -> DyscoParams:
+    """Parameters of a request that came over a network, by their names.
+
+    Raises:
+      ValueError: no object, an unknown name, a value that can't be used, or one that only Python callers may use.
+    """
+    if not isinstance(value, Mapping):
+        raise ValueError(f"dysco={value!r} must be an object")
+    known = [field.name for field in fields(DyscoParams) if field.name != "return_selection"]
+    unknown = sorted(set(value) - set(known))
+    if unknown:
+        raise ValueError(f"dysco: unknown field {unknown[0]!r}; known are {', '.join(known)}")
+    params = DyscoParams(**value)
+    if params.profile is not None and is_file(params.profile):
+        raise ValueError(f"dysco: profile={params.profile!r} must be one of {', '.join(shipped_names())}")
+    return params
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -226,7 +226,9 @@ def _position(entries: dict[int, Logprob], count: int) -> pb.PositionLogprobs:
 
 
 def _params_message(params: SamplingParams) -> pb.SamplingParams:
-    return pb.SamplingParams(**{**params.as_dict(), "stop": params.stop_strings})  # None leaves a field absent
+    values = params.as_dict() | {"stop": params.stop_strings}
+    del values["dysco"]  # no model has one by default
+    return pb.SamplingParams(**values)  # None leaves a field absent
 
 
 _STATES = {

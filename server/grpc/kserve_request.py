@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from jaxdual.decoding.dysco import DyscoParams, params_from_json
 from jaxdual.front import Prompt
 from jaxdual.sampling_params import SamplingParams
 from jaxdual.users import checked_user
@@ -217,6 +218,10 @@ def _priority(name: str, value: Any) -> int:
     return _within(name, _int(name, value), -_PRIORITIES, _PRIORITIES - 1)
 
 
+def _dysco(name: str, value: Any) -> DyscoParams:
+    return params_from_json(parse_json(name, value) if isinstance(value, str) else value)
+
+
 def _user(name: str, value: Any) -> str | None:
     return checked_user(value, name)
 
@@ -240,6 +245,7 @@ _SAMPLING: dict[str, Callable[[str, Any], Any]] = {
     "stop": _strings,
     "stop_token_ids": _ids,
     "logit_bias": _bias,
+    "dysco": _dysco,
 }
 _LISTS = ("stop", "stop_token_ids")
 _TENSORS = {**_SAMPLING, "stream": _bool, "exclude_input_in_output": _bool}

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 import grpc
 
+from jaxdual.decoding.dysco import params_from_json
 from jaxdual.openai_protocol import MAX_CHOICES, MAX_STOP_STRINGS
 from jaxdual.sampling_params import SamplingParams
 from server.grpc.errors import CallError
@@ -35,8 +36,32 @@ def sampling_params(message: pb.SamplingParams, defaults: SamplingParams, *, ope
             value = tuple(value)
         elif field.name == "logit_bias":
             value = dict(value)
+        elif field.name == "dysco":
+            value = params_from_json(_dysco_fields(value))
         values[field.name] = value
     return checked_params(values, defaults)
+
+
+def _dysco_fields(message: pb.Dysco) -> dict[str, Any]:
+    """Fields that are there, by the names and in the values of `DyscoParams`."""
+    values: dict[str, Any] = {}
+    for field, value in message.ListFields():
+        match field.name:
+            case "heads":
+                values["heads"] = [(head.layer, head.head) for head in value]
+            case "template_sequences":
+                values["template_sequences"] = [list(sequence.ids) for sequence in value]
+            case "raise_template":
+                continue
+            case "top_p" | "top_k":
+                values[field.name] = value or None
+            case name:
+                values[name] = value
+    if message.raise_template:
+        if message.template_sequences:
+            raise ValueError("dysco: template_sequences and raise_template exclude each other")
+        values["template_sequences"] = []
+    return values
 
 
 def checked_params(values: dict[str, Any], defaults: SamplingParams) -> SamplingParams:

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxdual.decoding.dysco import DyscoParams
 from jaxdual.openai_protocol import ProtocolError, error_body, parse_chat, parse_completion
 
 USER = {"role": "user", "content": "hi"}
@@ -62,6 +63,29 @@ def test_stop_token_ids_and_logit_bias_are_read():
     assert params.logit_bias == {17: -100.0, 3: 1.5}
     assert completion(stop="\n").params.stop_strings == ("\n",)
     assert completion(stop=[], stop_token_ids=[], logit_bias={}).params.stop_strings == ()
+
+
+def test_dysco_is_an_object_of_its_parameters():
+    for make in (chat, completion):
+        wanted = {"heads": [[1, 2], [3, 4]], "top_p": None, "top_k": 7, "tail": "auto", "preset": "paper"}
+        assert make(dysco=wanted).params.dysco == DyscoParams(
+            heads=[(1, 2), (3, 4)], top_p=None, top_k=7, preset="paper"
+        )
+        assert make(dysco={}).params.dysco == DyscoParams()
+        assert make(dysco=None).params.dysco is None
+        for value, message in (
+            ([], "must be an object"),
+            ({"head": []}, "unknown field 'head'; known are heads, profile, top_p"),
+            ({"return_selection": True}, "unknown field 'return_selection'"),
+            ({"strength": 0}, "strength=0 must be above 0"),
+            ({"heads": [[1]]}, "list of .layer, head. pairs"),
+            ({"profile": "/etc/passwd"}, "profile='/etc/passwd' must be one of llama-3.1-8b"),
+            ({"profile": "mine.json"}, "profile='mine.json' must be one of llama-3.1-8b"),
+            ({"top_k": "many"}, "top_k='many' must be a whole number"),
+        ):
+            with pytest.raises(ProtocolError, match=message) as caught:
+                make(dysco=value)
+            assert caught.value.param == "dysco"
 
 
 def test_null_means_the_default():

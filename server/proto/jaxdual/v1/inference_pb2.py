@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\'server/proto/jaxdual/v1/inference.proto\x12\njaxdual.v1\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"2\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\tJ\x04\x08\x03\x10\x10\"\x86\x02\n\x04\x43hat\x12)\n\x08messages\x18\x01 \x03(\x0b\x32\x17.jaxdual.v1.ChatMessage\x12\x12\n\ntools_json\x18\x02 \x01(\t\x12\x42\n\x12template_vars_json\x18\x03 \x03(\x0b\x32&.jaxdual.v1.Chat.TemplateVarsJsonEntry\x12\"\n\x15\x61\x64\x64_generation_prompt\x18\x04 \x01(\x08H\x00\x88\x01\x01\x1a\x37\n\x15TemplateVarsJsonEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x18\n\x16_add_generation_promptJ\x04\x08\x05\x10\x10\"\xd5\x06\n\x0eSamplingParams\x12\x17\n\nmax_tokens\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05top_k\x18\x04 \x01(\x05H\x03\x88\x01\x01\x12\x12\n\x05min_p\x18\x05 \x01(\x01H\x04\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x06 \x01(\x01H\x05\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x07 \x01(\x01H\x06\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x08 \x01(\x01H\x07\x88\x01\x01\x12=\n\nlogit_bias\x18\t \x03(\x0b\x32).jaxdual.v1.SamplingParams.LogitBiasEntry\x12\x11\n\x04seed\x18\n \x01(\x03H\x08\x88\x01\x01\x12\x0c\n\x04stop\x18\x0b \x03(\t\x12\x16\n\x0estop_token_ids\x18\x0c \x03(\r\x12\x17\n\nignore_eos\x18\r \x01(\x08H\t\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x0e \x01(\x05H\n\x88\x01\x01\x12\x15\n\x08logprobs\x18\x0f \x01(\x05H\x0b\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\x10 \x01(\x05H\x0c\x88\x01\x01\x12\x0e\n\x01n\x18\x11 \x01(\x05H\r\x88\x01\x01\x12 \n\x13skip_special_tokens\x18\x12 \x01(\x08H\x0e\x88\x01\x01\x12\'\n\x1ainclude_stop_str_in_output\x18\x13 \x01(\x08H\x0f\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x15\n\x13_repetition_penaltyB\x07\n\x05_seedB\r\n\x0b_ignore_eosB\r\n\x0b_min_tokensB\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobsB\x04\n\x02_nB\x16\n\x14_skip_special_tokensB\x1d\n\x1b_include_stop_str_in_outputJ\x04\x08\x14\x10@\"\xf6\x01\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12)\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x14.jaxdual.v1.TokenIdsH\x00\x12 \n\x04\x63hat\x18\x05 \x01(\x0b\x32\x10.jaxdual.v1.ChatH\x00\x12\x33\n\x0fsampling_params\x18\x06 \x01(\x0b\x32\x1a.jaxdual.v1.SamplingParams\x12\x10\n\x08priority\x18\x07 \x01(\x05\x12\x0c\n\x04user\x18\x08 \x01(\tB\x08\n\x06promptJ\x04\x08\t\x10@\"M\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\x12\x0c\n\x04rank\x18\x03 \x01(\r\x12\x0c\n\x04text\x18\x04 \x01(\t\"c\n\x10PositionLogprobs\x12(\n\x06\x63hosen\x18\x01 \x01(\x0b\x32\x18.jaxdual.v1.TokenLogprob\x12%\n\x03top\x18\x02 \x03(\x0b\x32\x18.jaxdual.v1.TokenLogprob\"\x9b\x02\n\x0bOutputDelta\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12.\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1c.jaxdual.v1.PositionLogprobs\x12/\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x18.jaxdual.v1.FinishReason\x12\x15\n\x0bstop_string\x18\x06 \x01(\tH\x00\x12\x17\n\rstop_token_id\x18\x07 \x01(\rH\x00\x12\x1f\n\x12\x63umulative_logprob\x18\x08 \x01(\x01H\x01\x88\x01\x01\x42\r\n\x0bstop_reasonB\x15\n\x13_cumulative_logprobJ\x04\x08\t\x10 \"V\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\rJ\x04\x08\x04\x10 \"\xaf\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12(\n\x07outputs\x18\x02 \x03(\x0b\x32\x17.jaxdual.v1.OutputDelta\x12\x35\n\x0fprompt_logprobs\x18\x03 \x03(\x0b\x32\x1c.jaxdual.v1.PositionLogprobs\x12 \n\x05usage\x18\x04 \x01(\x0b\x32\x11.jaxdual.v1.UsageJ\x04\x08\x05\x10@\"\x99\x01\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12 \n\x04\x63hat\x18\x03 \x01(\x0b\x32\x10.jaxdual.v1.ChatH\x00\x12\x1f\n\x12\x61\x64\x64_special_tokens\x18\x04 \x01(\x08H\x01\x88\x01\x01\x42\x07\n\x05inputB\x15\n\x13_add_special_tokensJ\x04\x08\x05\x10 \"B\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x15\n\rmax_model_len\x18\x02 \x01(\rJ\x04\x08\x03\x10 \"X\n\x11\x44\x65tokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x1b\n\x13skip_special_tokens\x18\x03 \x01(\x08J\x04\x08\x04\x10 \"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\"\"\n\x0c\x41\x62ortRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\" \n\rAbortResponse\x12\x0f\n\x07\x61\x62orted\x18\x01 \x01(\x08\"\x15\n\x13GetModelInfoRequest\"\xce\x02\n\x14GetModelInfoResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x06\x66\x61mily\x18\x02 \x01(\t\x12\x12\n\nnum_layers\x18\x03 \x01(\r\x12\r\n\x05\x64type\x18\x04 \x01(\t\x12\x12\n\nvocab_size\x18\x05 \x01(\r\x12\x15\n\rmax_model_len\x18\x06 \x01(\r\x12\x14\n\x0cmax_num_seqs\x18\x07 \x01(\r\x12\x12\n\nblock_size\x18\x08 \x01(\r\x12\x1a\n\x12system_fingerprint\x18\t \x01(\t\x12\x15\n\rhas_tokenizer\x18\n \x01(\x08\x12\x19\n\x11has_chat_template\x18\x0b \x01(\x08\x12;\n\x17\x64\x65\x66\x61ult_sampling_params\x18\x0c \x01(\x0b\x32\x1a.jaxdual.v1.SamplingParams\x12\x0e\n\x06\x64\x65vice\x18\r \x01(\tJ\x04\x08\x0e\x10@\"\x10\n\x0eGetLoadRequest\"\xcb\x01\n\x0fGetLoadResponse\x12&\n\x05state\x18\x01 \x01(\x0e\x32\x17.jaxdual.v1.ServerState\x12\x16\n\x0enum_unfinished\x18\x02 \x01(\r\x12\x13\n\x0bnum_running\x18\x03 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x04 \x01(\r\x12\x11\n\tkv_blocks\x18\x05 \x01(\r\x12\x1b\n\x13kv_blocks_available\x18\x06 \x01(\r\x12\x18\n\x10kv_blocks_cached\x18\x07 \x01(\rJ\x04\x08\x08\x10@*x\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x17\n\x13\x46INISH_REASON_ABORT\x10\x03*\xcc\x01\n\x0bServerState\x12\x1c\n\x18SERVER_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15SERVER_STATE_STARTING\x10\x01\x12\x18\n\x14SERVER_STATE_WARMING\x10\x02\x12\x18\n\x14SERVER_STATE_SERVING\x10\x03\x12\x1b\n\x17SERVER_STATE_RESTARTING\x10\x04\x12\x19\n\x15SERVER_STATE_DRAINING\x10\x05\x12\x18\n\x14SERVER_STATE_STOPPED\x10\x06\x32\x89\x04\n\tInference\x12G\n\x08Generate\x12\x1b.jaxdual.v1.GenerateRequest\x1a\x1c.jaxdual.v1.GenerateResponse0\x01\x12J\n\rGenerateUnary\x12\x1b.jaxdual.v1.GenerateRequest\x1a\x1c.jaxdual.v1.GenerateResponse\x12\x45\n\x08Tokenize\x12\x1b.jaxdual.v1.TokenizeRequest\x1a\x1c.jaxdual.v1.TokenizeResponse\x12K\n\nDetokenize\x12\x1d.jaxdual.v1.DetokenizeRequest\x1a\x1e.jaxdual.v1.DetokenizeResponse\x12<\n\x05\x41\x62ort\x12\x18.jaxdual.v1.AbortRequest\x1a\x19.jaxdual.v1.AbortResponse\x12Q\n\x0cGetModelInfo\x12\x1f.jaxdual.v1.GetModelInfoRequest\x1a .jaxdual.v1.GetModelInfoResponse\x12\x42\n\x07GetLoad\x12\x1a.jaxdual.v1.GetLoadRequest\x1a\x1b.jaxdual.v1.GetLoadResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\'server/proto/jaxdual/v1/inference.proto\x12\njaxdual.v1\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"2\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\tJ\x04\x08\x03\x10\x10\"\x86\x02\n\x04\x43hat\x12)\n\x08messages\x18\x01 \x03(\x0b\x32\x17.jaxdual.v1.ChatMessage\x12\x12\n\ntools_json\x18\x02 \x01(\t\x12\x42\n\x12template_vars_json\x18\x03 \x03(\x0b\x32&.jaxdual.v1.Chat.TemplateVarsJsonEntry\x12\"\n\x15\x61\x64\x64_generation_prompt\x18\x04 \x01(\x08H\x00\x88\x01\x01\x1a\x37\n\x15TemplateVarsJsonEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x18\n\x16_add_generation_promptJ\x04\x08\x05\x10\x10\"\xf7\x06\n\x0eSamplingParams\x12\x17\n\nmax_tokens\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05top_k\x18\x04 \x01(\x05H\x03\x88\x01\x01\x12\x12\n\x05min_p\x18\x05 \x01(\x01H\x04\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x06 \x01(\x01H\x05\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x07 \x01(\x01H\x06\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x08 \x01(\x01H\x07\x88\x01\x01\x12=\n\nlogit_bias\x18\t \x03(\x0b\x32).jaxdual.v1.SamplingParams.LogitBiasEntry\x12\x11\n\x04seed\x18\n \x01(\x03H\x08\x88\x01\x01\x12\x0c\n\x04stop\x18\x0b \x03(\t\x12\x16\n\x0estop_token_ids\x18\x0c \x03(\r\x12\x17\n\nignore_eos\x18\r \x01(\x08H\t\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x0e \x01(\x05H\n\x88\x01\x01\x12\x15\n\x08logprobs\x18\x0f \x01(\x05H\x0b\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\x10 \x01(\x05H\x0c\x88\x01\x01\x12\x0e\n\x01n\x18\x11 \x01(\x05H\r\x88\x01\x01\x12 \n\x13skip_special_tokens\x18\x12 \x01(\x08H\x0e\x88\x01\x01\x12\'\n\x1ainclude_stop_str_in_output\x18\x13 \x01(\x08H\x0f\x88\x01\x01\x12 \n\x05\x64ysco\x18\x14 \x01(\x0b\x32\x11.jaxdual.v1.Dysco\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x15\n\x13_repetition_penaltyB\x07\n\x05_seedB\r\n\x0b_ignore_eosB\r\n\x0b_min_tokensB\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobsB\x04\n\x02_nB\x16\n\x14_skip_special_tokensB\x1d\n\x1b_include_stop_str_in_outputJ\x04\x08\x15\x10@\",\n\rRetrievalHead\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x0c\n\x04head\x18\x02 \x01(\r\"\xee\x02\n\x05\x44ysco\x12(\n\x05heads\x18\x01 \x03(\x0b\x32\x19.jaxdual.v1.RetrievalHead\x12\x0f\n\x07profile\x18\x02 \x01(\t\x12\x12\n\x05top_p\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x04 \x01(\x05H\x01\x88\x01\x01\x12\x15\n\x08strength\x18\x05 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05\x64\x65\x63\x61y\x18\x06 \x01(\x01H\x03\x88\x01\x01\x12\x0e\n\x06preset\x18\x07 \x01(\t\x12\x14\n\x07observe\x18\x08 \x01(\x05H\x04\x88\x01\x01\x12\x11\n\x04tail\x18\t \x01(\x05H\x05\x88\x01\x01\x12\x30\n\x12template_sequences\x18\n \x03(\x0b\x32\x14.jaxdual.v1.TokenIds\x12\x16\n\x0eraise_template\x18\x0b \x01(\x08\x12\x0e\n\x06static\x18\x0c \x01(\x08\x42\x08\n\x06_top_pB\x08\n\x06_top_kB\x0b\n\t_strengthB\x08\n\x06_decayB\n\n\x08_observeB\x07\n\x05_tailJ\x04\x08\r\x10 \"\xf6\x01\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12)\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x14.jaxdual.v1.TokenIdsH\x00\x12 \n\x04\x63hat\x18\x05 \x01(\x0b\x32\x10.jaxdual.v1.ChatH\x00\x12\x33\n\x0fsampling_params\x18\x06 \x01(\x0b\x32\x1a.jaxdual.v1.SamplingParams\x12\x10\n\x08priority\x18\x07 \x01(\x05\x12\x0c\n\x04user\x18\x08 \x01(\tB\x08\n\x06promptJ\x04\x08\t\x10@\"M\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\x12\x0c\n\x04rank\x18\x03 \x01(\r\x12\x0c\n\x04text\x18\x04 \x01(\t\"c\n\x10PositionLogprobs\x12(\n\x06\x63hosen\x18\x01 \x01(\x0b\x32\x18.jaxdual.v1.TokenLogprob\x12%\n\x03top\x18\x02 \x03(\x0b\x32\x18.jaxdual.v1.TokenLogprob\"\x9b\x02\n\x0bOutputDelta\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12.\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1c.jaxdual.v1.PositionLogprobs\x12/\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x18.jaxdual.v1.FinishReason\x12\x15\n\x0bstop_string\x18\x06 \x01(\tH\x00\x12\x17\n\rstop_token_id\x18\x07 \x01(\rH\x00\x12\x1f\n\x12\x63umulative_logprob\x18\x08 \x01(\x01H\x01\x88\x01\x01\x42\r\n\x0bstop_reasonB\x15\n\x13_cumulative_logprobJ\x04\x08\t\x10 \"V\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\rJ\x04\x08\x04\x10 \"\xaf\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12(\n\x07outputs\x18\x02 \x03(\x0b\x32\x17.jaxdual.v1.OutputDelta\x12\x35\n\x0fprompt_logprobs\x18\x03 \x03(\x0b\x32\x1c.jaxdual.v1.PositionLogprobs\x12 \n\x05usage\x18\x04 \x01(\x0b\x32\x11.jaxdual.v1.UsageJ\x04\x08\x05\x10@\"\x99\x01\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12 \n\x04\x63hat\x18\x03 \x01(\x0b\x32\x10.jaxdual.v1.ChatH\x00\x12\x1f\n\x12\x61\x64\x64_special_tokens\x18\x04 \x01(\x08H\x01\x88\x01\x01\x42\x07\n\x05inputB\x15\n\x13_add_special_tokensJ\x04\x08\x05\x10 \"B\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x15\n\rmax_model_len\x18\x02 \x01(\rJ\x04\x08\x03\x10 \"X\n\x11\x44\x65tokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x1b\n\x13skip_special_tokens\x18\x03 \x01(\x08J\x04\x08\x04\x10 \"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\"\"\n\x0c\x41\x62ortRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\" \n\rAbortResponse\x12\x0f\n\x07\x61\x62orted\x18\x01 \x01(\x08\"\x15\n\x13GetModelInfoRequest\"\xce\x02\n\x14GetModelInfoResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x06\x66\x61mily\x18\x02 \x01(\t\x12\x12\n\nnum_layers\x18\x03 \x01(\r\x12\r\n\x05\x64type\x18\x04 \x01(\t\x12\x12\n\nvocab_size\x18\x05 \x01(\r\x12\x15\n\rmax_model_len\x18\x06 \x01(\r\x12\x14\n\x0cmax_num_seqs\x18\x07 \x01(\r\x12\x12\n\nblock_size\x18\x08 \x01(\r\x12\x1a\n\x12system_fingerprint\x18\t \x01(\t\x12\x15\n\rhas_tokenizer\x18\n \x01(\x08\x12\x19\n\x11has_chat_template\x18\x0b \x01(\x08\x12;\n\x17\x64\x65\x66\x61ult_sampling_params\x18\x0c \x01(\x0b\x32\x1a.jaxdual.v1.SamplingParams\x12\x0e\n\x06\x64\x65vice\x18\r \x01(\tJ\x04\x08\x0e\x10@\"\x10\n\x0eGetLoadRequest\"\xcb\x01\n\x0fGetLoadResponse\x12&\n\x05state\x18\x01 \x01(\x0e\x32\x17.jaxdual.v1.ServerState\x12\x16\n\x0enum_unfinished\x18\x02 \x01(\r\x12\x13\n\x0bnum_running\x18\x03 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x04 \x01(\r\x12\x11\n\tkv_blocks\x18\x05 \x01(\r\x12\x1b\n\x13kv_blocks_available\x18\x06 \x01(\r\x12\x18\n\x10kv_blocks_cached\x18\x07 \x01(\rJ\x04\x08\x08\x10@*x\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x17\n\x13\x46INISH_REASON_ABORT\x10\x03*\xcc\x01\n\x0bServerState\x12\x1c\n\x18SERVER_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15SERVER_STATE_STARTING\x10\x01\x12\x18\n\x14SERVER_STATE_WARMING\x10\x02\x12\x18\n\x14SERVER_STATE_SERVING\x10\x03\x12\x1b\n\x17SERVER_STATE_RESTARTING\x10\x04\x12\x19\n\x15SERVER_STATE_DRAINING\x10\x05\x12\x18\n\x14SERVER_STATE_STOPPED\x10\x06\x32\x89\x04\n\tInference\x12G\n\x08Generate\x12\x1b.jaxdual.v1.GenerateRequest\x1a\x1c.jaxdual.v1.GenerateResponse0\x01\x12J\n\rGenerateUnary\x12\x1b.jaxdual.v1.GenerateRequest\x1a\x1c.jaxdual.v1.GenerateResponse\x12\x45\n\x08Tokenize\x12\x1b.jaxdual.v1.TokenizeRequest\x1a\x1c.jaxdual.v1.TokenizeResponse\x12K\n\nDetokenize\x12\x1d.jaxdual.v1.DetokenizeRequest\x1a\x1e.jaxdual.v1.DetokenizeResponse\x12<\n\x05\x41\x62ort\x12\x18.jaxdual.v1.AbortRequest\x1a\x19.jaxdual.v1.AbortResponse\x12Q\n\x0cGetModelInfo\x12\x1f.jaxdual.v1.GetModelInfoRequest\x1a .jaxdual.v1.GetModelInfoResponse\x12\x42\n\x07GetLoad\x12\x1a.jaxdual.v1.GetLoadRequest\x1a\x1b.jaxdual.v1.GetLoadResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,10 +35,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CHAT_TEMPLATEVARSJSONENTRY']._serialized_options = b'8\001'
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_options = b'8\001'
-  _globals['_FINISHREASON']._serialized_start=3238
-  _globals['_FINISHREASON']._serialized_end=3358
-  _globals['_SERVERSTATE']._serialized_start=3361
-  _globals['_SERVERSTATE']._serialized_end=3565
+  _globals['_FINISHREASON']._serialized_start=3687
+  _globals['_FINISHREASON']._serialized_end=3807
+  _globals['_SERVERSTATE']._serialized_start=3810
+  _globals['_SERVERSTATE']._serialized_end=4014
   _globals['_TOKENIDS']._serialized_start=55
   _globals['_TOKENIDS']._serialized_end=78
   _globals['_CHATMESSAGE']._serialized_start=80
@@ -48,41 +48,45 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CHAT_TEMPLATEVARSJSONENTRY']._serialized_start=308
   _globals['_CHAT_TEMPLATEVARSJSONENTRY']._serialized_end=363
   _globals['_SAMPLINGPARAMS']._serialized_start=398
-  _globals['_SAMPLINGPARAMS']._serialized_end=1251
-  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=937
-  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=985
-  _globals['_GENERATEREQUEST']._serialized_start=1254
-  _globals['_GENERATEREQUEST']._serialized_end=1500
-  _globals['_TOKENLOGPROB']._serialized_start=1502
-  _globals['_TOKENLOGPROB']._serialized_end=1579
-  _globals['_POSITIONLOGPROBS']._serialized_start=1581
-  _globals['_POSITIONLOGPROBS']._serialized_end=1680
-  _globals['_OUTPUTDELTA']._serialized_start=1683
-  _globals['_OUTPUTDELTA']._serialized_end=1966
-  _globals['_USAGE']._serialized_start=1968
-  _globals['_USAGE']._serialized_end=2054
-  _globals['_GENERATERESPONSE']._serialized_start=2057
-  _globals['_GENERATERESPONSE']._serialized_end=2232
-  _globals['_TOKENIZEREQUEST']._serialized_start=2235
-  _globals['_TOKENIZEREQUEST']._serialized_end=2388
-  _globals['_TOKENIZERESPONSE']._serialized_start=2390
-  _globals['_TOKENIZERESPONSE']._serialized_end=2456
-  _globals['_DETOKENIZEREQUEST']._serialized_start=2458
-  _globals['_DETOKENIZEREQUEST']._serialized_end=2546
-  _globals['_DETOKENIZERESPONSE']._serialized_start=2548
-  _globals['_DETOKENIZERESPONSE']._serialized_end=2582
-  _globals['_ABORTREQUEST']._serialized_start=2584
-  _globals['_ABORTREQUEST']._serialized_end=2618
-  _globals['_ABORTRESPONSE']._serialized_start=2620
-  _globals['_ABORTRESPONSE']._serialized_end=2652
-  _globals['_GETMODELINFOREQUEST']._serialized_start=2654
-  _globals['_GETMODELINFOREQUEST']._serialized_end=2675
-  _globals['_GETMODELINFORESPONSE']._serialized_start=2678
-  _globals['_GETMODELINFORESPONSE']._serialized_end=3012
-  _globals['_GETLOADREQUEST']._serialized_start=3014
-  _globals['_GETLOADREQUEST']._serialized_end=3030
-  _globals['_GETLOADRESPONSE']._serialized_start=3033
-  _globals['_GETLOADRESPONSE']._serialized_end=3236
-  _globals['_INFERENCE']._serialized_start=3568
-  _globals['_INFERENCE']._serialized_end=4089
+  _globals['_SAMPLINGPARAMS']._serialized_end=1285
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=971
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=1019
+  _globals['_RETRIEVALHEAD']._serialized_start=1287
+  _globals['_RETRIEVALHEAD']._serialized_end=1331
+  _globals['_DYSCO']._serialized_start=1334
+  _globals['_DYSCO']._serialized_end=1700
+  _globals['_GENERATEREQUEST']._serialized_start=1703
+  _globals['_GENERATEREQUEST']._serialized_end=1949
+  _globals['_TOKENLOGPROB']._serialized_start=1951
+  _globals['_TOKENLOGPROB']._serialized_end=2028
+  _globals['_POSITIONLOGPROBS']._serialized_start=2030
+  _globals['_POSITIONLOGPROBS']._serialized_end=2129
+  _globals['_OUTPUTDELTA']._serialized_start=2132
+  _globals['_OUTPUTDELTA']._serialized_end=2415
+  _globals['_USAGE']._serialized_start=2417
+  _globals['_USAGE']._serialized_end=2503
+  _globals['_GENERATERESPONSE']._serialized_start=2506
+  _globals['_GENERATERESPONSE']._serialized_end=2681
+  _globals['_TOKENIZEREQUEST']._serialized_start=2684
+  _globals['_TOKENIZEREQUEST']._serialized_end=2837
+  _globals['_TOKENIZERESPONSE']._serialized_start=2839
+  _globals['_TOKENIZERESPONSE']._serialized_end=2905
+  _globals['_DETOKENIZEREQUEST']._serialized_start=2907
+  _globals['_DETOKENIZEREQUEST']._serialized_end=2995
+  _globals['_DETOKENIZERESPONSE']._serialized_start=2997
+  _globals['_DETOKENIZERESPONSE']._serialized_end=3031
+  _globals['_ABORTREQUEST']._serialized_start=3033
+  _globals['_ABORTREQUEST']._serialized_end=3067
+  _globals['_ABORTRESPONSE']._serialized_start=3069
+  _globals['_ABORTRESPONSE']._serialized_end=3101
+  _globals['_GETMODELINFOREQUEST']._serialized_start=3103
+  _globals['_GETMODELINFOREQUEST']._serialized_end=3124
+  _globals['_GETMODELINFORESPONSE']._serialized_start=3127
+  _globals['_GETMODELINFORESPONSE']._serialized_end=3461
+  _globals['_GETLOADREQUEST']._serialized_start=3463
+  _globals['_GETLOADREQUEST']._serialized_end=3479
+  _globals['_GETLOADRESPONSE']._serialized_start=3482
+  _globals['_GETLOADRESPONSE']._serialized_end=3685
+  _globals['_INFERENCE']._serialized_start=4017
+  _globals['_INFERENCE']._serialized_end=4538
 # @@protoc_insertion_point(module_scope)
