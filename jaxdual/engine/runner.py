@@ -17,14 +17,15 @@ from jaxdual.engine.buckets import Buckets, PrefillBatch
 from jaxdual.engine.direct_landing import DirectLanding
 from jaxdual.engine.dysco import Chosen, DyscoSlots, Selections
 from jaxdual.engine.mesh_programs import MeshPrograms
+from jaxdual.engine.page_tables import PageTables
 from jaxdual.engine.paged import GroupTable
 from jaxdual.engine.request import Selection, TokenLogprobs
 from jaxdual.engine.router_counts import RouterCounts, no_counts
 from jaxdual.engine.slot_sampler import SampleBatch, Sampled, SampleRow, SlotBinding, SlotSampler
 from jaxdual.engine.steps import Programs
 from jaxdual.engine.warm_up import timed
-from jaxdual.kv.layout import KVLayout, most_blocks
-from jaxdual.kv.manager import GroupPages, PageCopy, TableChange
+from jaxdual.kv.layout import KVLayout
+from jaxdual.kv.manager import GroupPages, PageCopy
 from jaxdual.kv.slots import IntegrityError
 from jaxdual.parallel.mesh import DeviceMesh
 from jaxdual.scheduling.batch import Row, StepPlan
@@ -65,39 +66,6 @@ class _Scored:
 
     x: jax.Array
     parts: tuple[tuple[int, int, Sequence[int]], ...]
-
-
-class _Tables:
-    """Page tables of all slots of all ranks in one layer group, as the plans' changes left them.
-
-    Args:
-      memory: of the group.
-      slots: rows; those that are padding's stay zero.
-      page_size: tokens a page.
-      max_pages: pages of the longest sequence.
-      max_chunk: tokens of the longest chunk.
-    """
-
-    def __init__(self, memory: GroupPages, slots: int, page_size: int, max_pages: int, max_chunk: int) -> None:
-        self._window = memory.window
-        self._page_size = page_size
-        self._pages = np.zeros((slots, most_blocks(memory.window, max_chunk, page_size, max_pages)), np.int32)
-        self._first = np.zeros(slots, np.int32)
-
-    @property
-    def width(self) -> int:
-        """Pages of a table."""
-        return int(self._pages.shape[1])
-
-    def change(self, slot: int, change: TableChange) -> None:
-        self._pages[slot, change.start : change.start + len(change.pages)] = change.pages
-        self._first[slot] = change.first * self._page_size
-
-    def of(self, slots: np.ndarray, chunk: int) -> GroupTable:
-        """Tables of `slots` for `chunk` queries each."""
-        width = most_blocks(self._window, chunk, self._page_size, self._pages.shape[1])
-        # Fancy indices copy: the device may still read a step's tables when the next one changes these.
-        return GroupTable(self._pages[slots, :width], None if self._window is None else self._first[slots])
 
 
 @dataclass(slots=True)
@@ -163,7 +131,7 @@ class Runner:
         )
         self._addresses = [_addresses(arena) for arena in self.arenas]
         self._tables = [
-            _Tables(pages, ranks * (max_num_seqs + 1), layout.page_size, layout.pages_for(max_model_len), max_chunk)
+            PageTables(pages, ranks * (max_num_seqs + 1), layout.page_size, layout.pages_for(max_model_len), max_chunk)
             for pages in memory
         ]
         self._sampler = SlotSampler(self.programs, max_num_seqs, model.config.vocab_size, ranks)
