@@ -214,6 +214,8 @@ class EngineConfig:
             self._refuse_unused(name, self.num_processes > 1, "num_processes above 1")
         if not 0 < self.join_timeout < float("inf"):
             raise ConfigError(f"join_timeout={self.join_timeout} must be above 0 seconds")
+        if self.coordinator_address is not None:
+            host_and_port(self.coordinator_address)
         if self.num_devices % self.num_processes:
             raise ConfigError(f"num_processes={self.num_processes} must divide the {self.num_devices} devices")
         if self.num_processes == 1:
@@ -433,6 +435,18 @@ class ServerConfig:
                 raise ConfigError(f"{name}={file!r} can't be read")
         if self.api_key == "" or self.host == "":
             raise ConfigError("host and api_key must not be empty")
+
+
+def host_and_port(address: str) -> tuple[str, int]:
+    """The parts of a `coordinator_address`.
+
+    Raises:
+      ConfigError: it is none.
+    """
+    host, colon, port = address.rpartition(":")
+    if not colon or not host or not port.isdecimal() or not 0 < int(port) < 65535:
+        raise ConfigError(f"coordinator_address={address!r} must be HOST:PORT, with a port from 1 to 65534")
+    return host.removeprefix("[").removesuffix("]"), int(port)
 
 
 def refuse_unknown(values: Mapping[str, Any], kinds: Sequence[type]) -> None:

@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from jaxdual.engine.build import follower_runner
-from jaxdual.engine.followers import Leader, join
+from jaxdual.engine.followers import Leader
+from jaxdual.engine.joining import join
 from jaxdual.engine.loading import load_model
 from jaxdual.engine.replay import follow
 
@@ -28,26 +29,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--join-timeout", type=float, default=300.0, metavar="SECONDS", help="to wait for the others")
     parser.add_argument("--model", metavar="FOLDER", help="where the engine's model is on this machine, if elsewhere")
     options = parser.parse_args(arguments)
+    if options.process_id < 1:
+        parser.error(f"--process-id {options.process_id} must be at least 1: 0 is the engine's own process")
     try:
         leader, config = join(options.coordinator_address, options.process_id, options.join_timeout)
     except ValueError as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     if options.model is not None:
         config = dataclasses.replace(config, model=options.model)
     try:
         loaded = load_model(config, leader)
         follow(leader, lambda begin: follower_runner(loaded, config, begin.memory))
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         _give_up(leader, error)
     leader.leave()
     return 0
 
 
-def _give_up(leader: Leader, error: Exception) -> NoReturn:
+def _give_up(leader: Leader, error: BaseException) -> NoReturn:
     if isinstance(error, ConnectionError):
         print(f"python -m jaxdual.follower: the engine has ended: {error}", file=sys.stderr)
-    elif not isinstance(error, ValueError):
+    elif not isinstance(error, (ValueError, KeyboardInterrupt)):
         traceback.print_exc()
     leader.failed(error)
     sys.stderr.flush()

@@ -5,6 +5,7 @@ A message is MessagePack of a struct, after its length as four bytes, least sign
 
 from __future__ import annotations
 
+import math
 import select
 import socket
 import struct
@@ -109,9 +110,9 @@ class MessageSocket:
         """
         messages: list[Any] = []
         own = self._sock.fileno()
-        if own not in select.select([own, *beside], [], [], timeout)[0]:
+        if own not in _readable([own, *beside], timeout):
             return messages
-        while not messages or select.select([own], [], [], 0)[0]:
+        while not messages or _readable([own], 0.0):
             try:
                 data = self._sock.recv(_READ_BYTES)
             except OSError as error:  # also that its host doesn't answer
@@ -122,3 +123,11 @@ class MessageSocket:
                 raise ConnectionError(f"{self._peer} has closed the connection")
             messages += self._frames.feed(data)
         return messages
+
+
+def _readable(descriptors: Sequence[int], timeout: float | None) -> list[int]:
+    """Which of them are, as soon as one is; `select.select` knows descriptors below 1,024 only."""
+    poll = select.poll()
+    for descriptor in descriptors:
+        poll.register(descriptor, select.POLLIN)
+    return [descriptor for descriptor, _ in poll.poll(None if timeout is None else math.ceil(timeout * 1000))]

@@ -499,7 +499,8 @@ class Engine:
 
     def _fail(self, error: Exception) -> None:
         self._flight = None
-        self._dead = f"the engine has failed: {type(error).__name__}: {error}"
+        known = isinstance(error, EngineDeadError)
+        self._dead = f"the engine has failed: {error if known else f'{type(error).__name__}: {error}'}"
         for output in list(self._outputs.values()):
             self._finish(output, "error")
             self._emit_end(output, self._dead)

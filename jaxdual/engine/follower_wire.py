@@ -41,6 +41,10 @@ class Join(Message, frozen=True, tag=True):
     versions: dict[str, str]
 
 
+class Alive(Message, frozen=True, tag=True):
+    """A sign of life, every so often."""
+
+
 class Failed(Message, frozen=True, tag=True):
     """The follower ends: its last words.
 
@@ -101,10 +105,10 @@ class WarmUp(Message, frozen=True, tag=True):
     """See `Runner.warm_ups`.
 
     Attributes:
-      number: of the program and its shape, from 0.
+      name: of the program and its shape.
     """
 
-    number: int
+    name: str
 
 
 class MoveExperts(Message, frozen=True, tag=True):
@@ -125,5 +129,5 @@ class End(Message, frozen=True, tag=True):
     """The engine is closed."""
 
 
-ToLeader = Join | Agreed | Failed
+ToLeader = Join | Agreed | Alive | Failed
 ToFollower = Welcome | Refused | Agreed | Begin | Dispatch | Fetch | TakeRouterCounts | WarmUp | MoveExperts | End

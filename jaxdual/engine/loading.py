@@ -8,7 +8,7 @@ import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -81,30 +81,40 @@ def load_model(config: EngineConfig, leader: Leader | None = None) -> LoadedMode
       EngineDeadError: another process has ended.
     """
     claim_devices(config.devices_per_process)
+    use_compilation_cache(config.compilation_cache_dir)
+    compiles = CompileCounter()
+    checked = _check(config)
     if leader is not None or config.num_processes == 1:
-        return _load_model(config, leader)
-    from jaxdual.engine.followers import lead  # it speaks in messages that an engine by itself needs no package for
+        return _load_model(config, checked, compiles, leader)
+    from jaxdual.engine.joining import lead  # it speaks in messages that an engine by itself needs no package for
 
     followers = lead(config)
     try:
-        return dataclasses.replace(_load_model(config, followers), followers=followers)
+        return dataclasses.replace(_load_model(config, checked, compiles, followers), followers=followers)
     except BaseException:
         followers.close()
         raise
 
 
-def _load_model(config: EngineConfig, others: Leader | Followers | None) -> LoadedModel:
+class _Checked(NamedTuple):
+    """What is known of a configured model before any device is used."""
+
+    folder: Path
+    served_model_name: str
+    model: ModelConfig
+    generation: GenerationConfig
+    sizes: ParallelSizes
+    profile: RouterProfile | None
+    policy: ExpertPolicy | None
+
+
+def _check(config: EngineConfig) -> _Checked:
     sizes = ParallelSizes(config.data_parallel_size, config.expert_parallel_size, config.tensor_parallel_size)
-    use_compilation_cache(config.compilation_cache_dir)
-    compiles = CompileCounter()
-    start = time.perf_counter()
     folder, served_model_name = find_model(config)
     model_config = load_config(folder)
-    generation = load_generation_config(folder)
     if config.counted_of_routers != "off" and not model_config.sparse_layers:
         raise ConfigError(f"router_statistics={config.counted_of_routers!r}: the model has no experts")
-    splits = sizes.devices > 1 or config.redundant_experts > 0
-    if splits:
+    if sizes.devices > 1 or config.redundant_experts:
         sizes.check(model_config, config.redundant_experts)
     profile = _read_profile(config, model_config)
     policy = expert_policy(
@@ -114,10 +124,19 @@ def _load_model(config: EngineConfig, others: Leader | Followers | None) -> Load
         anchor=config.expert_anchor,
         profile=None if profile is None else profile.window,
     )
+    generation = load_generation_config(folder)
+    return _Checked(folder, served_model_name, model_config, generation, sizes, profile, policy)
+
+
+def _load_model(
+    config: EngineConfig, checked: _Checked, compiles: CompileCounter, others: Leader | Followers | None
+) -> LoadedModel:
+    folder, served_model_name, model_config, generation, sizes, profile, policy = checked
+    start = time.perf_counter()
     if others is not None:  # with the first use of a device, they wait for each other
         others.agree("configuration", hashlib.blake2b(repr(model_config).encode()).digest())
     max_model_len = _max_model_len(config, model_config)
-    mesh = device_mesh(sizes) if splits else None
+    mesh = device_mesh(sizes) if sizes.devices > 1 or config.redundant_experts else None
     model = _model(config, folder, model_config, None if mesh is None else sharding_rule(mesh.mesh, mesh.rules))
     dtype = jnp.dtype(model.embedding[...].dtype)
     identity = model_fingerprint(folder, dtype.name, random_weights=config.load_format == "dummy")

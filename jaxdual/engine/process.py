@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -52,6 +54,7 @@ from jaxdual.scheduling.loads import Role
 _STATS_SECONDS = 0.1  # between two figures sent along with events
 _WARM_UP_SECONDS = 1.0  # between two shapes that are compiled while requests wait for it
 _CPU_NICENESS = 5
+_LOOK_SECONDS = 0.5
 
 
 class EngineLoop:
@@ -180,7 +183,8 @@ def _serve(channel: MessageSocket) -> int:
     if more:  # before its answer, a front that sends more wants the end
         return 0
     try:
-        built = _build(start.config, start.part)
+        with _ends_with(channel):
+            built = _build(start.config, start.part)
     except Exception as error:
         if not isinstance(error, ValueError):
             traceback.print_exc()
@@ -208,6 +212,27 @@ def _build(config: EngineConfig, part: ClusterPart | None) -> Built[Any]:
     if part is not None and part.role is Role.PREFILL and config.shares_kv_store and loaded.info.full_attention:
         return prefill_engine_of(loaded, config, part)
     return engine_of(loaded, config, part)
+
+
+@contextlib.contextmanager
+def _ends_with(channel: MessageSocket) -> Iterator[None]:
+    """Ends this process with its front, while nothing listens to that: a start may wait for others for long."""
+    done = threading.Event()
+
+    def watch() -> None:
+        poll = select.poll()
+        poll.register(channel.fileno(), select.POLLRDHUP)
+        while not done.wait(_LOOK_SECONDS):
+            if poll.poll(0):
+                os._exit(0)
+
+    thread = threading.Thread(target=watch, name="front", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 def _give_way() -> None:

@@ -6,7 +6,6 @@ Only the leader looks at what comes out.
 
 from __future__ import annotations
 
-import contextlib
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -17,7 +16,6 @@ from jaxdual.engine.followers import Followers, Leader
 from jaxdual.engine.router_counts import RouterCounts
 from jaxdual.engine.runner import Launch, Runner, ScoreTargets, StepResult
 from jaxdual.engine.slot_sampler import SlotBinding
-from jaxdual.frames import Message
 from jaxdual.scheduling.batch import StepPlan
 from jaxdual.scheduling.experts import Move
 
@@ -38,27 +36,27 @@ class LeadingRunner(Runner):
     def dispatch(
         self, plans: Sequence[StepPlan], bindings: Sequence[SlotBinding], targets: Mapping[int, ScoreTargets]
     ) -> Launch:
-        with self._calling(Dispatch(tuple(plans), tuple(bindings), dict(targets))):
+        with self._followers.calling(Dispatch(tuple(plans), tuple(bindings), dict(targets))):
             return super().dispatch(plans, bindings, targets)
 
     def fetch(self, launch: Launch) -> StepResult:
-        with self._calling(Fetch()):
+        with self._followers.calling(Fetch()):
             return super().fetch(launch)
 
     def take_router_counts(self) -> RouterCounts | None:
-        with self._calling(TakeRouterCounts()):
+        with self._followers.calling(TakeRouterCounts()):
             return super().take_router_counts()
 
     def move_experts(self, row: int, moves: Sequence[Move], experts: Sequence[int]) -> None:
-        with self._calling(MoveExperts(row, tuple(moves), list(experts))):
+        with self._followers.calling(MoveExperts(row, tuple(moves), list(experts))):
             super().move_experts(row, moves, experts)
 
     def warm_ups(self, *, moves: bool = False) -> Iterator[tuple[str, Callable[[], float]]]:
-        for number, (name, run) in enumerate(super().warm_ups(moves=moves)):
-            yield name, partial(self._warm_up, number, run)
+        for name, run in super().warm_ups(moves=moves):
+            yield name, partial(self._warm_up, name, run)
 
-    def _warm_up(self, number: int, run: Callable[[], float]) -> float:
-        with self._calling(WarmUp(number)):
+    def _warm_up(self, name: str, run: Callable[[], float]) -> float:
+        with self._followers.calling(WarmUp(name)):
             return run()
 
     @property
@@ -70,15 +68,6 @@ class LeadingRunner(Runner):
 
     def close(self) -> None:
         self._followers.close()
-
-    @contextlib.contextmanager
-    def _calling(self, message: Message) -> Iterator[None]:
-        self._followers.send(message)
-        try:
-            yield
-        except Exception:
-            self._followers.explain()
-            raise
 
 
 def follow(leader: Leader, begin: Callable[[Begin], Runner]) -> None:
@@ -95,7 +84,7 @@ def follow(leader: Leader, begin: Callable[[Begin], Runner]) -> None:
     while not isinstance(call := leader.next(), End):
         if isinstance(call, Begin):
             runner = begin(call)
-            warm_ups = [run for _, run in runner.warm_ups(moves=True)]
+            warm_ups = dict(runner.warm_ups(moves=True))
             continue
         if runner is None:
             raise TypeError(f"{type(call).__name__} came before Begin")
@@ -106,7 +95,7 @@ def follow(leader: Leader, begin: Callable[[Begin], Runner]) -> None:
                 runner.fetch(launches.popleft())
             case TakeRouterCounts():
                 runner.take_router_counts()
-            case WarmUp(number):
-                warm_ups[number]()
+            case WarmUp(name):
+                warm_ups[name]()
             case MoveExperts(row, moves, experts):
                 runner.move_experts(row, moves, experts)

@@ -7,11 +7,13 @@ import contextlib
 import functools
 import os
 import re
+import select
 import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,8 +23,11 @@ import pytest
 
 from jaxdual import LLM, AsyncLLM, EngineConfig, SamplingParams
 from jaxdual.config import ConfigError
-from jaxdual.engine.follower_wire import Agreed, Join, Refused, ToFollower
-from jaxdual.engine.followers import _versions, lead
+from jaxdual.engine.follower_wire import Agreed, Alive, Failed, Fetch, Join, Refused, ToFollower, ToLeader
+from jaxdual.engine.followers import Followers
+from jaxdual.engine.joining import _versions, lead
+from jaxdual.engine.wire import Start, ToFront
+from jaxdual.errors import EngineDeadError
 from jaxdual.frames import MessageSocket
 from models.errors import ModelError
 from tests.engine.models import FIXTURES, TieCounter, expected, folder
@@ -170,6 +175,22 @@ async def test_processes_that_are_started_by_hand() -> None:
 
 
 @pytest.mark.slow
+@in_a_loop
+async def test_a_signal_ends_a_follower_and_with_it_the_engine() -> None:
+    address = f"127.0.0.1:{free_port()}"
+    settings: dict[str, Any] = SETTINGS | PROCESSES | {"join_timeout": 20, "data_parallel_size": 2}
+    command = ["jaxdual.follower", "--coordinator-address", address, "--process-id", "1"]
+    with running(*command) as follower:
+        async with AsyncLLM(FIXTURES / "llama", **settings, coordinator_address=address) as llm:
+            first = llm.engine_pid
+            follower.send_signal(signal.SIGTERM)
+            await asyncio.to_thread(follower.wait, 10)
+            assert follower.returncode == -signal.SIGTERM
+            while llm.engine_pid == first:
+                await asyncio.sleep(0.05)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("model_of_follower", "message"), [("missing", "missing"), ("llama", "another configuration")])
 @in_a_loop
 async def test_a_process_without_the_model_is_named(model_of_follower: str, message: str) -> None:
@@ -208,7 +229,13 @@ def test_processes_that_never_come_are_named_within_the_deadline() -> None:
         (Agreed(b""), "the first message is Agreed, not Join"),
         (Join(1, versions), None),
         (Join(1, versions), "process_id=1 has joined already"),
+        (None, None),
+        (Join(1, versions), None),
     ):
+        if first is None:  # the one that has joined ends, and another one takes its place
+            sockets[-2].close()
+            time.sleep(0.5)
+            continue
         while True:
             with contextlib.suppress(ConnectionRefusedError):
                 sockets.append(socket.create_connection(("127.0.0.1", port)))
@@ -262,3 +289,89 @@ def test_a_process_that_has_used_jax_cannot_lead() -> None:
     model("dense")  # uses it
     with pytest.raises(ConfigError, match="num_processes=2: process 0 can't start"):
         LLM(FIXTURES / "llama", **SETTINGS, **PROCESSES, data_parallel_size=2)
+
+
+def test_what_needs_no_other_process_is_refused_before_they_are_waited_for() -> None:
+    address = f"127.0.0.1:{free_port()}"
+    several: dict[str, Any] = {"num_processes": 2, "coordinator_address": address, "join_timeout": 500}
+    with pytest.raises(ConfigError, match="tensor_parallel_size=6 must divide the model's 2 key-value heads"):
+        LLM(FIXTURES / "llama", **several, tensor_parallel_size=6)
+    with pytest.raises(ModelError):
+        LLM("/nowhere", **several, data_parallel_size=2)
+
+
+def test_a_port_that_is_in_use_is_named() -> None:
+    port = free_port()
+    with socket.create_server(("127.0.0.1", port + 1)):
+        config = EngineConfig(data_parallel_size=2, num_processes=2, coordinator_address=f"127.0.0.1:{port}")
+        with pytest.raises(ConfigError, match=f"127.0.0.1:{port + 1}: Address already in use"):
+            lead(config)
+
+
+@pytest.fixture
+def pair() -> Iterator[tuple[Followers, MessageSocket]]:
+    """A leader's view of one follower, and that one's end."""
+    ours, theirs = socket.socketpair()
+    followers = Followers({1: MessageSocket(ours, ToLeader, "a follower")}, ())
+    channel = MessageSocket(theirs, ToFollower, "the leader")
+    yield followers, channel
+    channel.close()
+    followers.close()
+
+
+def test_followers_that_fall_silent_are_lost(
+    pair: tuple[Followers, MessageSocket], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within a call, which nothing would ever end, this process ends."""
+    followers, channel = pair
+    monkeypatch.setattr("jaxdual.engine.followers._SILENT_SECONDS", 2.0)
+    monkeypatch.setattr("jaxdual.engine.followers._STUCK_SECONDS", 0.5)
+    ended = threading.Event()
+    monkeypatch.setattr("jaxdual.engine.followers.os._exit", lambda status: ended.set())
+    for _ in range(6):
+        channel.send(Alive())
+        time.sleep(0.5)
+        followers.check()
+    assert not select.select(followers.descriptors, [], [], 0)[0]
+
+    def call() -> None:
+        with followers.calling(Fetch()):
+            assert ended.wait(20)
+            raise RuntimeError("what waits for the device would go on")
+
+    with pytest.raises(EngineDeadError, match="process 1 of the engine has given no sign of life"):
+        call()
+    assert select.select(followers.descriptors, [], [], 0)[0]
+
+
+@pytest.mark.parametrize("last_words", [None, Failed("ModelError", "no weights"), Failed("OSError", "disk")])
+def test_followers_that_end_while_all_load_are_named(
+    last_words: Failed | None, pair: tuple[Followers, MessageSocket]
+) -> None:
+    followers, channel = pair
+    if last_words is not None:
+        channel.send(last_words)
+    channel.close()
+    kind = ModelError if last_words is not None and last_words.kind == "ModelError" else EngineDeadError
+    text = "process 1 of the engine has ended" if last_words is None else f"process 1: {last_words.text}"
+    with pytest.raises(kind, match=text):
+        followers.agree("model", b"1")
+
+
+def test_an_engine_that_waits_for_others_ends_with_its_front() -> None:
+    ours, theirs = socket.socketpair()
+    config = EngineConfig(
+        model=str(FIXTURES / "llama"),
+        data_parallel_size=2,
+        num_processes=2,
+        coordinator_address=f"127.0.0.1:{free_port()}",
+        join_timeout=500,
+    )
+    command = [sys.executable, "-m", "jaxdual.engine.process", str(theirs.fileno())]
+    with subprocess.Popen(command, pass_fds=[theirs.fileno()]) as process:
+        theirs.close()
+        MessageSocket(ours, ToFront, "the engine").send(Start(config))
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(5)
+        ours.close()
+        assert process.wait(20) == 0
