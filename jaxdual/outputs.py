@@ -180,6 +180,27 @@ class EngineInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class RouterFigures:
+    """What routers chose in the last full window of steps.
+
+    Attributes:
+      layers: numbers of the layers with experts.
+      tokens: that were routed.
+      loads: of each layer's experts, by the mean of the layer.
+      strongest_pairs: of each two neighbouring ones of these layers, part of the tokens that chose the pair of experts
+        that most chose; empty where transitions are not counted.
+      traffic: part of the choices of each device's sequences that fall on each device's experts, as these lie now;
+        empty on one device.
+    """
+
+    layers: tuple[int, ...]
+    tokens: int
+    loads: tuple[tuple[float, ...], ...]
+    strongest_pairs: tuple[float, ...] = ()
+    traffic: tuple[tuple[float, ...], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class EngineStats:
     """Counters of an engine since its start; times in seconds, cache figures in tokens.
 
@@ -207,7 +228,8 @@ class EngineStats:
       engines: of a cluster: figures of each engine, such as "prefill 0"; their counters go on when one starts again.
       expert_relocations, experts_moved: of experts between devices: how often, and weights of one expert in one layer.
       expert_imbalance, expert_imbalance_worst: load of the busiest device by the mean, of experts as they lie now and
-        were chosen lately; mean and worst of all layers.
+        were chosen lately; mean and worst of all layers, None where that is not counted, or not known yet.
+      routers: what routers chose lately; None likewise.
       dispatch_decisions: requests by the rule that chose their rank, such as "affinity"; empty with one rank.
       load_seconds, compile_seconds: loading the model; compiling programs, or reading them from the compilation cache.
       compilations: programs compiled or read from the compilation cache.
@@ -244,8 +266,9 @@ class EngineStats:
     restarts: int = 0
     expert_relocations: int = 0
     experts_moved: int = 0
-    expert_imbalance: float = 1.0
-    expert_imbalance_worst: float = 1.0
+    expert_imbalance: float | None = None
+    expert_imbalance_worst: float | None = None
+    routers: RouterFigures | None = None
     dispatch_decisions: Mapping[str, int] = field(default_factory=dict)
     card_bytes: Mapping[str, int] = field(default_factory=dict)
     engines: Mapping[str, EngineStats] = field(default_factory=dict)

@@ -18,7 +18,7 @@ from prometheus_client.registry import Collector
 from jaxdual.async_api import AsyncLLM
 from jaxdual.engine.supervisor import EngineState
 from jaxdual.errors import NotServingError
-from jaxdual.outputs import EngineStats, RequestOutput
+from jaxdual.outputs import EngineStats, RequestOutput, RouterFigures
 from jaxdual.request_stream import RequestStream
 
 _PREFIX = "jaxdual:"
@@ -260,6 +260,8 @@ class _EngineCollector(Collector):
             for rule, count in decisions.items():
                 counter.add_metric([model, rule], count)
             yield counter
+        if load is not None and load.routers is not None:
+            yield from _of_routers(model, load.routers)
         if load is not None and load.engines:
             yield from _of_engines(model, load)
         if load is not None and load.card_bytes:
@@ -290,11 +292,32 @@ def _gauges(load: EngineStats) -> Iterator[tuple[str, str, float]]:
     yield "kv_cache_usage_perc", "Part of the KV blocks that sequences use, 1 for all.", part
     yield "kv_blocks_live", "KV blocks that sequences use.", used
     yield "kv_blocks_cached", "KV blocks that only the prefix cache uses.", load.kv_blocks_cached
-    text = "Load of the busiest device by the mean, of experts as they lie now; mean of all layers."
-    yield "expert_imbalance", text, load.expert_imbalance
-    text = "Load of the busiest device by the mean, of experts as they lie now; in the most uneven layer."
-    yield "expert_imbalance_worst", text, load.expert_imbalance_worst
+    if load.expert_imbalance is not None and load.expert_imbalance_worst is not None:
+        text = "Load of the busiest device by the mean, of experts as they lie now; mean of all layers."
+        yield "expert_imbalance", text, load.expert_imbalance
+        text = "Load of the busiest device by the mean, of experts as they lie now; in the most uneven layer."
+        yield "expert_imbalance_worst", text, load.expert_imbalance_worst
     yield "kv_blocks_free", "KV blocks that hold nothing.", load.kv_blocks_available - load.kv_blocks_cached
+
+
+def _of_routers(model: str, figures: RouterFigures) -> Iterator[Metric]:
+    text = "Tokens that chose an expert in the last window of steps, by the mean of its layer."
+    loads = GaugeMetricFamily(_PREFIX + "expert_load", text, labels=(*_LABELS, "layer", "expert"))
+    for layer, of_layer in zip(figures.layers, figures.loads, strict=True):
+        for expert, value in enumerate(of_layer):
+            loads.add_metric([model, str(layer), str(expert)], value)
+    yield loads
+    text = "Part of the tokens that chose the most frequent pair of experts of a layer and the next one that has some."
+    pairs = GaugeMetricFamily(_PREFIX + "expert_pair_share", text, labels=(*_LABELS, "layer"))
+    for layer, value in zip(figures.layers, figures.strongest_pairs, strict=False):
+        pairs.add_metric([model, str(layer)], value)
+    yield pairs
+    text = "Part of the choices of a device's sequences that fall on experts of a device."
+    traffic = GaugeMetricFamily(_PREFIX + "expert_traffic", text, labels=(*_LABELS, "source", "device"))
+    for source, parts in enumerate(figures.traffic):
+        for device, value in enumerate(parts):
+            traffic.add_metric([model, str(source), str(device)], value)
+    yield traffic
 
 
 def _of_engines(model: str, load: EngineStats) -> Iterator[Metric]:

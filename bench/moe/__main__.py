@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import dataclasses
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -39,18 +40,58 @@ from bench.report import header, table, write_json
 from jaxdual.offline.trace import TraceError
 
 PAPER = {"ttft_s": -0.178, "tpot_s": -0.133}
+_DEFAULTS: dict[str, Any] = {
+    **dict.fromkeys(("point", "shape", "rate", "arm", "trace")),
+    **{"seeds": 10, "requests": 1000, "variation": 1.0, "load": 0.8, "jobs": os.cpu_count()},
+}
+_KINDS = {
+    "placements": "with --placements",
+    "sessions": "with --sessions",
+    "search": "with --search",
+    "wall_clock": "with --wall-clock",
+    "campaign": "without --wall-clock",
+}
+# What each kind of measurement looks at.
+_USED = {
+    "placements": (),
+    "sessions": ("seeds", "jobs"),
+    "search": ("requests", "jobs"),
+    "wall_clock": ("shape", "seeds", "requests", "load"),
+    "campaign": ("point", "shape", "rate", "arm", "seeds", "requests", "variation", "trace", "jobs"),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
     parser = _parser()
     options = parser.parse_args(arguments)
+    _complete(parser, options)
+    report = header("bench.moe")
+    try:
+        _measure(options, report)
+    except ValueError as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return 2
+    write_json(options.json, report)
+    return 0
+
+
+def _complete(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Ends the program where flags have no effect; others get their defaults."""
+    what = next((name for name in _USED if getattr(options, name, False)), "campaign")
+    for name, default in _DEFAULTS.items():
+        if getattr(options, name) is None:
+            setattr(options, name, default)
+        elif name not in _USED[what]:
+            parser.error(f"--{name} has no effect {_KINDS[what]}")
     if options.trace is not None:
         try:
             read_lengths(options.trace)
         except TraceError as error:
             parser.error(str(error))
-    report = header("bench.moe")
+
+
+def _measure(options: argparse.Namespace, report: dict[str, Any]) -> None:
     if options.placements:
         report["placements"] = placement_report()
     elif options.wall_clock:
@@ -63,8 +104,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 report["search"] = search_report(pool, options.requests)
             else:
                 _campaign(pool, options, report)
-    write_json(options.json, report)
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -78,15 +117,40 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--point", choices=POINTS, action="append", help="operating points; all unless given")
     parser.add_argument("--shape", choices=SHAPES, action="append", help="of all, unless given")
-    parser.add_argument("--rate", type=float, action="append", help="requests a second; 1.4, 1.2 and 1.0 unless given")
+    parser.add_argument(
+        "--rate", type=_above_0, action="append", help="requests a second; 1.4, 1.2 and 1.0 unless given"
+    )
     parser.add_argument("--arm", choices=[arm.name for arm in ARMS], action="append", help="of all, unless given")
-    parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument("--requests", type=int, default=1000)
-    parser.add_argument("--variation", type=float, default=1.0, help="of gaps between arrivals; 1 for Poisson arrivals")
+    parser.add_argument("--seeds", type=_at_least_2, help="runs of each, 10 unless given")
+    parser.add_argument("--requests", type=_at_least_2, help="of a run, 1000 unless given")
+    parser.add_argument("--variation", type=_above_0, help="of gaps between arrivals; 1, for Poisson, unless given")
     parser.add_argument("--trace", type=Path, metavar="FILE", help="lengths are drawn from it: BurstGPT's .csv")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="simulations at a time")
+    parser.add_argument("--jobs", type=_at_least_1, help="simulations at a time; as many as cores unless given")
+    parser.add_argument("--load", type=_above_0, help="by the clock: part of what the baseline serves at most; 0.8")
     parser.add_argument("--json", metavar="FILE", help="written anew after each rate")
     return parser
+
+
+def _above_0(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number above 0")
+    return value
+
+
+def _at_least_1(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 1")
+    return int(text)
+
+
+def _at_least_2(text: str) -> int:
+    if _at_least_1(text) < 2:
+        raise argparse.ArgumentTypeError(f"{text!r} must be at least 2")
+    return int(text)
 
 
 def _campaign(pool: Executor, options: argparse.Namespace, report: dict[str, Any]) -> None:
@@ -94,6 +158,7 @@ def _campaign(pool: Executor, options: argparse.Namespace, report: dict[str, Any
     rates, shapes = options.rate or [1.4, 1.2, 1.0], options.shape or list(SHAPES)
     arms = [arm for arm in ARMS if arm in BASELINES or options.arm is None or arm.name in options.arm]
     report |= {"paper": PAPER, "requests": load.requests, "variation": load.variation, "seeds": options.seeds}
+    report["trace"] = None if load.trace is None else str(load.trace)
     report["points"] = {}
     for name in options.point or POINTS:
         point = POINTS[name]
@@ -115,7 +180,7 @@ def _campaign(pool: Executor, options: argparse.Namespace, report: dict[str, Any
 
 
 def _wall_clock(options: argparse.Namespace, report: dict[str, Any]) -> None:
-    shapes, load = options.shape or list(SHAPES), options.rate[0] if options.rate else 0.8
+    shapes, load = options.shape or list(SHAPES), options.load
     found = asyncio.run(wall_clock(shapes, options.seeds, options.requests, load))
     runs = found.pop("runs")
     compared = [

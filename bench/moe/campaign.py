@@ -22,6 +22,7 @@ P99_SECONDS = 4.9  # of the time to a first token at the greatest rate: the one 
 FITTED_RATE = 1.4
 CALIBRATION_SEEDS = (1000, 1001, 1002)
 _TRACE_TOKENS = 4096
+_FACTORS = (0.2, 8.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,13 +77,21 @@ def run(case: Case) -> dict[str, Any]:
 
 
 def calibrate(point: Point, load: Load, shape: str) -> float:
-    """The factor on all times with which the baseline's P99 is the published one, on the calibration seeds."""
-    low, high = 0.2, 8.0
+    """The factor on all times with which the baseline's P99 is the published one, on the calibration seeds.
+
+    Raises:
+      ValueError: no factor within bounds makes it so, as where requests are too few to wait for each other.
+    """
+    low, high = _FACTORS
     for _ in range(8):
         middle = (low * high) ** 0.5
         cases = [Case(point, load, shape, FITTED_RATE, ARMS[0], seed, middle) for seed in CALIBRATION_SEEDS]
         p99 = np.mean([run(case)["ttft_p99_s"] for case in cases])
         low, high = (middle, high) if p99 < P99_SECONDS else (low, middle)
+    if low == _FACTORS[0] or high == _FACTORS[1]:
+        raise ValueError(
+            f"shape {shape}: no factor on all times from {_FACTORS[0]} to {_FACTORS[1]} gives a P99 of {P99_SECONDS} s"
+        )
     return round((low * high) ** 0.5, 3)
 
 

@@ -85,11 +85,7 @@ def load_sums(trace: RouterTrace, policy: str, devices: int, profile: RouterTrac
     """
     layers = len(trace.choices)
     placement = place(policy, devices, profile)
-    share = np.zeros((layers, trace.experts, devices))
-    copies = placement.copies()
-    for layer in range(layers):
-        np.add.at(share[layer], (placement.experts[layer], placement.device_of_slot), 1.0)
-        share[layer] /= copies[layer][:, None]
+    share = placement.device_shares()
     loads = np.stack([share[layer][trace.choices[layer]].sum(axis=1) for layer in range(layers)], axis=1)
     return np.concatenate([np.zeros((1, *loads.shape[1:])), np.cumsum(loads, axis=0)])
 

@@ -112,7 +112,7 @@ async def serve(llm: AsyncLLM, requests: Sequence[Arrival], text: Sequence[int])
     Args:
       text: tokens that prompts are cut from.
     """
-    outcome, before = Outcome(), await llm.stats()
+    outcome, before, restarts = Outcome(), await llm.stats(), llm.restarts
     start = time.monotonic()
     watch = asyncio.create_task(_watch(llm, outcome))
     async with asyncio.TaskGroup() as group:
@@ -122,6 +122,8 @@ async def serve(llm: AsyncLLM, requests: Sequence[Arrival], text: Sequence[int])
             group.create_task(_send(llm, number, request, prompt, start, outcome))
     outcome.seconds = time.monotonic() - start
     watch.cancel()
+    if llm.restarts != restarts:
+        raise ValueError("an engine has died in the middle of a run")
     _count(outcome, before, await llm.stats())
     return outcome
 
@@ -157,7 +159,7 @@ def _count(outcome: Outcome, before: EngineStats, after: EngineStats) -> None:
     outcome.steps = after.steps - before.steps
     outcome.preemptions = after.preemptions - before.preemptions
     outcome.relocations = after.expert_relocations - before.expert_relocations
-    outcome.imbalance = after.expert_imbalance
+    outcome.imbalance = after.expert_imbalance or 1.0
     outcome.branches = dict(Counter(after.dispatch_decisions) - Counter(before.dispatch_decisions))
 
 

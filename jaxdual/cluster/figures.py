@@ -12,13 +12,13 @@ from jaxdual.scheduling.loads import Role
 _MEMORY = ("kv_blocks", "kv_blocks_cached", "kv_blocks_available")
 _PRESENT = ("num_running", "num_waiting", "kv_staging_blocks_used", *_MEMORY)
 _START = ("load_seconds", "compile_seconds")
-_UNEVEN = ("expert_imbalance", "expert_imbalance_worst")
 _OF_CLUSTERS = ("engines", "card_bytes")
-_OF_RANKS = ("dispatch_decisions",)  # an engine of a cluster has one
+# An engine of a cluster has one rank, and counts nothing of its routers.
+_OF_RANKS = ("dispatch_decisions", "expert_imbalance", "expert_imbalance_worst", "routers")
 _COUNTERS = tuple(
     field.name
     for field in dataclasses.fields(EngineStats)
-    if field.name not in (*_PRESENT, *_START, *_UNEVEN, *_OF_CLUSTERS, *_OF_RANKS, "restarts")
+    if field.name not in (*_PRESENT, *_START, *_OF_CLUSTERS, *_OF_RANKS, "restarts")
 )
 
 
@@ -72,7 +72,6 @@ def cluster_figures(
     figures |= {name: sum(getattr(stats, name) for stats in decode) for name in _MEMORY}
     # They start side by side, and the most uneven one is what is told.
     figures |= {name: max((getattr(stats, name) for stats in every), default=0.0) for name in _START}
-    figures |= {name: max((getattr(stats, name) for stats in every), default=1.0) for name in _UNEVEN}
     figures["num_waiting"] += num_waiting
     figures["prompt_tokens"] = prompt_tokens
     return EngineStats(**figures, card_bytes=card_bytes, engines={name: stats for name, _, stats in members})

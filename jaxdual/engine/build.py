@@ -99,7 +99,7 @@ def _engine_of(loaded: LoadedModel, config: EngineConfig, part: ClusterPart | No
         preemption=config.preemption_mode,
         prefill_beside_decode=_prefill_beside_decode(config),
     )
-    router_log = _router_log(config, runner)
+    router_log = _router_log(config, loaded, runner)
     thresholds = GimbalThresholds(config.theta_kv, config.theta_diff, config.theta_load, config.user_ttl)
     dispatch = dispatch_policy(config.dispatch_policy, thresholds)
     ranks = Ranks([_rank(config, memory, limits) for _ in range(config.num_ranks)], dispatch)
@@ -162,11 +162,12 @@ def _rank(config: EngineConfig, memory: Sequence[GroupPages], limits: BatchLimit
     return Rank(BatchScheduler(limits, kv, waiting_queue(config.scheduling_policy, config.theta_age)), kv)
 
 
-def _router_log(config: EngineConfig, runner: Runner) -> RouterLog | None:
+def _router_log(config: EngineConfig, loaded: LoadedModel, runner: Runner) -> RouterLog | None:
     if config.counted_of_routers == "off":
         return None
     period = None if config.expert_placement == "linear" else config.expert_interval
-    return RouterLog(runner, config.expert_parallel_size, config.expert_window, period)
+    layers = loaded.model.config.sparse_layers
+    return RouterLog(runner, config.expert_parallel_size, config.expert_window, period, layers)
 
 
 def _balancer(loaded: LoadedModel, runner: Runner, log: RouterLog | None) -> ExpertBalancer | None:

@@ -20,6 +20,7 @@ from jaxdual.engine.sampler import SlotSampling, seed_of, slot_sampling, stop_to
 from jaxdual.engine.slot_sampler import SlotBinding
 from jaxdual.errors import EngineDeadError
 from jaxdual.kv.keys import KeyChain, root_key
+from jaxdual.outputs import RouterFigures
 from jaxdual.scheduling.batch import FinishReason, Phase, SequenceState, StepPlan
 from jaxdual.scheduling.expert_policies import RouterWindow
 
@@ -307,7 +308,13 @@ class Engine:
             "steps": self.steps,
             **({} if transfers is None else transfers.stats()),
             **({} if self.balancer is None else self.balancer.stats()),
+            "routers": self._router_figures(),
         }
+
+    def _router_figures(self) -> RouterFigures | None:
+        if self.router_log is None or self.router_log.window is None:
+            return None
+        return self.router_log.figures(None if self.balancer is None else self.balancer.now)
 
     def router_statistics(self, *, so_far: bool = False) -> RouterWindow | None:
         """What routers chose in the last full window; None if that is not counted, or not known yet.

@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping
 
-import numpy as np
-
 from jaxdual.engine.router_log import RouterLog
 from jaxdual.engine.runner import Runner
 from jaxdual.scheduling.expert_figures import imbalance
@@ -92,10 +90,16 @@ class ExpertBalancer:
     def stats(self) -> Mapping[str, float]:
         """Figures named as in `EngineStats`."""
         window = None if self._log is None else self._log.window
-        now = Placement(self._now, self.placement.devices, self.placement.num_experts)
-        uneven = np.ones(1) if window is None else imbalance(window.activations, now)
+        if window is None:
+            return self._counts
+        uneven = imbalance(window.activations, self.now)
         return {
             **self._counts,
             "expert_imbalance": float(uneven.mean()),
             "expert_imbalance_worst": float(uneven.max()),
         }
+
+    @property
+    def now(self) -> Placement:
+        """Where experts lie."""
+        return Placement(self._now, self.placement.devices, self.placement.num_experts)

@@ -34,7 +34,7 @@ def write_profile(path: Path, profile: RouterProfile) -> None:
     """Writes a profile, whole or not at all.
 
     The archive has `version` and `tokens` (numbers), `fingerprint` (text), `sources` `[layers, devices, experts]` and,
-    where they were counted, `transitions` `[layers - 1, experts, experts]`; see `RouterWindow`.
+    where they were counted, `steps` (a number) and `transitions` `[layers - 1, experts, experts]`; see `RouterWindow`.
 
     Raises:
       OSError: the file can't be written.
@@ -46,6 +46,8 @@ def write_profile(path: Path, profile: RouterProfile) -> None:
         "tokens": np.int64(window.tokens),
         "sources": window.sources.astype(np.int64),
     }
+    if window.steps is not None:
+        arrays["steps"] = np.int64(window.steps)
     if window.transitions is not None:
         arrays["transitions"] = window.transitions.astype(np.int64)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -81,7 +83,11 @@ def read_profile(path: Path) -> RouterProfile:
     for name in ("sources", "transitions"):
         if name in arrays and not _are_counts(arrays[name], int(tokens)):
             raise ConfigError(f"{path}: {name} must be whole numbers from 0 to the {tokens} tokens")
-    return RouterProfile(RouterWindow(int(tokens), sources, transitions), str(fingerprint))
+    steps = arrays.get("steps")
+    if steps is not None and (steps.shape or steps.dtype.kind != "i" or steps < 1):
+        raise ConfigError(f"{path}: steps={steps} must be a whole number of at least 1")
+    window = RouterWindow(int(tokens), sources, transitions, None if steps is None else int(steps))
+    return RouterProfile(window, str(fingerprint))
 
 
 def _are_counts(counts: np.ndarray, most: int) -> bool:
@@ -90,9 +96,10 @@ def _are_counts(counts: np.ndarray, most: int) -> bool:
 
 def _arrays(path: Path) -> dict[str, np.ndarray]:
     with path.open("rb") as file:
+        if not zipfile.is_zipfile(file):
+            raise ValueError("no archive of arrays")
+        file.seek(0)
         archive = np.load(file, allow_pickle=False)
-        if not isinstance(archive, np.lib.npyio.NpzFile):
-            raise ValueError("it is a single array")
         found = dict(archive)
     missing = {"version", "fingerprint", "tokens", "sources"} - found.keys()
     if missing:

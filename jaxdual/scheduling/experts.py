@@ -54,9 +54,12 @@ class Placement:
     def device_of_slot(self) -> np.ndarray:
         return np.arange(self.experts.shape[1], dtype=np.int32) // self.slots_per_device
 
-    def of_layer(self, layer: int) -> Placement:
-        """That of one layer alone."""
-        return Placement(self.experts[layer : layer + 1], self.devices, self.num_experts)
+    def device_shares(self) -> np.ndarray:
+        """`[layers, experts, devices]`: part of an expert's tokens on each device, if its copies share them evenly."""
+        shares = np.zeros((len(self.experts), self.num_experts, self.devices))
+        np.add.at(shares, (np.arange(len(self.experts))[:, None], self.experts, self.device_of_slot[None, :]), 1.0)
+        evenly: np.ndarray = shares / self.copies()[:, :, None]
+        return evenly
 
     def copies(self) -> np.ndarray:
         """`[layers, experts]`: how many slots hold each."""

@@ -14,7 +14,7 @@ import pytest
 
 from bench.moe import __main__ as command
 from bench.moe.arms import SESSION_ARMS
-from bench.moe.campaign import Load
+from bench.moe.campaign import Load, calibrate
 from bench.moe.placements import EXPERT_BYTES, candidates, gap_rows, relocation, worth
 from bench.moe.points import POINTS
 from bench.moe.routing import draw_trace
@@ -82,10 +82,14 @@ def test_the_command_reports_changes_and_intervals(tmp_path: Path, capsys: pytes
     assert "Gimbal" in capsys.readouterr().out
 
 
-def test_lengths_come_from_a_file_that_must_be_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_lengths_come_from_a_file_that_must_be_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Such few and short requests never wait for each other.
+    monkeypatch.setattr(command, "calibrate_all", lambda pool, point, load, shapes: dict.fromkeys(shapes, 1.0))
     file = tmp_path / "burst.csv"
     file.write_text("Timestamp,Request tokens,Response tokens\n" + "1,50,3\n" * 40)
-    call = ["--point", "kv_ample", "--shape", "random", "--rate", "1.4", "--arm", "rr", "--seeds", "1", "--jobs", "1"]
+    call = ["--point", "kv_ample", "--shape", "random", "--rate", "1.4", "--arm", "rr", "--seeds", "2", "--jobs", "1"]
     call += ["--requests", "30", "--variation", "2.0"]
     assert command.main([*call, "--trace", str(file)]) == 0
     with pytest.raises(SystemExit):
@@ -180,3 +184,29 @@ def test_hits_are_counted_over_runs(pool: Executor) -> None:
     assert [row["arm"] for row in report["summary"]] == [arm.name for arm in SESSION_ARMS]
     assert report["cluster"]["prefix_caching"]
     assert not Cluster().prefix_caching
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rate", "0"], "must be a number above 0"),
+        (["--rate", "nan"], "must be a number above 0"),
+        (["--seeds", "1"], "must be at least 2"),
+        (["--requests", "0"], "must be a whole number of at least 1"),
+        (["--jobs", "-1"], "must be a whole number of at least 1"),
+        (["--wall-clock", "--rate", "1"], "--rate has no effect with --wall-clock"),
+        (["--load", "0.5"], "--load has no effect without --wall-clock"),
+        (["--placements", "--seeds", "3"], "--seeds has no effect with --placements"),
+    ],
+)
+def test_arguments_that_cannot_be_used_are_refused(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        command.main(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_a_baseline_that_never_waits_long_enough_is_no_baseline() -> None:
+    with pytest.raises(ValueError, match=r"no factor on all times from 0.2 to 8.0 gives a P99 of 4.9 s"):
+        calibrate(POINTS["kv_ample"], Load(requests=2), "central")

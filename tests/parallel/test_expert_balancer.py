@@ -81,6 +81,30 @@ def test_counts_are_what_the_dense_forward_pass_chooses(sizes: dict[str, Any]) -
     assert again.tokens.sum() == again.activations.sum() == 0
 
 
+@pytest.mark.parametrize("devices", [1, 2])
+def test_figures_of_a_window_are_those_of_its_counts(devices: int) -> None:
+    settings: dict[str, Any] = {"expert_parallel_size": devices, "router_statistics": "transitions", "expert_window": 8}
+    llm = LLM(FIXTURES / "qwen3_moe", **SETTINGS, **settings)
+    assert llm.stats().routers is None
+    assert llm.stats().expert_imbalance is None
+    llm.generate([{"prompt_token_ids": prompt} for prompt in prompts(5)], GREEDY)
+    window, figures = llm.router_statistics(), llm.stats().routers
+    assert window is not None
+    assert window.transitions is not None
+    assert figures is not None
+    assert figures.layers == tuple(range(len(window.activations)))
+    assert figures.tokens == window.tokens
+    activations = window.activations
+    np.testing.assert_allclose(figures.loads, activations * 8 / activations.sum(axis=1, keepdims=True), atol=1e-4)
+    np.testing.assert_allclose(figures.strongest_pairs, window.transitions.max(axis=(1, 2)) / window.tokens)
+    if devices == 1:
+        assert figures.traffic == ()
+        return
+    chosen = window.sources.reshape(len(activations), 2, 2, 4).sum(axis=(0, 3))  # experts lie in order
+    np.testing.assert_allclose(figures.traffic, chosen / chosen.sum(axis=1, keepdims=True), atol=1e-4)
+    assert llm.stats().expert_imbalance is not None
+
+
 @pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize(
     "sizes",

@@ -76,5 +76,5 @@ def test_a_file_that_is_no_profile_is_refused(tmp_path: Path) -> None:
             np.testing.assert_array_equal(read_profile(path).window.sources, SOURCES)
     with path.open("wb") as file:
         np.save(file, SOURCES)
-    with pytest.raises(ConfigError, match="not a router profile: it is a single array"):
+    with pytest.raises(ConfigError, match="not a router profile: no archive of arrays"):
         read_profile(path)

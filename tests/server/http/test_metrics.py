@@ -7,7 +7,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse
 
 from jaxdual.engine.supervisor import EngineState
 from jaxdual.errors import QueueFullError
-from jaxdual.outputs import EngineStats
+from jaxdual.outputs import EngineStats, RouterFigures
 from tests.server.http.scripted import RunningServer
 
 # As vLLM writes them, but for the prefix.
@@ -150,6 +150,17 @@ def test_decisions_of_dispatch_show_by_rule_and_go_on_after_a_restart(server):
     samples = scrape(server)
     rules = ("affinity", "kv", "load")
     assert [samples["dispatch_decisions_total", rule] for rule in rules] == [9, 1, 3]
+
+
+def test_what_routers_choose_shows_once_it_is_known(server):
+    assert not [name for name, *_ in scrape(server) if name.startswith("expert_") and not name.endswith("_total")]
+    figures = RouterFigures((1, 3), 50, ((1.5, 0.5), (0.25, 1.75)), (0.4,), ((0.6, 0.4), (0.3, 0.7)))
+    server.call(lambda: server.llm.set_stats(routers=figures, expert_imbalance=1.25, expert_imbalance_worst=1.5))
+    samples = scrape(server)
+    assert (samples["expert_imbalance",], samples["expert_imbalance_worst",]) == (1.25, 1.5)
+    assert (samples["expert_load", "0", "1"], samples["expert_load", "1", "3"]) == (1.5, 1.75)  # expert, layer
+    assert samples["expert_pair_share", "1"] == 0.4
+    assert (samples["expert_traffic", "1", "0"], samples["expert_traffic", "0", "1"]) == (0.4, 0.3)  # device, source
 
 
 def test_openmetrics_is_spoken_to_those_who_ask(server):
