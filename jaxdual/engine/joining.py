@@ -146,11 +146,18 @@ class _Door:
                     del self._strangers[descriptor]
                     channel.close()
             self._check(now)
+        self._send_strangers_away()
 
     def close(self) -> None:
         """Sends everybody away."""
-        for channel in (*self.joined.values(), *(channel for channel, _ in self._strangers.values())):
+        self._send_strangers_away()
+        for channel in self.joined.values():
             channel.close()
+
+    def _send_strangers_away(self) -> None:
+        for channel, _ in self._strangers.values():
+            channel.close()
+        self._strangers.clear()
 
     def _open(self) -> None:
         connection, _ = self._listener.accept()
