@@ -3,8 +3,6 @@
 Two prompts that begin alike are computed together: their common tokens once, and as many more as the second one has.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 
@@ -17,6 +15,7 @@ from models import Decoder
 from models.layers import matmul_precision
 
 _ROWS = 64  # queries whose scores are held at once, at most
+_STEP = 256  # tokens that lengths differ by, at least
 _SCORE_BYTES = 1 << 28  # of these scores, as far as more than one row is held
 
 
@@ -55,7 +54,8 @@ def span_attention(
         layer: int, q: jax.Array, k: jax.Array, v: jax.Array, _: jax.Array | None
     ) -> tuple[jax.Array, jax.Array]:
         window = model.config.window_of(layer) or size
-        return _attend(q, k, v, at, jnp.asarray(spans), len(tokens), shared, window)
+        out, means = _attend(q, k, v, at, jnp.asarray(spans), len(tokens), shared, window)
+        return out, means
 
     for layer in range(layers):
         x, means = model.layer(layer, x, rope, attend, None)
@@ -104,6 +104,6 @@ def _attend(
 
 
 def _padded(length: int) -> int:
-    """A length of few: at most an eighth more than what is asked for, in whole chunks, so that few programs compile."""
-    step = max(_ROWS, 1 << max(length.bit_length() - 4, 0))
+    """A length of few, so that few programs compile: 255 tokens or an eighth more, at most, and whole chunks."""
+    step = max(_STEP, 1 << max(length.bit_length() - 4, 0))
     return -(-length // step) * step

@@ -1,4 +1,4 @@
-"""Detection of query-focused retrieval heads (QRHead, arXiv 2506.09944): which heads look at what a question is about."""
+"""Detection of query-focused retrieval heads (QRHead, arXiv 2506.09944): those that look at what answers a question."""
 
 from __future__ import annotations
 
@@ -79,9 +79,13 @@ def ranked(scores: np.ndarray) -> list[tuple[int, int]]:
 
 
 def detect(
-    model: Decoder, prompts: Sequence[ItemPrompts], layers: int, done: Callable[[], None] = lambda: None
+    model: Decoder, prompts: Sequence[ItemPrompts], layers: int, done: Callable[[], object] = lambda: None
 ) -> Detection:
-    """Scores the heads of the first `layers` layers; `done` is called after each item."""
+    """Scores the heads of the first `layers` layers; `done` is called after each item.
+
+    Raises:
+      ValueError: attention that is not finite.
+    """
     rows: dict[Score, list[list[np.ndarray]]] = {score: [] for score in SCORES}
     for item in prompts:
         scores = item_document_scores(model, item, layers)
@@ -92,11 +96,15 @@ def detect(
 
 
 def item_document_scores(model: Decoder, item: ItemPrompts, layers: int) -> list[np.ndarray]:
-    """`[heads, documents]` of each of the first `layers` layers; see `document_scores`."""
-    attention = span_attention(
-        model, item.tokens, item.query_start, item.null_tokens, item.null_query_start, layers
-    )
-    return [document_scores(asked, unasked, item.documents) for asked, unasked in attention]
+    """`[heads, documents]` of each of the first `layers` layers; see `document_scores`, and `detect` for errors."""
+    spans = item.tokens, item.query_start, item.null_tokens, item.null_query_start
+    scores = []
+    for layer, (asked, unasked) in enumerate(span_attention(model, *spans, layers)):
+        if not (np.isfinite(asked).all() and np.isfinite(unasked).all()):
+            dtype = model.embedding[...].dtype.name
+            raise ValueError(f"item {item.id!r}: attention of layer {layer} is not finite, computed in {dtype}")
+        scores.append(document_scores(asked, unasked, item.documents))
+    return scores
 
 
 def _mean_of(scores: np.ndarray, heads: Sequence[tuple[int, int]]) -> float:

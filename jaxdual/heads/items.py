@@ -72,24 +72,22 @@ def read_items(path: Path) -> list[Item]:
 
 def _item(entry: Mapping[str, Any]) -> Item:
     documents = tuple(
-        Document(_text(one, "id"), _text(one, "title").strip() if one.get("title") else None, _text(one, "text").strip())
+        Document(_text(one, "id"), _text(one, "title") if one.get("title") else None, _text(one, "text"))
         for one in entry["documents"]
     )
     places = {document.id: place for place, document in enumerate(documents)}
     if len(places) < len(documents):
         raise ValueError("documents must have different ids")
-    if not all(document.text for document in documents):
-        raise ValueError("documents must have a text")
     gold = list(dict.fromkeys(entry["gold"]))
     unknown = [one for one in gold if one not in places]
     if unknown or not gold:
         raise ValueError(f"gold={entry['gold']!r} must name at least one of the documents, and no other")
-    prompt, null_prompt = (_text(entry, key) if entry.get(key) else None for key in ("prompt_text", "null_prompt_text"))
-    if (prompt is None) != (null_prompt is None):
-        raise ValueError("prompt_text and null_prompt_text must come together")
+    prompt, null_prompt = entry.get("prompt_text"), entry.get("null_prompt_text")
+    if not all(isinstance(text, str) for text in (prompt, null_prompt)) and (prompt, null_prompt) != (None, None):
+        raise ValueError("prompt_text and null_prompt_text must be texts, both or neither")
     return Item(
         id=_text(entry, "id"),
-        question=_text(entry, "question").strip(),
+        question=_text(entry, "question"),
         documents=documents,
         gold=tuple(places[one] for one in gold),
         null_query=_text(entry, "null_query") if "null_query" in entry else NULL_QUERY,
@@ -102,4 +100,4 @@ def _text(entry: Mapping[str, Any], key: str) -> str:
     value = entry[key]
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{key}={value!r} must be a text")
-    return value
+    return value.strip()
