@@ -92,7 +92,7 @@ def _attend(
         sums: Float32[Array, "S Hkv G T"], chunk: Int[Array, "R"]
     ) -> tuple[Float32[Array, "S Hkv G T"], Float[Array, "R Hkv G d"]]:
         grouped = q[chunk].reshape(rows, kv_heads, -1, head_dim)
-        scores = jnp.einsum("rhgd,thd->hgrt", grouped, k, precision=precision).astype(jnp.float32)
+        scores = jnp.einsum("rhgd,thd->hgrt", grouped, k, precision=precision, preferred_element_type=jnp.float32)
         scores = jnp.where(visible(chunk), scores / math.sqrt(head_dim), -jnp.inf)
         weights = jax.nn.softmax(scores, axis=-1)
         sums += jnp.einsum("hgrt,sr->shgt", weights, spans[:, chunk], precision=jax.lax.Precision.HIGHEST)

@@ -9,47 +9,9 @@ import numpy as np
 
 from jaxdual.heads.items import Document, Item
 
-_KINDS = (
-    "abbey",
-    "mill",
-    "museum",
-    "lighthouse",
-    "castle",
-    "harbour",
-    "theatre",
-    "library",
-    "brewery",
-    "observatory",
-    "orchard",
-    "inn",
-)
-_ONSETS = (
-    "b",
-    "br",
-    "d",
-    "dr",
-    "f",
-    "g",
-    "gl",
-    "h",
-    "k",
-    "kl",
-    "l",
-    "m",
-    "n",
-    "p",
-    "pr",
-    "r",
-    "s",
-    "st",
-    "t",
-    "tr",
-    "v",
-    "w",
-    "z",
-)
-_VOWELS = ("a", "e", "i", "o", "u", "ai", "ou")
-_CODAS = ("", "", "l", "n", "r", "s", "th", "m", "nd", "rk")
+_KINDS = ("mill", "museum", "lighthouse", "castle", "harbour", "theatre", "library", "brewery", "chapel", "garden")
+_ONSETS, _VOWELS = tuple("bdfghklmnprstvz"), tuple("aeiou")
+_CODAS = ("", "", "l", "n", "r", "s", "m", "nd", "rk")
 _COLOURS = ("red", "green", "blue", "yellow", "white", "black", "orange", "purple", "grey", "brown")
 _MONTHS = ("January", "March", "April", "May", "June", "July", "August", "September", "October", "November")
 _STONES = ("granite", "sandstone", "marble", "limestone", "basalt", "slate", "brick", "flint", "gneiss", "tuff")
