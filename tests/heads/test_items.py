@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from jaxdual.heads import Item, PromptForm, build_prompts, read_items
+from jaxdual.heads import Document, Item, PromptForm, build_prompts, read_items
 from jaxdual.heads.prompts import INSTRUCTION, form_of
 from jaxdual.heads.synthetic import _ATTRIBUTES, synthetic_items
 from jaxdual.heads.template import template_sequences
@@ -139,6 +139,14 @@ def test_prompts_whose_parts_are_elsewhere_are_refused() -> None:
             build_prompts(tokenizer, bad, form_of("llama", None, {}))
 
 
+def test_documents_are_found_behind_each_other() -> None:
+    tokenizer = Tokenizer.from_dir(RECORDED)
+    item = Item("quoting", "Who?", (Document("a", None, "as in [2] this"), Document("b", None, "this")), (1,))
+    prompts = build_prompts(tokenizer, item, PromptForm())
+    begin = len("Here are some paragraphs:\n\n")
+    assert prompts.documents == ((begin, begin + 18), (begin + 20, begin + 28))
+
+
 def test_template_sequences_are_what_is_between_messages(chat: Tokenizer) -> None:
     texts = [chat.decode(sequence) for sequence in template_sequences(chat, {})]
     assert texts == ["<|im_start|>system\n", "<|im_end|>\n", "<|im_start|>user\n", "<|im_start|>assistant\n"]
@@ -156,6 +164,8 @@ def test_templates_may_refuse_system_messages_and_put_text_before_special_tokens
     tokenizer = Tokenizer.from_dir(folder)
     sequences = template_sequences(tokenizer, {"mark": "<|im_end|>"})
     assert [tokenizer.decode(one) for one in sequences] == ["<|im_start|>", "<|im_end|>Turn: ", "<|im_end|>"]
+    prompts = build_prompts(tokenizer, synthetic_items(1, (1, 1), 0)[0], PromptForm(template_vars={"mark": "!mark"}))
+    assert tokenizer.decode(prompts.tokens).endswith("!mark")
     (folder / "chat_template.jinja").write_text("{{ raise_exception('none') }}")
     assert template_sequences(Tokenizer.from_dir(folder), {}) == ()
 
