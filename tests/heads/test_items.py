@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import re
 import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from jaxdual.heads import Document, Item, PromptForm, build_prompts, read_items
 from jaxdual.heads.prompts import INSTRUCTION, form_of
-from jaxdual.heads.synthetic import _ATTRIBUTES, synthetic_items
+from jaxdual.heads.synthetic import _ATTRIBUTES, _names, synthetic_items
 from jaxdual.heads.template import template_sequences
 from jaxdual.model_folder import shipped_model
 from jaxdual.tokenizer import Tokenizer
@@ -74,6 +76,11 @@ def test_synthetic_answers_are_anywhere_and_items_are_of_the_seed(items: list[It
     assert synthetic_items(2, (8, 12), 4) != items[:2]
     assert [len(item.documents) for item in synthetic_items(9, (5, 5), 0)] == [5] * 9
     assert {len(item.documents) for item in items} == {8, 9, 10, 11, 12}
+
+
+def test_no_name_begins_another() -> None:
+    names = sorted(_names(3000, np.random.default_rng(0)))
+    assert not any(longer.startswith(name) for name, longer in itertools.pairwise(names))
 
 
 @pytest.mark.parametrize(("count", "documents"), [(0, (1, 2)), (1, (0, 2)), (1, (3, 2))])
