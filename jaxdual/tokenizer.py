@@ -91,12 +91,20 @@ class Tokenizer:
             TokenizerError: the text is not valid Unicode (a lone surrogate).
         """
         tokenizer = self._text_only if special_tokens_as_text else self._plain
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise TokenizerError(f"the text is not valid Unicode: lone surrogate at character {error.start}") from None
+        _check_unicode(text)
         ids: list[int] = tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
+
+    def encode_with_offsets(
+        self, text: str, add_special_tokens: bool = True
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """Token ids of `text`, and of each the first character and the one behind its last.
+
+        What is put around a text has (0, 0). Raises as `encode`.
+        """
+        _check_unicode(text)
+        encoding = self._plain.encode(text, add_special_tokens=add_special_tokens)
+        return encoding.ids, encoding.offsets
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         """Text of token ids; bytes that are no UTF-8 become U+FFFD, ids outside the vocabulary nothing."""
@@ -196,6 +204,13 @@ class Tokenizer:
     def _special_id(self, name: str) -> int | None:
         token = self._special_tokens.get(name)
         return None if token is None else self._plain.token_to_id(token)
+
+
+def _check_unicode(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise TokenizerError(f"the text is not valid Unicode: lone surrogate at character {error.start}") from None
 
 
 @functools.cache

@@ -25,6 +25,7 @@ ARRAY_MODULES = [
     "jaxdual.engine.paged",
     "jaxdual.engine.sampler",
     "jaxdual.engine.steps",
+    "jaxdual.heads.attention",
     "jaxdual.parallel.exchange",
 ]
 if importlib.util.find_spec("beartype"):

@@ -39,6 +39,7 @@ class DyscoProfile:
       heads: retrieval heads as (layer, head), best first.
       template_sequences: token sequences that its chat template puts into prompts.
       limits: of prompts of growing lengths.
+      fingerprint: of the weights that heads were detected in; None where they are not from here.
     """
 
     models: tuple[str, ...]
@@ -47,6 +48,7 @@ class DyscoProfile:
     heads: tuple[tuple[int, int], ...]
     template_sequences: tuple[tuple[int, ...], ...]
     limits: tuple[Limits, ...]
+    fingerprint: str | None = None
 
     def limits_of(self, prompt_length: int) -> Limits:
         """Those of a prompt of so many tokens; beyond all lengths, the last ones."""
@@ -126,6 +128,7 @@ def _profile(data: Mapping[str, Any]) -> DyscoProfile:
         pairs,
         tuple(tuple(_whole(token) for token in sequence) for sequence in sequences),
         limits,
+        None if data.get("fingerprint") is None else str(data["fingerprint"]),
     )
 
 
