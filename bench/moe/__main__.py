@@ -12,6 +12,7 @@ import argparse
 import asyncio
 import dataclasses
 import math
+import multiprocessing
 import os
 import sys
 from collections.abc import Sequence
@@ -97,7 +98,8 @@ def _measure(options: argparse.Namespace, report: dict[str, Any]) -> None:
     elif options.wall_clock:
         _wall_clock(options, report)
     else:
-        with ProcessPoolExecutor(options.jobs) as pool:
+        # Not forked: JAX has threads.
+        with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as pool:
             if options.sessions:
                 report["sessions"] = session_report(pool, options.seeds)
             elif options.search:

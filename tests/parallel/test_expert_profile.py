@@ -125,8 +125,8 @@ def test_profiles_that_cannot_be_used_are_refused(file: str, tmp_path: Path) -> 
             edr | {"expert_placement": "edr_column"},
             "has no transitions, which expert_placement='edr_column' needs",
         ),
-        (good, {}, 'needs expert_placement="eplb", "edr" or "edr_column"'),
-        (good, edr | {"expert_placement": "source"}, 'needs expert_placement="eplb", "edr" or "edr_column"'),
+        (good, {}, 'needs expert_placement="eplb", "metro", "edr" or "edr_column"'),
+        (good, edr | {"expert_placement": "source"}, 'needs expert_placement="eplb", "metro", "edr" or "edr_column"'),
     ):
         write_profile(Path(other), changed)
         with pytest.raises(ConfigError, match=f"expert_profile='{other}' {message}"):
