@@ -19,7 +19,7 @@ from jaxdual.frames import Frames, Message
 
 _KILL_SECONDS = 5.0  # from asking an engine to stop until it is killed: it may be compiling,
 _STORE_SECONDS = 12.0  # or storing what is full,
-_CLUSTER_SECONDS = 16.0  # or waiting for engines that are
+_OTHERS_SECONDS = 16.0  # or waiting for other engines, or further processes of its own, that are
 _GONE_SECONDS = 10.0  # from the end of its connection until it is taken for gone, whatever its host says of it
 
 _POLL_SECONDS = 0.01
@@ -125,7 +125,8 @@ class EngineProcess(asyncio.Protocol):
           on_message, on_death: see the class.
         """
         stores = _STORE_SECONDS if start.config.needs_kv_agent else _KILL_SECONDS
-        engine = cls(process, on_message, on_death, _CLUSTER_SECONDS if start.cluster else stores)
+        has_others = start.cluster or start.config.num_processes > 1
+        engine = cls(process, on_message, on_death, _OTHERS_SECONDS if has_others else stores)
         try:
             await asyncio.get_running_loop().create_connection(lambda: engine, sock=ours)
         except BaseException:
