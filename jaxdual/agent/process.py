@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Awaitable, Iterable, Sequence
 from functools import partial
@@ -42,6 +44,8 @@ from jaxdual.frames import Frames, Message
 from jaxdual.kv.store import BlockStore, Outcome, open_store
 from jaxdual.transport import ShapedTransport
 from jaxdual.transport.slab import SharedSlab
+
+_FINISH_SECONDS = 30.0  # to store what the engine wanted stored
 
 _log = logging.getLogger(__name__)
 
@@ -222,6 +226,10 @@ async def serve(engine: socket.socket, slab: SharedSlab) -> None:
     agent = KVAgent(slab)
     await asyncio.get_running_loop().create_connection(lambda: agent, sock=engine)
     await agent.engine_gone.wait()
+    # What others hold up, a peer's connection say, must not keep a process that nobody knows any more.
+    late = threading.Timer(_FINISH_SECONDS, os._exit, (1,))
+    late.daemon = True
+    late.start()
     await agent.finish()
 
 
