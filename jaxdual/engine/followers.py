@@ -142,6 +142,8 @@ class Followers:
         self._listener.join()
         for channel in self._channels.values():
             channel.close()
+        os.close(self._wake)
+        os.close(self._woken)
         jax.distributed.shutdown()
 
     # The thread that listens.

@@ -133,7 +133,19 @@ class Programs:
         """Residual stream of one token of each sequence; a token of -1 stands for the last one sampled in its slot."""
         tokens = self._split(jnp.where(tokens < 0, self._at_slots(last_token, slots), tokens))
         attend, routing = self._decode_attend(positions, tables), Routing(experts, positions >= 0, router_counts)
-        x, arenas = self._model(leaves)(tokens, jnp.maximum(positions, 0), attend, arenas, self._mix(routing))
+        return self._all_layers(self._model(leaves), arenas, tokens, positions, attend, routing)
+
+    def _all_layers(
+        self,
+        model: Any,
+        arenas: Arenas,
+        tokens: Int32[Array, " seqs"],
+        positions: Int32[Array, " seqs"],
+        attend: Attend,
+        routing: Routing,
+    ) -> tuple[Arenas, Float[Array, "seqs hidden"], RouterCounts | None]:
+        """One token of each sequence; positions of padding are -1."""
+        x, arenas = model(tokens, jnp.maximum(positions, 0), attend, arenas, self._mix(routing))
         return arenas, x, self._counted(routing)
 
     def _decode_dysco(
@@ -171,8 +183,7 @@ class Programs:
         state, chosen, key_bias = choose(state, rows, watched.attention, positions)
         attend = decode_attend(self._layout, positions, tables, key_bias=key_bias)
         routing = Routing(experts, positions >= 0, router_counts)
-        x, arenas = model(tokens, jnp.maximum(positions, 0), attend, arenas, self._mix(routing))
-        return arenas, x, self._counted(routing), state, chosen
+        return *self._all_layers(model, arenas, tokens, positions, attend, routing), state, chosen
 
     def _sample(
         self, leaves: Leaves, x: Float[Array, "rows hidden"], state: SamplerState, inputs: SampleInputs
