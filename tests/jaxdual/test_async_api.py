@@ -195,11 +195,10 @@ def test_a_bad_prompt_reaches_its_caller_and_no_one_else(run: Loop, shared: Asyn
 
 def test_an_id_in_use_is_refused_and_its_owner_goes_on(run: Loop, shared: AsyncLLM) -> None:
     async def main() -> None:
-        first = shared.generate([5, 6, 7], GREEDY, "same")
-        await anext(first)
+        first = await shared.submit([5, 6, 7], LONG, "same")  # nothing is awaited before the second one comes
         with pytest.raises(ValueError, match="'same' is in use"):
-            await last(shared.generate([8, 9], GREEDY, "same"))
-        assert len((await last(first)).outputs[0].token_ids) == 12
+            await shared.submit([8, 9], GREEDY, "same")
+        assert len((await last(first)).outputs[0].token_ids) == 50
 
     run(main())
 
