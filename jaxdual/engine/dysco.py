@@ -1,54 +1,19 @@
-"""DySCO in the engine: what its sequences have on the device, and what a decode step does with it.
-
-A sequence that is decoded so has a row of state for its slot. Its tokens from `SlotDysco.observed_from` on are computed
-one at a time; before each, its retrieval heads are watched in a pass of its own, and from `raised_from` on the
-attention to what they look at is raised.
-"""
+"""DySCO on the device: the state of its sequences, what their retrieval heads look at, and what is raised by it."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Sharding
-from jaxtyping import Array, Bool, Float32, Int32
+from jaxtyping import Array, Bool, Float, Float32, Int32
 
-from jaxdual.decoding.dysco import Dysco, first_raised, template_mask
 from jaxdual.decoding.relevance import blend, raised, select
-from jaxdual.engine.request import Selection
-from jaxdual.scheduling.batch import Row
+from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.key_bias import KeyBias, pack
 from pallas_kernels.retrieval_scores import retrieval_scores
-
-
-@dataclass(frozen=True, slots=True)
-class SlotDysco:
-    """How a sequence is decoded.
-
-    Attributes:
-      params: of the request.
-      observed_from: position of the first token whose attention counts.
-      raised_from: position of the first token with raised attention.
-      template: positions in the prompt that are never raised.
-    """
-
-    params: Dysco
-    observed_from: int
-    raised_from: int
-    template: Sequence[int]
-
-
-def slot_dysco(params: Dysco, prompt: Sequence[int]) -> SlotDysco:
-    """How a prompt is decoded."""
-    begin = first_raised(len(prompt), params.tail, params.observe)
-    observed = max(begin - max(params.observe - 1, 0), 0)
-    template = np.flatnonzero(template_mask(prompt, params.template_sequences)).tolist()
-    return SlotDysco(params, observed, begin, template)
 
 
 class DyscoState(NamedTuple):
@@ -63,12 +28,19 @@ class DyscoState(NamedTuple):
     template: Bool[Array, "slots keys"]
 
 
+def set_slot(
+    state: DyscoState, slot: Int32[Array, ""], relevance: Float32[Array, " keys"], template: Bool[Array, " keys"]
+) -> DyscoState:
+    """Writes the state of one sequence."""
+    return DyscoState(state.relevance.at[slot].set(relevance), state.template.at[slot].set(template))
+
+
 class DyscoRows(NamedTuple):
-    """The rows of a step that are decoded by DySCO.
+    """Rows of a step that are decoded by DySCO.
 
     Attributes:
       slot: of each.
-      weights: of the heads in each watched layer; they sum up to 1.
+      weights: of the heads in each watched layer; they sum up to 1, or are all 0 where nobody looks.
       is_first: whether it has no relevance yet.
       history: weight of the relevance before.
       top_p, top_k: limits of the selection.
@@ -84,6 +56,21 @@ class DyscoRows(NamedTuple):
     top_k: Int32[Array, " rows"] | Int32[np.ndarray, " rows"]
     candidates: Int32[Array, " rows"] | Int32[np.ndarray, " rows"]
     bias: Float32[Array, " rows"] | Float32[np.ndarray, " rows"]
+
+
+class ObservedChunks(NamedTuple):
+    """Chunks of prompts whose tokens are watched, and not raised.
+
+    Attributes:
+      slot, weights: as of `DyscoRows`.
+      offsets: what the attention of each token of the chunk weighs in the relevance after it.
+      history: what the relevance before weighs.
+    """
+
+    slot: Int32[Array, " rows"] | Int32[np.ndarray, " rows"]
+    weights: Float32[Array, "rows layers heads"] | Float32[np.ndarray, "rows layers heads"]
+    offsets: Float32[Array, "rows tokens"] | Float32[np.ndarray, "rows tokens"]
+    history: Float32[Array, " rows"] | Float32[np.ndarray, " rows"]
 
 
 class Chosen(NamedTuple):
@@ -106,11 +93,30 @@ class Watched:
     layers: tuple[int, ...]
     _parts: list[Float32[Array, "rows keys"]] = field(default_factory=list)
 
-    def look(self, layer: int, q: Array, arena: Array, table: Array, lengths: Array, lse: Array) -> None:
+    def of(self, layer: int) -> Float32[Array, "rows heads"] | None:
+        """Weights of a layer's heads; None for one that is not watched."""
+        return jnp.asarray(self.weights)[:, self.layers.index(layer)] if layer in self.layers else None
+
+    def look(
+        self,
+        layer: int,
+        q: Float[Array, "rows heads head_dim"],
+        arena: Array,
+        table: Int32[Array, "rows width"],
+        lengths: Int32[Array, " rows"],
+        lse: Float32[Array, "rows heads"] | None,
+    ) -> None:
         """See `paged.Look`."""
-        if layer in self.layers:
-            weights = jnp.asarray(self.weights)[:, self.layers.index(layer)]
-            self._parts.append(retrieval_scores(q, arena, table, lengths, lse, weights))
+        weights = self.of(layer)
+        if weights is None:
+            return
+        if lse is None:
+            _, lse = decode_attention(q, arena, arena, table, lengths, v_page_table=table + 1, return_lse=True)
+        self.note(retrieval_scores(q, arena, table, lengths, lse, weights))
+
+    def note(self, attention: Float32[Array, "rows keys"]) -> None:
+        """Takes what a layer's heads look at."""
+        self._parts.append(attention)
 
     @property
     def attention(self) -> Float32[Array, "rows keys"]:
@@ -118,121 +124,35 @@ class Watched:
         return sum(self._parts[1:], start=self._parts[0])
 
 
+def observe(state: DyscoState, chunks: ObservedChunks, attention: Float32[Array, "rows_tokens keys"]) -> DyscoState:
+    """Blends the attention of some tokens of each sequence into its relevance, at once.
+
+    Args:
+      attention: of the tokens of all chunks, one after the other.
+    """
+    offsets, slot = jnp.asarray(chunks.offsets), jnp.asarray(chunks.slot)
+    seen = jnp.einsum("st,stk->sk", offsets, attention.reshape(*offsets.shape, -1), precision=jax.lax.Precision.HIGHEST)
+    relevance = jnp.asarray(chunks.history)[:, None] * state.relevance[slot] + seen
+    return state._replace(relevance=state.relevance.at[slot].set(relevance))
+
+
 def choose(
     state: DyscoState,
     rows: DyscoRows,
     attention: Float32[Array, "rows keys"],
-    positions: Int32[Array, " seqs"],
+    positions: Int32[Array, " rows"],
 ) -> tuple[DyscoState, Chosen, KeyBias]:
-    """Blends new attention into the relevance, selects, and says what is added to the scores of all sequences.
-
-    Args:
-      positions: of all sequences of the step, of which `rows` are the first.
-    """
-    count, keys = attention.shape
-    lengths = positions[:count] + 1
-    before, history, is_first = state.relevance[rows.slot], jnp.asarray(rows.history), jnp.asarray(rows.is_first)
-    relevance = blend(before, attention, history, is_first)
+    """Blends new attention into the relevance, selects, and says what is added to the scores of each row."""
+    slot, history, is_first = jnp.asarray(rows.slot), jnp.asarray(rows.history), jnp.asarray(rows.is_first)
+    relevance = blend(state.relevance[slot], attention, history, is_first)
     candidates, top_p, top_k = jnp.asarray(rows.candidates), jnp.asarray(rows.top_p), jnp.asarray(rows.top_k)
-    selected = select(relevance, candidates, top_p, top_k, keys)
-    bits = pack(raised(selected, state.template[rows.slot], lengths))
-    everybody = jnp.zeros((positions.shape[0], bits.shape[1]), jnp.uint32)
-    value = jnp.zeros(positions.shape[0], jnp.float32)
-    key_bias = KeyBias(everybody.at[:count].set(bits), value.at[:count].set(rows.bias))
-    state = state._replace(relevance=state.relevance.at[rows.slot].set(relevance))
-    return state, Chosen(selected, relevance), key_bias
+    selected = select(relevance, candidates, top_p, top_k, relevance.shape[1])
+    bits = pack(raised(selected, state.template[slot], positions + 1))
+    state = state._replace(relevance=state.relevance.at[slot].set(relevance))
+    return state, Chosen(selected, relevance), KeyBias(bits, jnp.asarray(rows.bias))
 
 
-@jax.jit
-def _with_template(state: DyscoState, slot: Int32[Array, ""], template: Bool[Array, " keys"]) -> DyscoState:
-    return state._replace(template=state.template.at[slot].set(template))
-
-
-class DyscoSlots:
-    """The sequences that are decoded so, by slot.
-
-    Args:
-      slots: with one of padding, which is the last.
-      keys: that a table has room for.
-      heads: query heads of a layer.
-      sharding: of the state.
-
-    Attributes:
-      state: on the device.
-    """
-
-    def __init__(self, slots: int, keys: int, heads: int, sharding: Sharding) -> None:
-        self._padding, self._keys, self._heads = slots - 1, keys, heads
-        self._bound: dict[int, SlotDysco] = {}
-        self.state = DyscoState(
-            jnp.zeros((slots, keys), jnp.float32, device=sharding), jnp.zeros((slots, keys), bool, device=sharding)
-        )
-
-    def bind(self, slot: int, dysco: SlotDysco | None) -> None:
-        """A slot gets a sequence."""
-        if dysco is None:
-            self._bound.pop(slot, None)
-            return
-        self._bound[slot] = dysco
-        template = np.zeros(self._keys, bool)
-        template[list(dysco.template)] = True
-        self.state = _with_template(self.state, np.int32(slot), template)
-
-    def __contains__(self, slot: int) -> bool:
-        return slot in self._bound
-
-    def told(self, rows: Sequence[Row]) -> dict[int, Row]:
-        """Rows, by number, that select something, and whose requests want to know what."""
-        return {
-            number: row
-            for number, row in enumerate(rows)
-            if (dysco := self._bound[row.slot]).params.return_selection and row.position >= dysco.raised_from
-        }
-
-    def rows(self, rows: Sequence[Row], padded: int) -> tuple[DyscoRows, tuple[int, ...]]:
-        """What the device is told of the rows, which all have one, and the layers that are watched."""
-        bound = [self._bound[row.slot] for row in rows]
-        layers = tuple(sorted({layer for dysco in bound for layer, _ in dysco.params.heads}))
-        out = DyscoRows(
-            slot=np.full(padded, self._padding, np.int32),
-            weights=np.zeros((padded, len(layers), self._heads), np.float32),
-            is_first=np.ones(padded, bool),
-            history=np.zeros(padded, np.float32),
-            top_p=np.ones(padded, np.float32),
-            top_k=np.ones(padded, np.int32),
-            candidates=np.zeros(padded, np.int32),
-            bias=np.zeros(padded, np.float32),
-        )
-        for number, (row, dysco) in enumerate(zip(rows, bound, strict=True)):
-            params = dysco.params
-            out.slot[number] = row.slot
-            for layer, head in params.heads:
-                out.weights[number, layers.index(layer), head] = 1 / len(params.heads)
-            is_raised = row.position >= dysco.raised_from
-            out.is_first[number] = row.position == dysco.observed_from
-            out.history[number] = 1.0 if params.static and is_raised else params.history
-            out.top_p[number] = 1.0 if params.top_p is None else params.top_p
-            out.top_k[number] = self._keys if params.top_k is None else min(params.top_k, self._keys)
-            out.candidates[number] = dysco.raised_from if params.static else row.position + 1
-            out.bias[number] = math.log(params.strength) if is_raised else 0.0
-        return out, layers
-
-
-@dataclass(frozen=True, slots=True)
-class Selections:
-    """Selections under way, of those rows, by number, whose requests want to know them."""
-
-    wanted: Mapping[int, Row]
-    chosen: Chosen
-
-    def fetch(self) -> dict[int, Selection]:
-        """Waits for the device; by sequence."""
-        selected, relevance = map(np.asarray, self.chosen)
-        return {
-            row.seq_id: Selection(
-                row.position,
-                np.flatnonzero(selected[number]).tolist(),
-                relevance[number, : row.position + 1].tobytes(),
-            )
-            for number, row in self.wanted.items()
-        }
+def for_all(of_first: KeyBias, positions: Int32[Array, " seqs"]) -> KeyBias:
+    """What is added to the scores of all sequences of a step, of which the first have some."""
+    others = positions.shape[0] - of_first.value.shape[0]
+    return KeyBias(jnp.pad(of_first.bits, ((0, others), (0, 0))), jnp.pad(of_first.value, (0, others)))

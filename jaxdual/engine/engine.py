@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from jaxdual.engine.dysco import SlotDysco, slot_dysco
+from jaxdual.engine.dysco_slots import SlotDysco, slot_dysco
 from jaxdual.engine.expert_balancer import ExpertBalancer
 from jaxdual.engine.ranks import Ranks
 from jaxdual.engine.request import Hits, Request, Selection, Target, TokenEvent, TokenLogprobs
@@ -223,7 +223,8 @@ class Engine:
                 priority=request.priority,
                 arrival=request.arrival,
                 use_cache=not wants_prompt,
-                single_from=sys.maxsize if dysco is None else dysco.observed_from,
+                private_from=sys.maxsize if dysco is None else dysco.observed_from,
+                single_from=sys.maxsize if dysco is None else dysco.raised_from,
             )
             sampling = slot_sampling(params, base_seed, index, stops)
             output = _Output(request, index, rank, sequence, sampling, wants_prompt, self._clock(), dysco=dysco)

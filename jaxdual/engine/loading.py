@@ -205,8 +205,6 @@ def _load_model(
 def _dysco_refusal(config: EngineConfig, layout: KVLayout) -> str:
     if any(group.window is not None for group in layout.groups):
         return "the model has layers that don't see all tokens"
-    if config.num_devices > 1 or config.redundant_experts:
-        return "engines of several devices don't decode so yet"
     return "engines of clusters don't decode so yet" if config.kv_transport is not None else ""
 
 

@@ -17,13 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec, Sharding
-from jaxtyping import Array, Bool, Float, Float32, Int32
+from jaxtyping import Array, Float, Int32
 
-from jaxdual.engine import sampler
-from jaxdual.engine.paged import Arenas, Attend, GroupTable, decode_attend, prefill_attend
-from jaxdual.engine.router_counts import RouterCounts, count
-from jaxdual.engine.sampler import Logprobs, SampleInputs, SamplerState
-from jaxdual.engine.steps import Leaves, Programs, Routing
+from jaxdual.engine.dysco import Watched
+from jaxdual.engine.paged import Arenas, Attend, GroupTable, Look, decode_attend, prefill_attend
+from jaxdual.engine.steps import Programs, Routing
 from jaxdual.kv.layout import KVLayout
 from jaxdual.parallel.exchange import ExpertExchange, ExpertSlots, slots_of_choices
 from jaxdual.parallel.mesh import RANKS, TENSOR, DeviceMesh
@@ -32,10 +30,12 @@ from jaxdual.scheduling.experts import Move, Placement
 from models import Decoder
 from models.moe import MoE
 from models.shapes import parameter_path
+from pallas_kernels.key_bias import KeyBias
 from pallas_kernels.kv_blocks import gather_blocks, scatter_blocks
 
 _BY_RANK = PartitionSpec(RANKS)
 _HEADS = PartitionSpec(RANKS, TENSOR, None)
+_QUERY_HEADS = PartitionSpec(RANKS, TENSOR)
 ARENA = PartitionSpec(RANKS, None, TENSOR, None)
 _BLOCKS = PartitionSpec(None, None, None, TENSOR, None)
 
@@ -57,7 +57,6 @@ class MeshPrograms(Programs):
         self._exchange = ExpertExchange(mesh)
         self._exchanged = jax.jit(self._route_and_exchange)  # within the step: layers share a trace
         self._gathered = jax.jit(lambda results: results, out_shardings=mesh.sharding())
-        self.set_slot = jax.jit(self._set_slot, donate_argnums=0)
         self.gather = jax.jit(self._gather, static_argnames="rows_per_block")
         self.scatter = jax.jit(self._scatter, donate_argnums=0)
 
@@ -114,46 +113,73 @@ class MeshPrograms(Programs):
     def slot_sharding(self) -> Sharding:
         return self._mesh.sharding(*_BY_RANK)
 
-    def _split(self, tokens: Int32[Array, "*batch"]) -> Int32[Array, "*batch"]:
+    def split(self, tokens: Int32[Array, "*batch"]) -> Int32[Array, "*batch"]:
         split: Array = jax.lax.with_sharding_constraint(tokens, self._mesh.sharding(self._mesh.rules.tokens))
         return split
 
     # Attention.
 
-    def _prefill_attend(
-        self, starts: Int32[Array, " seqs"], counts: Int32[Array, " seqs"], tables: tuple[GroupTable, ...], chunk: int
+    def prefill_attend(
+        self,
+        starts: Int32[Array, " seqs"],
+        counts: Int32[Array, " seqs"],
+        tables: tuple[GroupTable, ...],
+        chunk: int,
+        *,
+        watched: Watched | None = None,
+        looked: int = 0,
     ) -> Attend:
         def local(
-            layer: int, operands: _Operands, starts: Array, counts: Array, tables: tuple[GroupTable, ...]
-        ) -> tuple[Array, Arenas]:
-            return prefill_attend(self._layout, starts, counts, tables, chunk)(layer, *operands)
+            look: Look | None, starts: Array, counts: Array, tables: tuple[GroupTable, ...], key_bias: None
+        ) -> Attend:
+            return prefill_attend(self._layout, starts, counts, tables, chunk, look=look, looked=looked)
 
-        return self._attend(local, starts, counts, tables)
+        return self._attend(local, watched, starts, counts, tables, None)
 
-    def _decode_attend(self, positions: Int32[Array, " seqs"], tables: tuple[GroupTable, ...]) -> Attend:
+    def decode_attend(
+        self,
+        positions: Int32[Array, " seqs"],
+        tables: tuple[GroupTable, ...],
+        *,
+        key_bias: KeyBias | None = None,
+        watched: Watched | None = None,
+    ) -> Attend:
         def local(
-            layer: int, operands: _Operands, positions: Array, tables: tuple[GroupTable, ...]
-        ) -> tuple[Array, Arenas]:
-            return decode_attend(self._layout, positions, tables)(layer, *operands)
+            look: Look | None, positions: Array, tables: tuple[GroupTable, ...], key_bias: KeyBias | None
+        ) -> Attend:
+            return decode_attend(self._layout, positions, tables, key_bias=key_bias, look=look)
 
-        return self._attend(local, positions, tables)
+        return self._attend(local, watched, positions, tables, key_bias)
 
-    def _attend(self, local: Callable[..., tuple[Array, Arenas]], *batch: Any) -> Attend:
+    def _attend(self, local: Callable[..., Attend], watched: Watched | None, *batch: Any) -> Attend:
         """Attention of each rank over its own pages, each device with its own heads.
 
         Args:
-          local: `(layer, operands, *batch)` as one device has them.
+          local: `(look, *batch)` as one device has them, to attention as it does it.
+          watched: what heads of all devices look at.
           batch: of all ranks.
         """
 
         def attend(layer: int, q: Array, k: Array, v: Array, arenas: Arenas) -> tuple[Array, Arenas]:
-            operands = _Operands(_HEADS, _HEADS, _HEADS, tuple(ARENA for _ in arenas))
-            out: tuple[Array, Arenas] = self._mesh.on_each(
-                partial(local, layer),
-                (operands, *jax.tree.map(lambda _: _BY_RANK, batch)),
-                (_HEADS, operands.arenas),
-            )(_Operands(q, k, v, arenas), *batch)
-            return out
+            operands = _Operands(q, k, v, arenas)
+            weights = None if watched is None else watched.of(layer)
+
+            def on_device(operands: _Operands, weights: Array | None, *batch: Any) -> tuple[Any, ...]:
+                if weights is None:
+                    return *local(None, *batch)(layer, *operands), None
+                own = Watched(weights[:, None], (layer,))
+                out = local(own.look, *batch)(layer, *operands)
+                return *out, jax.lax.psum(own.attention, TENSOR)
+
+            specs = _Operands(_HEADS, _HEADS, _HEADS, tuple(ARENA for _ in arenas))
+            out, arenas, attention = self._mesh.on_each(
+                on_device,
+                (specs, _QUERY_HEADS, *jax.tree.map(lambda _: _BY_RANK, batch)),
+                (_HEADS, specs.arenas, _BY_RANK),
+            )(operands, weights, *batch)
+            if watched is not None and attention is not None:
+                watched.note(attention)
+            return out, arenas
 
         return attend
 
@@ -168,35 +194,22 @@ class MeshPrograms(Programs):
         slots = slots_of_choices(where, chosen, real, moe.experts.gate.shape[0])
         return chosen, self._exchange(moe.experts, x, slots, weights)
 
-    def _count(self, counts: RouterCounts, chosen: Sequence[Array], real: Array) -> RouterCounts:
-        counted: RouterCounts = self._mesh.on_each(count, (_BY_RANK, _BY_RANK, _BY_RANK), _BY_RANK)(
-            counts, chosen, real
-        )
-        return counted
+    # Parts of ranks.
 
-    # Sampling.
+    def on_ranks(self, function: Callable[..., Any], *parts: Any) -> Any:
+        return self._mesh.on_each(function, _BY_RANK, _BY_RANK)(*parts)
 
-    def _at_slots(self, last_token: Int32[Array, " slots"], slots: Int32[Array, " seqs"]) -> Int32[Array, " seqs"]:
-        found: Array = self._mesh.on_each(lambda last, slots: last[slots], (_BY_RANK, _BY_RANK), _BY_RANK)(
-            last_token, slots
-        )
-        return found
+    def on_slot(self, function: Callable[..., Any], state: Any, slot: Int32[Array, ""], *row: Any) -> Any:
+        def local(state: Any, slot: Array, *row: Any) -> Any:
+            slots = jax.tree.leaves(state)[0].shape[0]
+            own = slot - jax.lax.axis_index(RANKS) * slots
+            # What is written to a row that the state doesn't have is dropped.
+            return function(state, jnp.where((own >= 0) & (own < slots), own, slots), *row)
 
-    def _sampled(
-        self, logits: Float32[Array, "rows vocab"], state: SamplerState, inputs: SampleInputs
-    ) -> tuple[SamplerState, Int32[Array, " rows"], Logprobs]:
-        sampled: tuple[SamplerState, Array, Logprobs] = self._mesh.on_each(sampler.sample, _BY_RANK, _BY_RANK)(
-            logits, state, inputs
-        )
-        state, tokens, logprobs = sampled
-        return state, *self._for_host((tokens, logprobs))
+        whole = PartitionSpec()
+        return self._mesh.on_each(local, (_BY_RANK, *(whole for _ in range(1 + len(row)))), _BY_RANK)(state, slot, *row)
 
-    def _score(self, leaves: Leaves, x: Float[Array, "rows hidden"], tokens: Int32[Array, " rows"]) -> Logprobs:
-        logprobs: Logprobs = self._for_host(super()._score(leaves, x, tokens))
-        return logprobs
-
-    def _for_host[T](self, results: T) -> T:
-        """Results that every process can read whole."""
+    def for_host[T](self, results: T) -> T:
         if not self._mesh.spans_processes:
             return results
         constrained: T = jax.lax.with_sharding_constraint(results, self._mesh.sharding())
@@ -206,28 +219,6 @@ class MeshPrograms(Programs):
         if self._mesh.spans_processes:
             results = self._gathered(results)
         return super().on_host(results)
-
-    def _set_slot(
-        self,
-        state: SamplerState,
-        slot: Int32[Array, ""],
-        output_counts: Int32[Array, " vocab"],
-        in_prompt: Bool[Array, " vocab"],
-        bias: Float32[Array, " vocab"],
-    ) -> SamplerState:
-        """See `sampler.set_slot`; slots are counted over all ranks."""
-
-        def local(state: SamplerState, slot: Array, *row: Array) -> SamplerState:
-            slots = state.last_token.shape[0]
-            own = slot - jax.lax.axis_index(RANKS) * slots
-            # What is written to a row that the state doesn't have is dropped.
-            return sampler.set_slot(state, jnp.where((own >= 0) & (own < slots), own, slots), *row)
-
-        whole = PartitionSpec()
-        written: SamplerState = self._mesh.on_each(local, (_BY_RANK, whole, whole, whole, whole), _BY_RANK)(
-            state, slot, output_counts, in_prompt, bias
-        )
-        return written
 
     # Blocks.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -18,6 +19,10 @@ from pallas_kernels.prefill_attention import prefill_attention
 Arena = Float[Array, "rows page_size kv_heads head_dim"]
 Arenas = tuple[Float[Array, "_ page_size kv_heads head_dim"], ...]  # one of each layer group
 Attend = Callable[..., tuple[Array, Arenas]]
+
+# Told of a layer's attention: layer, queries, its group's arena, row ids of the keys, lengths, and sums of each query's
+# scores, where they are known.
+Look = Callable[[int, Array, Array, Array, Array, Array | None], None]
 
 # Jitted within the step that they are part of, so that layers share one trace.
 _prefill_attention = jax.jit(prefill_attention, static_argnames="window")
@@ -80,12 +85,25 @@ class GroupPrefill:
         k: Float[Array, "tokens kv_heads head_dim"],
         v: Float[Array, "tokens kv_heads head_dim"],
         arena: Arena,
+        look: Callable[..., None] | None = None,
+        looked: int = 0,
     ) -> tuple[Float[Array, "tokens q_heads head_dim"], Arena]:
-        """`index`: of the layer among those that a page holds."""
+        """Arguments as of `Attend`, but for these.
+
+        Args:
+          index: of the layer among those that a page holds.
+          look, looked: see `prefill_attend`; the layer is left out.
+        """
         arena = _write(self._layers, index, arena, self._places, k, v)
         rows = _k_rows(self._layers, index, self._pages)
+        chunks = q.reshape(self._counts.shape[0], self._chunk, *q.shape[1:])
+        if look is not None:
+            offsets = jnp.arange(looked, dtype=jnp.int32)
+            lengths = jnp.where(offsets < self._counts[:, None], self._begins[:, None] + offsets + 1, 0)
+            first = chunks[:, :looked].reshape(-1, *q.shape[1:])
+            look(first, arena, jnp.repeat(rows, looked, axis=0), lengths.reshape(-1), None)
         out = _prefill_attention(
-            q.reshape(self._counts.shape[0], self._chunk, *q.shape[1:]),
+            chunks,
             arena,
             arena,
             rows,
@@ -103,8 +121,15 @@ def prefill_attend(
     counts: Int32[Array, " seqs"],
     tables: Sequence[GroupTable],
     chunk: int,
+    *,
+    look: Look | None = None,
+    looked: int = 0,
 ) -> Attend:
-    """Writes and attends in all layers; arguments as of `GroupPrefill`, with a table for each layer group."""
+    """Writes and attends in all layers; arguments as of `GroupPrefill`, with a table for each layer group.
+
+    Args:
+      look: is told of the attention of the first `looked` tokens of each chunk in each layer, without their sums.
+    """
     groups = [
         GroupPrefill(
             page_size=layout.page_size,
@@ -126,15 +151,11 @@ def prefill_attend(
         arenas: Arenas,
     ) -> tuple[Float[Array, "tokens q_heads head_dim"], Arenas]:
         group, index = layout.place_of(layer)
-        out, arena = groups[group].attend(index, q, k, v, arenas[group])
+        of_layer = None if look is None else partial(look, layer)
+        out, arena = groups[group].attend(index, q, k, v, arenas[group], of_layer, looked)
         return out, _replaced(arenas, group, arena)
 
     return attend
-
-
-# Told of a layer's attention: layer, queries, its group's arena, row ids of the keys, lengths, and sums of each query's
-# scores.
-Look = Callable[[int, Array, Array, Array, Array, Array], None]
 
 
 def decode_attend(

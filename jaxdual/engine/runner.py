@@ -15,7 +15,8 @@ from jaxtyping import Int32
 
 from jaxdual.engine.buckets import Buckets, PrefillBatch
 from jaxdual.engine.direct_landing import DirectLanding
-from jaxdual.engine.dysco import Chosen, DyscoSlots, Selections
+from jaxdual.engine.dysco import Chosen, DyscoRows, ObservedChunks
+from jaxdual.engine.dysco_slots import DyscoSlots, Selections
 from jaxdual.engine.mesh_programs import MeshPrograms
 from jaxdual.engine.page_tables import PageTables
 from jaxdual.engine.paged import GroupTable
@@ -28,7 +29,7 @@ from jaxdual.kv.layout import KVLayout
 from jaxdual.kv.manager import GroupPages, PageCopy
 from jaxdual.kv.slots import IntegrityError
 from jaxdual.parallel.mesh import DeviceMesh
-from jaxdual.scheduling.batch import Row, StepPlan
+from jaxdual.scheduling.batch import Chunk, Row, StepPlan
 from jaxdual.scheduling.experts import Move, Placement
 from models import Decoder
 
@@ -175,11 +176,16 @@ class Runner:
             if binding.dysco is not None and self._dysco is None:
                 self._dysco = self._new_dysco()
             if self._dysco is not None:
-                self._dysco.bind(binding.slot, binding.dysco)
+                self._dysco.bind(binding.rank, binding.slot, binding.dysco)
         # Rows before chunks: they wait for the step before this one already, so their tokens come first.
         if any(plan.rows for plan in plans):
             self._decode(launch, [plan.rows for plan in plans])
-        for batch in self.buckets.prefill([plan.chunks for plan in plans]):
+        chunks_of: Sequence[Sequence[Chunk]] = [plan.chunks for plan in plans]
+        if self._dysco is not None:
+            chunks_of, observed = self._dysco.split(chunks_of)
+            for batch in self.buckets.prefill(observed):
+                self._observe(self._dysco, batch)
+        for batch in self.buckets.prefill(chunks_of):
             self._prefill(launch, batch, targets)
         return launch
 
@@ -260,11 +266,10 @@ class Runner:
         tokens = np.zeros((self.ranks, padded), np.int32)
         positions = np.full((self.ranks, padded), -1, np.int32)
         sampling: list[SampleRow] = []
-        dysco, watched = self._dysco, list[Row]()
-        if dysco is not None:  # it has one rank
-            (rows,) = rows_of
-            watched = [row for row in rows if row.slot in dysco]
-            rows_of = [[*watched, *(row for row in rows if row.slot not in dysco)]]
+        dysco, raised = self._dysco, list[list[Row]]()
+        if dysco is not None:
+            others, raised = dysco.split(rows_of)
+            rows_of = [[*first, *rest] for first, rest in zip(raised, others, strict=True)]
         for rank, rows in enumerate(rows_of):
             slots[rank, : len(rows)] = [row.slot for row in rows]
             tokens[rank, : len(rows)] = [-1 if row.token is None else row.token for row in rows]
@@ -275,37 +280,49 @@ class Runner:
                 for index, row in enumerate(rows)
                 if row.samples
             ]
-        if dysco is None or not watched:
+        if dysco is None or not any(raised):
             x = self._run_decode(slots, tokens, positions)
         else:
-            x, chosen = self._run_decode_dysco(slots, tokens, positions, dysco, watched)
-            told = dysco.told(watched)
+            count = min(self.buckets.decode(max(map(len, raised))), padded)
+            dysco_rows, layers = dysco.rows(raised, count)
+            x, chosen = self._run_decode_dysco(slots, tokens, positions, dysco, dysco_rows, layers)
+            told = dysco.told(raised, count)
             launch.selections = Selections(told, chosen) if told else None
         launch.batches.append(self._sampler.sample(x, sampling))
 
     def _prefill(self, launch: Launch, batch: PrefillBatch, targets: Mapping[int, ScoreTargets]) -> None:
+        shape, parts, sampling = batch.shape, [], []
+        for rank, chunks in enumerate(batch.chunks):
+            for index, chunk in enumerate(chunks):
+                row, wanted = rank * shape.rows + index, targets.get(chunk.seq_id)
+                if wanted is not None:
+                    parts.append((chunk.seq_id, row * shape.chunk + wanted.skip, wanted.tokens))
+                if chunk.samples:
+                    sampling.append(SampleRow(row, chunk.seq_id, rank, chunk.slot, chunk.output_index))
+        x, last = self._run_prefill(*self._packed(batch))
+        if parts:
+            launch.scored.append(_Scored(x, tuple(parts)))
+        if sampling:
+            launch.batches.append(self._sampler.sample(last, sampling))
+
+    def _observe(self, dysco: DyscoSlots, batch: PrefillBatch) -> None:
+        chunks, layers = dysco.chunks(batch)
+        self._run_observe(*self._packed(batch), dysco, chunks, layers)
+
+    def _packed(self, batch: PrefillBatch) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Tokens, starts, counts and slots of chunks, as programs take them."""
         shape = batch.shape
         tokens = np.zeros((self.ranks, shape.rows, shape.chunk), np.int32)
         starts = np.zeros((self.ranks, shape.rows), np.int32)
         counts = np.zeros((self.ranks, shape.rows), np.int32)
         slots = np.full((self.ranks, shape.rows), self._padding_slot, np.int32)
-        parts, sampling = [], []
         for rank, chunks in enumerate(batch.chunks):
             for index, chunk in enumerate(chunks):
                 tokens[rank, index, : len(chunk.tokens)] = chunk.tokens
                 starts[rank, index] = chunk.start
                 counts[rank, index] = len(chunk.tokens)
                 slots[rank, index] = chunk.slot
-                row, wanted = rank * shape.rows + index, targets.get(chunk.seq_id)
-                if wanted is not None:
-                    parts.append((chunk.seq_id, row * shape.chunk + wanted.skip, wanted.tokens))
-                if chunk.samples:
-                    sampling.append(SampleRow(row, chunk.seq_id, rank, chunk.slot, chunk.output_index))
-        x, last = self._run_prefill(tokens, starts, counts, slots)
-        if parts:
-            launch.scored.append(_Scored(x, tuple(parts)))
-        if sampling:
-            launch.batches.append(self._sampler.sample(last, sampling))
+        return tokens, starts, counts, slots
 
     def _slot(self, rank: int, slot: int) -> int:
         """Row of the tables of all ranks."""
@@ -374,14 +391,14 @@ class Runner:
         tokens: Int32[np.ndarray, "ranks rows"],
         positions: Int32[np.ndarray, "ranks rows"],
         dysco: DyscoSlots,
-        watched: Sequence[Row],
+        rows: DyscoRows,
+        layers: tuple[int, ...],
     ) -> tuple[jax.Array, Chosen]:
         programs, tables = self.programs, self._group_tables(slots, 1)
-        rows, layers = dysco.rows(watched, min(self.buckets.decode(len(watched)), slots.size))
         batch = (slots.reshape(-1), tokens.reshape(-1), positions.reshape(-1))
         x: jax.Array
         chosen: Chosen
-        self.arenas, x, self._router_counts, dysco.state, chosen = programs.decode_dysco(
+        self.arenas, x, self._router_counts, dysco.state, chosen = dysco.programs.decode(
             programs.leaves,
             self.arenas,
             self._sampler.last_token,
@@ -396,8 +413,13 @@ class Runner:
         return x, chosen
 
     def _new_dysco(self) -> DyscoSlots:
-        config, keys = self._config, self._tables[0].width * self.layout.page_size
-        return DyscoSlots(self._padding_slot + 1, keys, config.num_heads, self.programs.slot_sharding)
+        return DyscoSlots(
+            self.programs,
+            slots=self._padding_slot + 1,
+            keys=self._tables[0].width * self.layout.page_size,
+            heads=self._config.num_heads,
+            ranks=self.ranks,
+        )
 
     def _run_prefill(
         self,
@@ -417,6 +439,30 @@ class Runner:
             self._router_counts,
         )
         return x, last
+
+    def _run_observe(
+        self,
+        tokens: Int32[np.ndarray, "ranks rows chunk"],
+        starts: Int32[np.ndarray, "ranks rows"],
+        counts: Int32[np.ndarray, "ranks rows"],
+        slots: Int32[np.ndarray, "ranks rows"],
+        dysco: DyscoSlots,
+        chunks: ObservedChunks,
+        layers: tuple[int, ...],
+    ) -> None:
+        programs, chunk = self.programs, tokens.shape[2]
+        batch = (tokens.reshape(-1, chunk), starts.reshape(-1), counts.reshape(-1))
+        self.arenas, self._router_counts, dysco.state = dysco.programs.observe(
+            programs.leaves,
+            self.arenas,
+            *batch,
+            self._group_tables(slots, chunk),
+            dysco.state,
+            chunks,
+            layers=layers,
+            experts=programs.experts,
+            router_counts=self._router_counts,
+        )
 
     def _run_gather(self, group: int, pages: np.ndarray) -> jax.Array:
         rows = self.layout.groups[group].rows_per_page

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from jaxdual.engine import sampler
-from jaxdual.engine.dysco import SlotDysco
+from jaxdual.engine.dysco_slots import SlotDysco
 from jaxdual.engine.request import TokenLogprobs
 from jaxdual.engine.sampler import Logprobs, SlotSampling
 from jaxdual.engine.steps import Programs

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Sharding
-from jaxtyping import Array, Bool, Float, Float32, Int32
+from jaxtyping import Array, Bool, Float, Int32
 
 from jaxdual.engine import sampler
-from jaxdual.engine.dysco import Chosen, DyscoRows, DyscoState, Watched, choose
+from jaxdual.engine.dysco import Watched
 from jaxdual.engine.paged import Arenas, Attend, GroupTable, decode_attend, prefill_attend
 from jaxdual.engine.router_counts import RouterCounts, count
 from jaxdual.engine.sampler import Logprobs, SampleInputs, SamplerState
@@ -22,6 +23,7 @@ from jaxdual.kv.layout import KVLayout
 from models import Decoder
 from models.layers import Mix
 from models.moe import MoE
+from pallas_kernels.key_bias import KeyBias
 from pallas_kernels.kv_blocks import gather_blocks, scatter_blocks
 
 Leaves = list[jax.Array]
@@ -71,10 +73,9 @@ class Programs:
         donated = ("arenas", "router_counts")
         self.prefill = jax.jit(self._prefill, donate_argnames=donated)
         self.decode = jax.jit(self._decode, donate_argnames=donated)
-        self.decode_dysco = jax.jit(self._decode_dysco, donate_argnames=(*donated, "state"), static_argnames="layers")
         self.sample = jax.jit(self._sample, donate_argnums=2)
         self.score = jax.jit(self._score)
-        self.set_slot = jax.jit(sampler.set_slot, donate_argnums=0)
+        self.set_slot = jax.jit(partial(self.on_slot, sampler.set_slot), donate_argnums=0)
         self.gather = jax.jit(gather_blocks, static_argnames="rows_per_block")
         self.scatter = jax.jit(scatter_blocks, donate_argnums=0)
 
@@ -93,7 +94,8 @@ class Programs:
         """Arrays of the device as arrays of the host, whole; waits for them."""
         return jax.tree.map(np.asarray, results)
 
-    def _model(self, leaves: Leaves) -> Any:
+    def model(self, leaves: Leaves) -> Any:
+        """The model of some leaves, while a step is traced."""
         return nnx.merge(self._graphdef, jax.tree.unflatten(self._structure, leaves))
 
     def _prefill(
@@ -109,14 +111,14 @@ class Programs:
     ) -> tuple[Arenas, Float[Array, "tokens hidden"], Float[Array, "seqs hidden"], RouterCounts | None]:
         """Residual stream of all tokens, and of the last token of each chunk."""
         seqs, chunk = tokens.shape
-        tokens = self._split(tokens)
+        tokens = self.split(tokens)
         offsets = jnp.arange(chunk, dtype=jnp.int32)[None, :]
         positions = starts[:, None] + offsets
-        attend = self._prefill_attend(starts, counts, tables, chunk)
+        attend = self.prefill_attend(starts, counts, tables, chunk)
         routing = Routing(experts, (offsets < counts[:, None]).reshape(-1), router_counts)
-        x, arenas = self._model(leaves)(tokens.reshape(-1), positions.reshape(-1), attend, arenas, self._mix(routing))
+        x, arenas = self.model(leaves)(tokens.reshape(-1), positions.reshape(-1), attend, arenas, self.mix(routing))
         last = jnp.arange(seqs, dtype=jnp.int32) * chunk + jnp.maximum(counts - 1, 0)
-        return arenas, x, x[last], self._counted(routing)
+        return arenas, x, x[last], self.counted(routing)
 
     def _decode(
         self,
@@ -131,69 +133,30 @@ class Programs:
         router_counts: RouterCounts | None = None,
     ) -> tuple[Arenas, Float[Array, "seqs hidden"], RouterCounts | None]:
         """Residual stream of one token of each sequence; a token of -1 stands for the last one sampled in its slot."""
-        tokens = self._split(jnp.where(tokens < 0, self._at_slots(last_token, slots), tokens))
-        attend, routing = self._decode_attend(positions, tables), Routing(experts, positions >= 0, router_counts)
-        return self._all_layers(self._model(leaves), arenas, tokens, positions, attend, routing)
+        tokens = self.split(self.known(tokens, last_token, slots))
+        attend, routing = self.decode_attend(positions, tables), Routing(experts, positions >= 0, router_counts)
+        x, arenas = self.model(leaves)(tokens, jnp.maximum(positions, 0), attend, arenas, self.mix(routing))
+        return arenas, x, self.counted(routing)
 
-    def _all_layers(
-        self,
-        model: Any,
-        arenas: Arenas,
-        tokens: Int32[Array, " seqs"],
-        positions: Int32[Array, " seqs"],
-        attend: Attend,
-        routing: Routing,
-    ) -> tuple[Arenas, Float[Array, "seqs hidden"], RouterCounts | None]:
-        """One token of each sequence; positions of padding are -1."""
-        x, arenas = model(tokens, jnp.maximum(positions, 0), attend, arenas, self._mix(routing))
-        return arenas, x, self._counted(routing)
-
-    def _decode_dysco(
-        self,
-        leaves: Leaves,
-        arenas: Arenas,
-        last_token: Int32[Array, " slots"],
-        slots: Int32[Array, " seqs"],
-        tokens: Int32[Array, " seqs"],
-        positions: Int32[Array, " seqs"],
-        tables: tuple[GroupTable, ...],
-        state: DyscoState,
-        rows: DyscoRows,
-        layers: tuple[int, ...],
-        experts: Any = None,
-        router_counts: RouterCounts | None = None,
-    ) -> tuple[Arenas, Float[Array, "seqs hidden"], RouterCounts | None, DyscoState, Chosen]:
-        """`_decode`, of which the first sequences are decoded by DySCO: they go through the layers up to the last of
-        `layers`, those of retrieval heads, before all go through all of them.
-
-        The first pass leaves keys and values where the second one writes its own, layer by layer before it reads them.
-
-        Returns:
-          Also the new state, and what those sequences have selected.
-        """
-        model, count = self._model(leaves), rows.slot.shape[0]
-        tokens = jnp.where(tokens < 0, self._at_slots(last_token, slots), tokens)
-        first = tuple(GroupTable(table.pages[:count]) for table in tables)
-        watched = Watched(rows.weights, layers)
-        attend = decode_attend(self._layout, positions[:count], first, look=watched.look)
-        x, rope = model.embed(tokens[:count]), model.rope(jnp.maximum(positions[:count], 0))
-        mix = self._mix(Routing(experts, positions[:count] >= 0, None))
-        for layer in range(max(layers) + 1):
-            x, arenas = model.layer(layer, x, rope, attend, arenas, mix)
-        state, chosen, key_bias = choose(state, rows, watched.attention, positions)
-        attend = decode_attend(self._layout, positions, tables, key_bias=key_bias)
-        routing = Routing(experts, positions >= 0, router_counts)
-        return *self._all_layers(model, arenas, tokens, positions, attend, routing), state, chosen
+    def known(
+        self, tokens: Int32[Array, " seqs"], last_token: Int32[Array, " slots"], slots: Int32[Array, " seqs"]
+    ) -> Int32[Array, " seqs"]:
+        """Tokens, with the last one sampled in its slot in place of each -1."""
+        sampled: Array = self.on_ranks(lambda last, slots: last[slots], last_token, slots)
+        return jnp.where(tokens < 0, sampled, tokens)
 
     def _sample(
         self, leaves: Leaves, x: Float[Array, "rows hidden"], state: SamplerState, inputs: SampleInputs
     ) -> tuple[SamplerState, Int32[Array, " rows"], Logprobs]:
-        return self._sampled(self._model(leaves).head(x), state, inputs)
+        sampled: tuple[SamplerState, Array, Logprobs]
+        sampled = self.on_ranks(sampler.sample, self.model(leaves).head(x), state, inputs)
+        state, tokens, logprobs = sampled
+        return state, *self.for_host((tokens, logprobs))
 
     def _score(self, leaves: Leaves, x: Float[Array, "rows hidden"], tokens: Int32[Array, " rows"]) -> Logprobs:
-        return sampler.token_logprobs(self._model(leaves).head(x), tokens)
+        return self.for_host(sampler.token_logprobs(self.model(leaves).head(x), tokens))
 
-    def _mix(self, routing: Routing) -> Mix | None:
+    def mix(self, routing: Routing) -> Mix | None:
         """How mixtures of experts are computed; it notes what was chosen. None for as the model does."""
         if routing.counts is None and routing.experts is None:
             return None
@@ -209,22 +172,44 @@ class Programs:
 
         return mix
 
-    def _counted(self, routing: Routing) -> RouterCounts | None:
-        return None if routing.counts is None else self._count(routing.counts, routing.chosen, routing.real)
+    def counted(self, routing: Routing) -> RouterCounts | None:
+        """Counts, with what the layers of a step have chosen."""
+        if routing.counts is None:
+            return None
+        counted: RouterCounts = self.on_ranks(count, routing.counts, routing.chosen, routing.real)
+        return counted
 
     # What depends on where things lie: here, on one device.
 
-    def _split(self, tokens: Int32[Array, "*batch"]) -> Int32[Array, "*batch"]:
+    def split(self, tokens: Int32[Array, "*batch"]) -> Int32[Array, "*batch"]:
         """Puts the tokens of each rank on its devices, which the residual stream then follows."""
         return tokens
 
-    def _prefill_attend(
-        self, starts: Int32[Array, " seqs"], counts: Int32[Array, " seqs"], tables: tuple[GroupTable, ...], chunk: int
+    def prefill_attend(
+        self,
+        starts: Int32[Array, " seqs"],
+        counts: Int32[Array, " seqs"],
+        tables: tuple[GroupTable, ...],
+        chunk: int,
+        *,
+        watched: Watched | None = None,
+        looked: int = 0,
     ) -> Attend:
-        return prefill_attend(self._layout, starts, counts, tables, chunk)
+        """`paged.prefill_attend`."""
+        look = None if watched is None else watched.look
+        return prefill_attend(self._layout, starts, counts, tables, chunk, look=look, looked=looked)
 
-    def _decode_attend(self, positions: Int32[Array, " seqs"], tables: tuple[GroupTable, ...]) -> Attend:
-        return decode_attend(self._layout, positions, tables)
+    def decode_attend(
+        self,
+        positions: Int32[Array, " seqs"],
+        tables: tuple[GroupTable, ...],
+        *,
+        key_bias: KeyBias | None = None,
+        watched: Watched | None = None,
+    ) -> Attend:
+        """`paged.decode_attend`."""
+        look = None if watched is None else watched.look
+        return decode_attend(self._layout, positions, tables, key_bias=key_bias, look=look)
 
     def _mixture(
         self, layer: int, moe: MoE, x: Float[Array, "T D"], routing: Routing
@@ -233,15 +218,18 @@ class Programs:
         chosen, out = _routed(moe, x)
         return chosen, out
 
-    def _count(
-        self, counts: RouterCounts, chosen: Sequence[Int32[Array, "T k"]], real: Bool[Array, " T"]
-    ) -> RouterCounts:
-        return count(counts, chosen, real)
+    def on_ranks(self, function: Callable[..., Any], *parts: Any) -> Any:
+        """Calls a function with each rank's parts of some arrays, which are split along their first axes."""
+        return function(*parts)
 
-    def _at_slots(self, last_token: Int32[Array, " slots"], slots: Int32[Array, " seqs"]) -> Int32[Array, " seqs"]:
-        return last_token[slots]
+    def on_slot(self, function: Callable[..., Any], state: Any, slot: Int32[Array, ""], *row: Any) -> Any:
+        """Calls `function(state, slot, *row)`, which writes the row of a slot.
 
-    def _sampled(
-        self, logits: Float32[Array, "rows vocab"], state: SamplerState, inputs: SampleInputs
-    ) -> tuple[SamplerState, Int32[Array, " rows"], Logprobs]:
-        return sampler.sample(logits, state, inputs)
+        Args:
+          slot: counted over all ranks.
+        """
+        return function(state, slot, *row)
+
+    def for_host[T](self, results: T) -> T:
+        """Results that every process can read whole."""
+        return results

@@ -45,8 +45,10 @@ class SequenceState:
       priority: smaller goes first.
       arrival: seconds; earlier goes first within a priority.
       use_cache: False computes the whole prompt anew.
+      private_from: position from which on what is computed is this sequence's own: blocks are neither shared nor looked
+        up. No chunk goes across it.
       single_from: position from which on tokens are computed one at a time, each as a row, also those that are known;
-        what comes of them is this sequence's own, so their blocks are neither shared nor looked up.
+        at least `private_from`.
       computed: tokens whose keys and values are there once all planned steps have run.
       pending: tokens sampled by planned steps and not known yet.
       cached: tokens of the prompt that came from the prefix cache at first admission, in tokens.
@@ -64,6 +66,7 @@ class SequenceState:
     priority: int = 0
     arrival: float = 0.0
     use_cache: bool = True
+    private_from: int = sys.maxsize
     single_from: int = sys.maxsize
     computed: int = 0
     pending: int = 0
@@ -391,8 +394,8 @@ class BatchScheduler:
             victim.pending -= row.samples
             step.budget += 1
         step.preempted.append(victim.seq_id)
-        # What a sequence has beside its blocks since it goes by single tokens, it can only compute anew.
-        swaps = self.limits.preemption == "swap" and victim.computed <= victim.single_from
+        # What a sequence has beside its blocks, since they are its own, it can only compute anew.
+        swaps = self.limits.preemption == "swap" and victim.computed <= victim.private_from
         if swaps and self._kv.swap_out(victim.seq_id, victim.computed):
             self.stats.preemptions_swap += 1
         else:
@@ -418,7 +421,8 @@ class BatchScheduler:
                 self._plan_chunk(step, sequence, length)
 
     def _chunk_length(self, step: _Plan, sequence: SequenceState) -> int:
-        end = min(len(sequence.tokens), sequence.single_from)
+        own = sequence.computed >= sequence.private_from
+        end = min(len(sequence.tokens), sequence.single_from if own else sequence.private_from)
         return min(end - sequence.computed, step.budget, self.limits.max_chunk)
 
     def _plan_chunk(self, step: _Plan, sequence: SequenceState, length: int) -> None:
@@ -444,7 +448,7 @@ class BatchScheduler:
             if not step.budget or not self._slots:
                 return
             length = len(sequence.tokens)
-            shared = min(length - 1, sequence.single_from)
+            shared = min(length - 1, sequence.private_from)
             blocks = shared // self._kv.page_size if self._kv.prefix_caching else 0
             keys = sequence.keys.upto(sequence.tokens, blocks)
             if sequence.pending or self._is_coming(sequence, keys):
@@ -509,7 +513,7 @@ class BatchScheduler:
     def _publish(self, sequence: SequenceState) -> None:
         if not self._kv.prefix_caching:
             return
-        blocks = min(sequence.computed, len(sequence.tokens), sequence.single_from) // self._kv.page_size
+        blocks = min(sequence.computed, len(sequence.tokens), sequence.private_from) // self._kv.page_size
         published = self._kv.num_published(sequence.seq_id)
         if blocks <= published:
             return

@@ -41,8 +41,8 @@ class Job:
     aborted: bool = False
 
     def content(self, position: int, token: int) -> int:
-        """What is computed of a token; by itself, it is something that no other sequence has."""
-        own = position >= self.sequence.single_from
+        """What is computed of a token; of a sequence's own ones, it is something that no other sequence has."""
+        own = position >= self.sequence.private_from
         return token + 1000 * (1 + self.sequence.seq_id) if own else token
 
     @functools.cached_property
@@ -173,7 +173,7 @@ class Simulation:
         for part in (*plan.rows, *plan.chunks):
             start = part.position if isinstance(part, Row) else part.start
             if part.seq_id in plan.admitted:
-                assert start <= self.jobs[part.seq_id].sequence.single_from, "what goes with single tokens is not there"
+                assert start <= self.jobs[part.seq_id].sequence.private_from, "what goes with own tokens is not there"
         for slot, change in plan.tables:
             table = self.tables.setdefault(slot, [(0, [])] * len(self.windows))
             pages = [*table[change.group][1][: change.start], *change.pages]
@@ -197,6 +197,8 @@ class Simulation:
             assert chunk.slot == job.sequence.slot
             end = chunk.start + len(chunk.tokens)
             assert end <= job.sequence.single_from, "a token that is to be computed by itself"
+            private = job.sequence.private_from
+            assert chunk.start >= private or end <= private, "own tokens beside others"
             for offset, token in enumerate(chunk.tokens):
                 self._compute(chunk.slot, chunk.start + offset, job, token)
             if chunk.samples:
@@ -293,7 +295,9 @@ def run_random(
         priority, use_cache = draw.choice((0, 0, 0, 1, -1)), draw.random() < 0.85
         stops = frozenset(draw.sample(range(VOCAB), draw.choice((0, 0, 1, 3))))
         least = draw.choice((0, 0, min(2, most)))
-        single_from = draw.randrange(length) if singles and draw.random() < singles else sys.maxsize
+        private_from = single_from = sys.maxsize
+        if singles and draw.random() < singles:
+            private_from, single_from = sorted(draw.randrange(length) for _ in range(2))
         group = []
         for _ in range(draw.choice((1, 1, 1, 3))):
             sequence = sequence_of(
@@ -306,6 +310,7 @@ def run_random(
                 priority=priority,
                 arrival=float(ids),
                 use_cache=use_cache,
+                private_from=private_from,
                 single_from=single_from,
             )
             group.append(Job.make(sequence, seed=ids))
