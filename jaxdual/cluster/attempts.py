@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
+from jaxdual.decoding.dysco import first_observed
 from jaxdual.engine.request import Hits, Request, Target
 from jaxdual.kv.keys import BlockKey
+from jaxdual.sampling_params import SamplingParams
 
 
 @dataclass(slots=True)
@@ -33,7 +35,8 @@ class Live:
       reads: whether stored blocks of it are read: not once they have kept it waiting in vain.
       cached: tokens of the prompt that its prefill engine found computed; None before.
       added: when it came, in seconds.
-      queue_seconds, allocation_seconds: how long it has waited for engines, and for memory of its decode engine.
+      queue_seconds, allocation_seconds, read_seconds: how long it has waited for engines, for memory of its decode
+        engine, and, before tokens that nobody waits for, for stored blocks.
     """
 
     request: Request
@@ -48,6 +51,7 @@ class Live:
     cached: int | None = None
     queue_seconds: float = 0.0
     allocation_seconds: float = 0.0
+    read_seconds: float = 0.0
 
     @property
     def resumed(self) -> tuple[tuple[int, ...] | None, ...]:
@@ -61,13 +65,27 @@ class Live:
 
     @property
     def length(self) -> int:
-        """Tokens whose keys and values are there when the lead goes on from them."""
-        return len(self.request.prompt_token_ids) + len(self.lead.tokens)
+        """Tokens whose keys and values a prefill engine computes."""
+        prompt, dysco = len(self.request.prompt_token_ids), self.request.dysco
+        if dysco is not None:
+            return first_observed(prompt, dysco.tail, dysco.observe)
+        return prompt + len(self.lead.tokens)
 
     @property
     def tokens(self) -> list[int]:
-        """Of the prompt, and behind them those of the lead."""
-        return [*self.request.prompt_token_ids, *self.lead.tokens]
+        """Those: of the prompt, and behind them of the lead; before the first that is watched, where some are."""
+        return [*self.request.prompt_token_ids, *self.lead.tokens][: self.length]
+
+    @property
+    def goes_on_alone(self) -> bool:
+        """Whether a decode engine computes what it needs by itself.
+
+        Outputs begin together where the lead's prompt ends; not once the others have tokens of their own. Where tokens
+        are watched, they begin before them, whatever follows.
+        """
+        if self.request.dysco is not None:
+            return not self.length or self.lead.ended
+        return self.lead.ended or any(output.tokens for output in self.outputs[1:])
 
     @property
     def left(self) -> int:
@@ -104,6 +122,7 @@ class Attempt:
       hits: which blocks are read from the store, by whom.
       target: where the prompt is written, once it is granted.
       cached: tokens of the prompt that its prefill engine found stored or cached.
+      computed: whether the prefill engine has computed the prompt.
       handed: whether the prompt is complete there; None while that is not known.
       broken: see `wire.HandedOff`.
       stores: nobody waits for it any more, but for its blocks to be stored.
@@ -121,6 +140,7 @@ class Attempt:
     hits: Hits = field(default_factory=Hits)
     target: Target | None = None
     cached: int = 0
+    computed: bool = False
     handed: bool | None = None
     broken: bool = False
     stores: bool = False
@@ -130,7 +150,11 @@ class Attempt:
         return dataclasses.replace(self.live.request, request_id=self.name, salt=self.salt, resumed=resumed)
 
     def prefill_request(self) -> Request:
-        """The prompt, and one token of the lead."""
+        """The prompt, and one token of the lead; where tokens are watched, what comes before them, and any token."""
+        if self.live.request.dysco is not None:
+            params = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
+            prompt = self.live.tokens
+            return dataclasses.replace(self.request(()), prompt_token_ids=prompt, params=params, dysco=None)
         before, params = tuple(self.live.lead.tokens), self.live.request.params
         count = len(before) + 1
         params = dataclasses.replace(params, n=1, max_tokens=count, min_tokens=min(params.min_tokens, count))

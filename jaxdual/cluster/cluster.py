@@ -75,6 +75,7 @@ class Cluster:
 
     Attributes:
       prompt_tokens: of all requests so far.
+      unwanted_tokens: that engines gave, or are to give, for the sake of what they compute before.
     """
 
     def __init__(
@@ -101,6 +102,7 @@ class Cluster:
         self._alone: list[Live] = []  # those that wait for a decode engine only
         self._outgoing: list[TokenEvent] = []  # to be delivered, in order
         self.prompt_tokens = 0
+        self.unwanted_tokens = 0
         self._held = False
 
     def __len__(self) -> int:
@@ -269,9 +271,7 @@ class Cluster:
 
     def _place(self, live: Live) -> None:
         """Has a request wait for engines."""
-        # The other outputs begin where the lead's prompt ends. Once they have tokens of their own, a decode engine
-        # computes what it needs by itself, as it does where the lead has ended.
-        if live.lead.ended or any(output.tokens for output in live.outputs[1:]):
+        if live.goes_on_alone:
             self._alone.append(live)
             return
         blocks = (live.length - 1) // self._page_size
@@ -402,7 +402,7 @@ class Cluster:
             self._scheduler.read_progress(attempt.placement, ReadSide.PREFILL, attempt.hits.here * self._page_size)
 
     def _hand_over(self, attempt: Attempt) -> None:
-        """The decode engine takes the prompt over when it is complete and its next token is known."""
+        """The decode engine takes the prompt over when it is complete and what was wanted of its end is known."""
         if attempt.handed is None or attempt.phase is Phase.DECODE:
             return
         live = attempt.live
@@ -410,12 +410,13 @@ class Cluster:
             if attempt.stores and attempt.handed and attempt.decode in self._members:
                 del self._attempts[attempt.name]
                 self._send(attempt.decode, Adopt(attempt.one_more(), self._stored(attempt)))
+                self.unwanted_tokens += 1
             else:
                 self._settle(attempt)
         elif not attempt.handed:
             self._settle(attempt)
             self._redo(attempt, "its keys and values could not be handed over, again and again")
-        elif live.length > attempt.tokens:
+        elif attempt.computed:
             attempt.phase = Phase.DECODE
             if attempt.placement is not None:
                 self._scheduler.prefilled(attempt.placement)
@@ -458,14 +459,20 @@ class Cluster:
                 continue
             if output.ended or event.finish_reason == "abort":
                 continue
-            if event.token is not None:
-                output.tokens.append(event.token)
             reason = event.finish_reason
             if attempt.phase is Phase.PREFILL:
-                attempt.cached = event.cached_tokens
+                attempt.computed, attempt.cached = True, event.cached_tokens
                 live.cached = event.cached_tokens if live.cached is None else live.cached
-                if reason == "length" and len(output.tokens) < (live.request.params.max_tokens or 0):
+                if live.request.dysco is not None:  # another token comes when those before it were watched
+                    self.unwanted_tokens += event.token is not None
+                    live.queue_seconds += event.queue_seconds or 0.0
+                    live.read_seconds += event.read_seconds or 0.0
+                    self._hand_over(attempt)
+                    continue
+                if reason == "length" and len(output.tokens) + 1 < (live.request.params.max_tokens or 0):
                     reason = None  # of its part
+            if event.token is not None:
+                output.tokens.append(event.token)
             output.ended = reason is not None
             own = dataclasses.replace(
                 event,
@@ -475,6 +482,7 @@ class Cluster:
             )
             if own.queue_seconds is not None:
                 own.queue_seconds += live.queue_seconds
+                own.read_seconds = (own.read_seconds or 0.0) + live.read_seconds
                 own.allocation_seconds = live.allocation_seconds
             self._outgoing.append(own)
             if all(one.ended for one in live.outputs):

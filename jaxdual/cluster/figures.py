@@ -53,6 +53,7 @@ def cluster_figures(
     *,
     num_waiting: int,
     prompt_tokens: int,
+    unwanted_tokens: int,
     card_bytes: Mapping[str, int],
 ) -> EngineStats:
     """Figures of engines as those of one that does all their work.
@@ -64,6 +65,7 @@ def cluster_figures(
       members: name, role and figures of each engine.
       num_waiting: sequences that wait for engines.
       prompt_tokens: of all requests.
+      unwanted_tokens: that engines gave for the sake of what they compute before.
       card_bytes: see `EngineStats`.
     """
     every = [stats for _, _, stats in members]
@@ -74,4 +76,5 @@ def cluster_figures(
     figures |= {name: max((getattr(stats, name) for stats in every), default=0.0) for name in _START}
     figures["num_waiting"] += num_waiting
     figures["prompt_tokens"] = prompt_tokens
+    figures["generation_tokens"] -= unwanted_tokens
     return EngineStats(**figures, card_bytes=card_bytes, engines={name: stats for name, _, stats in members})

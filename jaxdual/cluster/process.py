@@ -475,6 +475,7 @@ class ClusterProcess(asyncio.Protocol):
             [(member.name, member.role, member.figures.total()) for member in self._members],
             num_waiting=0 if self._cluster is None else self._cluster.num_waiting,
             prompt_tokens=0 if self._cluster is None else self._cluster.prompt_tokens,
+            unwanted_tokens=0 if self._cluster is None else self._cluster.unwanted_tokens,
             card_bytes={} if self._cards is None else self._cards.nbytes(),
         )
 

@@ -204,11 +204,16 @@ class DyscoModel:
 
 
 def first_raised(prompt_length: int, tail: int, observe: int) -> int:
-    """Position of the first token that is computed twice; the ones before are those of any prompt.
+    """Position of the first token that is computed twice; what is computed of those before is that of any prompt.
 
     The authors' code begins one token before the tail, but with it where it observes nothing.
     """
     return max(prompt_length - tail - (observe > 0), 0)
+
+
+def first_observed(prompt_length: int, tail: int, observe: int) -> int:
+    """Position of the first token whose attention counts; all before it are those of any prompt."""
+    return max(first_raised(prompt_length, tail, observe) - max(observe - 1, 0), 0)
 
 
 def template_mask(tokens: Sequence[int], sequences: Sequence[Sequence[int]]) -> np.ndarray:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdual.decoding.dysco import Dysco, first_raised, template_mask
+from jaxdual.decoding.dysco import Dysco, first_observed, first_raised, template_mask
 from jaxdual.engine.buckets import PrefillBatch
 from jaxdual.engine.dysco import Chosen, DyscoRows, DyscoState, ObservedChunks
 from jaxdual.engine.dysco_programs import DyscoPrograms
@@ -41,10 +41,9 @@ class SlotDysco:
 
 def slot_dysco(params: Dysco, prompt: Sequence[int]) -> SlotDysco:
     """How a prompt is decoded."""
-    begin = first_raised(len(prompt), params.tail, params.observe)
-    observed = max(begin - max(params.observe - 1, 0), 0)
+    sizes = len(prompt), params.tail, params.observe
     template = np.flatnonzero(template_mask(prompt, params.template_sequences)).tolist()
-    return SlotDysco(params, observed, begin, template)
+    return SlotDysco(params, first_observed(*sizes), first_raised(*sizes), template)
 
 
 class DyscoSlots:

@@ -205,7 +205,7 @@ def _load_model(
 def _dysco_refusal(config: EngineConfig, layout: KVLayout) -> str:
     if any(group.window is not None for group in layout.groups):
         return "the model has layers that don't see all tokens"
-    return "engines of clusters don't decode so yet" if config.kv_transport is not None else ""
+    return ""
 
 
 def _read_profile(config: EngineConfig, model: ModelConfig) -> RouterProfile | None:
