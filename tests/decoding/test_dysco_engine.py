@@ -78,6 +78,8 @@ def others(count: int, seed: int = 0) -> list[dict[str, list[int]]]:
     return [{"prompt_token_ids": [rng.randrange(256) for _ in range(rng.randint(1, 60))]} for _ in range(count)]
 
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
+
 VANILLA = SamplingParams(max_tokens=16, temperature=0, ignore_eos=True)
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Hashable
 
+from jaxdual.engine.dysco_programs import DyscoPrograms
 from jaxdual.engine.layerwise.programs import LayerPrograms
 from jaxdual.engine.steps import Programs
 from jaxdual.kv.layout import KVLayout
 from models import Decoder
 
 _programs: dict[Hashable, Programs] = {}
+_dysco_programs: dict[Hashable, DyscoPrograms] = {}
 _layer_programs: dict[Hashable, LayerPrograms] = {}
 
 
@@ -20,6 +22,11 @@ def programs_of(model: Decoder, layout: KVLayout) -> Programs:
     shared = copy.copy(_programs.setdefault((own._graphdef, own._structure, layout), own))
     shared.leaves = own.leaves
     return shared
+
+
+def dysco_programs_of(programs: Programs) -> DyscoPrograms:
+    """`DyscoPrograms`, jitted once for all `Programs` that share theirs."""
+    return _dysco_programs.setdefault(programs.decode, DyscoPrograms(programs))
 
 
 def layer_programs_of(model: Decoder, *, page_size: int, slots: int) -> LayerPrograms:
