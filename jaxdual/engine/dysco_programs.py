@@ -37,6 +37,7 @@ class DyscoPrograms:
         self.decode = jax.jit(self._decode, donate_argnames=donated, static_argnames="layers")
         self.observe = jax.jit(self._observe, donate_argnames=donated, static_argnames="layers")
         self.set_slot = jax.jit(self._set_slot, donate_argnums=0)
+        self.relevance_of = jax.jit(self._relevance_of)
 
     def _decode(
         self,
@@ -132,6 +133,10 @@ class DyscoPrograms:
         """See `dysco.set_slot`; slots are counted over all ranks."""
         written: DyscoState = self._programs.on_slot(set_slot, state, slot, relevance, template)
         return written
+
+    def _relevance_of(self, state: DyscoState, slot: Int32[Array, ""]) -> Float32[Array, " keys"]:
+        """Of the sequence in a slot, counted over all ranks."""
+        return self._programs.of_slot(state.relevance, slot)
 
 
 def _leading(few: Array, many: Any) -> Any:

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -19,7 +20,7 @@ from jaxdual.engine.dysco import Chosen, DyscoRows, DyscoState, ObservedChunks
 from jaxdual.engine.dysco_programs import DyscoPrograms
 from jaxdual.engine.request import Selection
 from jaxdual.engine.steps import Programs
-from jaxdual.scheduling.batch import Chunk, Row
+from jaxdual.scheduling.batch import Chunk, ParkedSlot, Row
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,19 +66,41 @@ class DyscoSlots:
         self.programs = DyscoPrograms(programs)
         self._slots, self._keys, self._heads, self._ranks = slots, keys, heads, ranks
         self._bound: dict[tuple[int, int], SlotDysco] = {}
+        self._parked: dict[int, jax.Array | np.ndarray] = {}
         place, shape = programs.slot_sharding, (ranks * slots, keys)
         self.state = DyscoState(jnp.zeros(shape, jnp.float32, device=place), jnp.zeros(shape, bool, device=place))
 
-    def bind(self, rank: int, slot: int, dysco: SlotDysco | None) -> None:
-        """A slot gets a sequence."""
+    def bind(self, rank: int, slot: int, seq_id: int, dysco: SlotDysco | None) -> None:
+        """A slot gets a sequence, which goes on from what was kept of it."""
         if dysco is None:
             self._bound.pop((rank, slot), None)
             return
         self._bound[rank, slot] = dysco
         template = np.zeros(self._keys, bool)
         template[list(dysco.template)] = True
-        number = np.int32(rank * self._slots + slot)
-        self.state = self.programs.set_slot(self.state, number, np.zeros(self._keys, np.float32), template)
+        kept = self._parked.pop(seq_id, None)
+        relevance = np.zeros(self._keys, np.float32) if kept is None else np.asarray(kept)
+        self.state = self.programs.set_slot(self.state, self._number(rank, slot), relevance, template)
+
+    def park(self, rank: int, parked: ParkedSlot) -> None:
+        """Keeps the state of a sequence, which is about to lose its slot; `settle` brings it to the host."""
+        if (rank, parked.slot) in self._bound:
+            self._parked[parked.seq_id] = self.programs.relevance_of(self.state, self._number(rank, parked.slot))
+
+    def settle(self, parked: Iterable[int]) -> None:
+        """What is kept of some sequences waits on the host from now on, and no more on the device."""
+        for seq_id in parked:
+            if seq_id in self._parked:
+                self._parked[seq_id] = np.asarray(self._parked[seq_id])
+
+    def unpark(self, seq_ids: Iterable[int]) -> None:
+        """Nobody needs what was kept of some sequences."""
+        for seq_id in seq_ids:
+            self._parked.pop(seq_id, None)
+
+    def _number(self, rank: int, slot: int) -> np.int32:
+        """Of the state's row."""
+        return np.int32(rank * self._slots + slot)
 
     def split[T: (Row, Chunk)](self, parts_of: Sequence[Sequence[T]]) -> tuple[list[list[T]], list[list[T]]]:
         """Rows, or chunks, of each rank that are computed as always, and those that are watched."""

@@ -398,6 +398,7 @@ class Engine:
             output.ran = self._clock() if output.ran is None else output.ran
             bindings.append(
                 SlotBinding(
+                    seq_id=seq_id,
                     rank=output.rank,
                     slot=sequence.slot,
                     sampling=output.sampling,

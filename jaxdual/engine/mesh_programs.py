@@ -209,6 +209,16 @@ class MeshPrograms(Programs):
         whole = PartitionSpec()
         return self._mesh.on_each(local, (_BY_RANK, *(whole for _ in range(1 + len(row)))), _BY_RANK)(state, slot, *row)
 
+    def of_slot(self, array: Array, slot: Int32[Array, ""]) -> Array:
+        def local(array: Array, slot: Array) -> Array:
+            own = slot - jax.lax.axis_index(RANKS) * array.shape[0]
+            mine = (own >= 0) & (own < array.shape[0])
+            row: Array = jax.lax.psum(jnp.where(mine, array[jnp.where(mine, own, 0)], 0), RANKS)
+            return row
+
+        found: Array = self._mesh.on_each(local, (_BY_RANK, PartitionSpec()), PartitionSpec())(array, slot)
+        return found
+
     def for_host[T](self, results: T) -> T:
         if not self._mesh.spans_processes:
             return results

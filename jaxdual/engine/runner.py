@@ -71,11 +71,19 @@ class _Scored:
 
 @dataclass(slots=True)
 class Launch:
-    """A step that was dispatched and not fetched yet."""
+    """A step that was dispatched and not fetched yet.
+
+    Attributes:
+      batches: tokens under way.
+      selections: of those sequences that want them told.
+      scored: residual streams of which something is wanted.
+      parked: sequences of which something is kept.
+    """
 
     batches: list[SampleBatch] = field(default_factory=list)
     selections: Selections | None = None
     scored: list[_Scored] = field(default_factory=list)
+    parked: tuple[int, ...] = ()
 
 
 class Runner:
@@ -167,6 +175,8 @@ class Runner:
           targets: of the sequences whose chunk in this step wants prompt log-probabilities.
         """
         launch = Launch()
+        if self._dysco is not None:
+            launch.parked = self._park(self._dysco, plans)
         for rank, plan in enumerate(plans):
             self._copy(rank, plan.copies)
             for slot, change in plan.tables:
@@ -176,7 +186,7 @@ class Runner:
             if binding.dysco is not None and self._dysco is None:
                 self._dysco = self._new_dysco()
             if self._dysco is not None:
-                self._dysco.bind(binding.rank, binding.slot, binding.dysco)
+                self._dysco.bind(binding.rank, binding.slot, binding.seq_id, binding.dysco)
         # Rows before chunks: they wait for the step before this one already, so their tokens come first.
         if any(plan.rows for plan in plans):
             self._decode(launch, [plan.rows for plan in plans])
@@ -193,6 +203,8 @@ class Runner:
         """Waits for a step and brings its results to the host."""
         sampled = [one for batch in launch.batches for one in batch.fetch()]
         self._land()
+        if self._dysco is not None:
+            self._dysco.settle(launch.parked)
         prompt_logprobs = {
             seq_id: self._sampler.score(scored.x, first, wanted)
             for scored in launch.scored
@@ -304,6 +316,13 @@ class Runner:
             launch.scored.append(_Scored(x, tuple(parts)))
         if sampling:
             launch.batches.append(self._sampler.sample(last, sampling))
+
+    def _park(self, dysco: DyscoSlots, plans: Sequence[StepPlan]) -> tuple[int, ...]:
+        for rank, plan in enumerate(plans):
+            for parked in plan.parked:
+                dysco.park(rank, parked)
+            dysco.unpark(plan.unparked)
+        return tuple(parked.seq_id for plan in plans for parked in plan.parked)
 
     def _observe(self, dysco: DyscoSlots, batch: PrefillBatch) -> None:
         chunks, layers = dysco.chunks(batch)

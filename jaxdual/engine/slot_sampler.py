@@ -20,10 +20,11 @@ _SCORE_TOKENS = 128  # scored by one program: waste at the end costs less than a
 
 @dataclass(frozen=True, slots=True)
 class SlotBinding:
-    """A sequence that runs from a step on: where, how it is sampled, the tokens that penalties look at, and how it is
-    decoded, if not as usual.
+    """A sequence that runs from a step on: which one, where, how it is sampled, the tokens that penalties look at, and
+    how it is decoded, if not as usual.
     """
 
+    seq_id: int
     rank: int
     slot: int
     sampling: SlotSampling

@@ -230,6 +230,10 @@ class Programs:
         """
         return function(state, slot, *row)
 
+    def of_slot(self, array: Array, slot: Int32[Array, ""]) -> Array:
+        """The row of a slot, counted over all ranks, whole on each device."""
+        return array[slot]
+
     def for_host[T](self, results: T) -> T:
         """Results that every process can read whole."""
         return results

@@ -132,6 +132,20 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
+class ParkedSlot:
+    """A sequence that gives its slot up and will go on from where it is.
+
+    Attributes:
+      seq_id, slot: the sequence and the row of the per-sequence device state that it has had.
+      computed: tokens whose keys and values it has.
+    """
+
+    seq_id: int
+    slot: int
+    computed: int
+
+
+@dataclass(frozen=True, slots=True)
 class StepPlan:
     """One step: copies and page tables first, each in order, then chunks and rows.
 
@@ -143,6 +157,8 @@ class StepPlan:
       preempted: sequences that had to give way.
       published: blocks shared since the last step; whoever wants their contents takes them before the copies.
       unstaged: sequences whose staging pages nobody needs once the copies are made.
+      parked: sequences whose state on the device is to be kept until they are admitted again.
+      unparked: sequences of which nobody needs what was kept.
     """
 
     copies: tuple[PageCopy, ...]
@@ -153,10 +169,13 @@ class StepPlan:
     preempted: tuple[int, ...]
     published: tuple[PublishedBlock, ...] = ()
     unstaged: tuple[int, ...] = ()
+    parked: tuple[ParkedSlot, ...] = ()
+    unparked: tuple[int, ...] = ()
 
     @property
     def is_empty(self) -> bool:
-        return not (self.copies or self.admitted or self.chunks or self.rows or self.published or self.unstaged)
+        work = self.copies or self.admitted or self.chunks or self.rows
+        return not (work or self.published or self.unstaged or self.unparked)
 
     @property
     def num_tokens(self) -> int:
@@ -203,6 +222,7 @@ class _Plan:
     chunks: list[Chunk] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
     preempted: list[int] = field(default_factory=list)
+    parked: list[ParkedSlot] = field(default_factory=list)
 
 
 class BatchScheduler:
@@ -232,6 +252,9 @@ class BatchScheduler:
         self._slots = list(range(limits.max_num_seqs - 1, -1, -1))
         # Blocks that running sequences will compute and share, and which sequence each.
         self._coming: dict[BlockKey, int] = {}
+        # Sequences whose state is kept, and how many tokens they had then; those of which it is not needed any more.
+        self._parked: dict[int, int] = {}
+        self._unparked: list[int] = []
 
     @property
     def num_waiting(self) -> int:
@@ -255,6 +278,8 @@ class BatchScheduler:
         else:
             self._waiting.remove(sequence)
         self._kv.release(sequence.seq_id)
+        if self._parked.pop(sequence.seq_id, None) is not None:
+            self._unparked.append(sequence.seq_id)
         sequence.phase = Phase.FINISHED
         sequence.finish_reason = reason
 
@@ -271,6 +296,7 @@ class BatchScheduler:
         self._plan_chunks(step)
         if not step.preempted:
             self._admit(step, now)
+        unparked, self._unparked = self._unparked, []
         return StepPlan(
             copies=self._kv.take_copies(),
             tables=tuple(step.tables),
@@ -280,6 +306,8 @@ class BatchScheduler:
             preempted=tuple(step.preempted),
             published=self._kv.take_published(),
             unstaged=self._kv.take_unstaged(),
+            parked=tuple(step.parked),
+            unparked=tuple(unparked),
         )
 
     def complete(self, sampled: Iterable[tuple[SequenceState, int]], now: float) -> None:
@@ -394,10 +422,12 @@ class BatchScheduler:
             victim.pending -= row.samples
             step.budget += 1
         step.preempted.append(victim.seq_id)
-        # What a sequence has beside its blocks, since they are its own, it can only compute anew.
-        swaps = self.limits.preemption == "swap" and victim.computed <= victim.private_from
-        if swaps and self._kv.swap_out(victim.seq_id, victim.computed):
+        if self.limits.preemption == "swap" and self._kv.swap_out(victim.seq_id, victim.computed):
             self.stats.preemptions_swap += 1
+            # One without a slot has all its tokens under way, and does not go on.
+            if victim.computed > victim.private_from and victim.slot >= 0:
+                step.parked.append(ParkedSlot(victim.seq_id, victim.slot, victim.computed))
+                self._parked[victim.seq_id] = victim.computed
         else:
             self._kv.release(victim.seq_id)
             self.stats.preemptions_recompute += 1
@@ -466,6 +496,8 @@ class BatchScheduler:
             sequence.phase = Phase.RUNNING
             sequence.slot = self._slots.pop()
             sequence.computed = admission.computed
+            if self._parked.pop(sequence.seq_id, sequence.computed) != sequence.computed:
+                self._unparked.append(sequence.seq_id)
             if sequence.cached is None:
                 sequence.cached = admission.cached
             bisect.insort(self._running, sequence, key=lambda s: s.order)

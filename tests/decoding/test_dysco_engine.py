@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import random
 from collections.abc import Sequence
 from typing import Any
@@ -108,18 +109,24 @@ def test_recorded_runs_beside_other_requests_in_small_chunks(case: str) -> None:
         assert again.outputs[0].token_ids == output.outputs[0].token_ids
 
 
-def test_recorded_runs_that_give_way_and_are_computed_again() -> None:
+@pytest.mark.parametrize("sizes", [{}, {"data_parallel_size": 2}], ids=["one", "ranks"])
+def test_recorded_runs_that_give_way_and_go_on(sizes: dict[str, int]) -> None:
     case = "qwen3_hybrid"
     for mode, more in (("recompute", {}), ("swap", {"host_cache_bytes": 1 << 20})):
-        llm = LLM(FIXTURES / case, **SETTINGS, num_kv_blocks=36, preemption_mode=mode, **more)
+        llm = LLM(FIXTURES / case, **SETTINGS, **sizes, num_kv_blocks=36, preemption_mode=mode, **more)
         prompts = [prompt_of(case), *others(1), prompt_of(case), *others(2, seed=2), prompt_of(case)]
-        params = [params_of(case) if one == prompt_of(case) else VANILLA for one in prompts]
+        prompts *= 3 if sizes else 1
+        growing = dataclasses.replace(VANILLA, max_tokens=90)
+        params = [params_of(case) if one == prompt_of(case) else growing for one in prompts]
         outputs = llm.generate(prompts, params)
         for one, output in zip(params, outputs, strict=True):
-            if one is not VANILLA:
+            if one is not growing:
                 assert output.outputs[0].token_ids == recorded(case)["generated"].tolist()
-        assert llm.stats().preemptions > 0, mode
+        stats = [rank.scheduler.stats for rank in llm._engine.ranks]
+        assert sum(one.preemptions_swap if mode == "swap" else one.preemptions_recompute for one in stats) > 0
         llm.check_integrity()
+        assert llm._engine.runner._dysco is not None
+        assert not llm._engine.runner._dysco._parked
 
 
 def test_without_raised_attention_tokens_are_as_always() -> None:

@@ -18,7 +18,7 @@ from jaxdual.kv.keys import KeyChain, root_key
 from jaxdual.kv.layout import most_blocks
 from jaxdual.kv.manager import GroupPages, KVManager
 from jaxdual.kv.slots import IntegrityError
-from jaxdual.scheduling.batch import BatchLimits, BatchScheduler, Phase, Row, SequenceState, StepPlan
+from jaxdual.scheduling.batch import BatchLimits, BatchScheduler, Phase, SequenceState, StepPlan
 from jaxdual.scheduling.queues import QUEUE_POLICIES, waiting_queue
 from tests.kv.memory import Memory
 
@@ -82,6 +82,9 @@ class Simulation:
         self.tables: dict[int, list[tuple[int, list[int]]]] = {}
         self.jobs: dict[int, Job] = {}
         self.last_token: dict[int, int | None] = {}
+        # State that grows with a sequence's own tokens: whose, and how many tokens it is of.
+        self.state: dict[int, tuple[int, int]] = {}
+        self.parked: dict[int, tuple[int, int]] = {}
         self.flight: tuple[StepPlan, list[tuple[int, int]]] | None = None
 
     def add(self, job: Job) -> None:
@@ -123,6 +126,7 @@ class Simulation:
         self.scheduler.check_integrity()
         assert (self.scheduler.num_waiting, self.scheduler.num_running) == (0, 0)
         assert self.kv.num_held == 0
+        assert not self.parked
         assert self.kv.num_available == self.kv.num_pages
         for job in self.jobs.values():
             if job.aborted:
@@ -168,12 +172,15 @@ class Simulation:
 
     def _execute(self, plan: StepPlan) -> list[tuple[int, int]]:
         self.memory.execute(plan.copies)
+        for parked in plan.parked:
+            assert self.state[parked.slot] == (parked.seq_id, parked.computed)
+            self.parked[parked.seq_id] = self.state[parked.slot]
+        for seq_id in plan.unparked:
+            del self.parked[seq_id]
         for seq_id in plan.admitted:
-            self.last_token[self.jobs[seq_id].sequence.slot] = None
-        for part in (*plan.rows, *plan.chunks):
-            start = part.position if isinstance(part, Row) else part.start
-            if part.seq_id in plan.admitted:
-                assert start <= self.jobs[part.seq_id].sequence.private_from, "what goes with own tokens is not there"
+            sequence = self.jobs[seq_id].sequence
+            self.last_token[sequence.slot] = None
+            self.state[sequence.slot] = self.parked.pop(seq_id, (seq_id, sequence.private_from))
         for slot, change in plan.tables:
             table = self.tables.setdefault(slot, [(0, [])] * len(self.windows))
             pages = [*table[change.group][1][: change.start], *change.pages]
@@ -209,6 +216,9 @@ class Simulation:
     def _compute(self, slot: int, position: int, job: Job, token: int) -> None:
         """Writes one token in all groups, after a look at what it sees of those before."""
         prefix = job.contents[:position]
+        if position >= job.sequence.private_from:
+            assert self.state[slot] == (job.sequence.seq_id, position), "what goes with own tokens is not there"
+            self.state[slot] = job.sequence.seq_id, position + 1
         for group, (first, pages) in enumerate(self.tables[slot]):
             self.memory.check(pages, prefix, position, group=group, first=first)
             self.memory.write(pages, position, (*prefix, job.content(position, token)), group=group, first=first)

@@ -381,7 +381,7 @@ class PrefillEngine:
         if samples:
             job.slot = self._take(self._slots)
             prompt, output = job.tokens[: job.prompt_length], job.tokens[job.prompt_length :]
-            self.runner.sampler.bind(SlotBinding(0, job.slot, job.sampling, prompt, output))
+            self.runner.sampler.bind(SlotBinding(job.number, 0, job.slot, job.sampling, prompt, output))
         chunk = Chunk(job.number, job.slot, start, job.tokens[start:end], samples, job.num_output)
         pages = [self._take(self._pages) for _ in range(self.runner.layout.pages_for(end))]
         comes: list[tuple[int, Place]] = []
