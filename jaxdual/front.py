@@ -357,10 +357,11 @@ class Front:
             request.metrics.allocation_seconds = event.allocation_seconds
             request.metrics.read_seconds = event.read_seconds
         if event.selections:
-            output.selection = (output.selection or []) + [
-                SelectionStep(one.position, one.selected, np.frombuffer(one.relevance, np.float32))
-                for one in event.selections
-            ]
+            told = list(output.selection or [])
+            for one in event.selections:
+                if not told or one.position > told[-1].position:  # what is computed again was told before
+                    told.append(SelectionStep(one.position, one.selected, np.frombuffer(one.relevance, np.float32)))
+            output.selection = told
         if event.prompt_logprobs is not None:
             request.prompt_logprobs = [None]
             request.prompt_logprobs += [

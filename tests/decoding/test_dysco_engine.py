@@ -6,14 +6,16 @@ import asyncio
 import dataclasses
 import random
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 
 import models
 from jaxdual import LLM, AsyncLLM, DyscoParams, SamplingParams
+from jaxdual.engine.dysco_slots import DyscoSlots
 from jaxdual.outputs import CompletionOutput
+from jaxdual.scheduling.batch import ParkedSlot
 from tests.decoding.dense_dysco import DenseDysco, Settings
 from tests.decoding.test_dysco import CASES, FIXTURES, meta, recorded, unpacked
 
@@ -109,24 +111,38 @@ def test_recorded_runs_beside_other_requests_in_small_chunks(case: str) -> None:
         assert again.outputs[0].token_ids == output.outputs[0].token_ids
 
 
-@pytest.mark.parametrize("sizes", [{}, {"data_parallel_size": 2}], ids=["one", "ranks"])
-def test_recorded_runs_that_give_way_and_go_on(sizes: dict[str, int]) -> None:
-    case = "qwen3_hybrid"
-    for mode, more in (("recompute", {}), ("swap", {"host_cache_bytes": 1 << 20})):
-        llm = LLM(FIXTURES / case, **SETTINGS, **sizes, num_kv_blocks=36, preemption_mode=mode, **more)
-        prompts = [prompt_of(case), *others(1), prompt_of(case), *others(2, seed=2), prompt_of(case)]
-        prompts *= 3 if sizes else 1
-        growing = dataclasses.replace(VANILLA, max_tokens=90)
-        params = [params_of(case) if one == prompt_of(case) else growing for one in prompts]
-        outputs = llm.generate(prompts, params)
-        for one, output in zip(params, outputs, strict=True):
-            if one is not growing:
-                assert output.outputs[0].token_ids == recorded(case)["generated"].tolist()
-        stats = [rank.scheduler.stats for rank in llm._engine.ranks]
-        assert sum(one.preemptions_swap if mode == "swap" else one.preemptions_recompute for one in stats) > 0
-        llm.check_integrity()
-        assert llm._engine.runner._dysco is not None
-        assert not llm._engine.runner._dysco._parked
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("mode", ["recompute", "swap"])
+def test_recorded_runs_that_give_way_and_go_on(
+    mode: Literal["recompute", "swap"], ranks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They come last beside requests that grow until memory is full, so that they give way amid what they raise."""
+    case, parked = "qwen3_hybrid", list[int]()
+    park = DyscoSlots.park
+
+    def noted(self: DyscoSlots, rank: int, one: ParkedSlot) -> None:
+        park(self, rank, one)
+        parked.append(one.seq_id)
+
+    monkeypatch.setattr(DyscoSlots, "park", noted)
+    host = {"host_cache_bytes": 1 << 20} if mode == "swap" else {}
+    llm = LLM(FIXTURES / case, **SETTINGS, **host, num_kv_blocks=32, preemption_mode=mode, data_parallel_size=ranks)
+    growing = dataclasses.replace(VANILLA, max_tokens=90)
+    before = [{"prompt_token_ids": list(range(number, number + 40))} for number in range(2 * ranks)]
+    outputs = llm.generate(
+        [*before, *[prompt_of(case)] * (4 * ranks)], [*[growing] * len(before), *[params_of(case)] * (4 * ranks)]
+    )
+    for output in outputs[len(before) :]:
+        assert_recorded(case, output.outputs[0])
+    stats = [rank.scheduler.stats for rank in llm._engine.ranks]
+    if mode == "swap":
+        assert parked
+        assert not any(one.preemptions_recompute for one in stats)
+    else:
+        assert any(one.preemptions_recompute for one in stats)
+    llm.check_integrity()
+    assert llm._engine.runner._dysco is not None
+    assert not llm._engine.runner._dysco._parked
 
 
 def test_without_raised_attention_tokens_are_as_always() -> None:
