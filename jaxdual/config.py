@@ -84,6 +84,9 @@ class EngineConfig:
       expert_window: steps whose choices a relocation looks at.
       router_statistics: what is counted of the routers' choices: "off", "activations" of experts, or also "transitions"
         between neighbouring layers; None for what `expert_placement` needs.
+      dysco_profile: heads and limits of the requests that are decoded by DySCO and name neither: a profile that ships
+        with jaxdual, or a file; what it needs is compiled with all else, while otherwise the first such request waits
+        for it. None for the profile of the model's name.
       dispatch_policy: which of the data and expert parallel ranks gets a request: "rr" in turn; "vllm_counts" the one
         with the fewest requests; "gimbal" Algorithm 1 of arXiv 2602.21626 as printed, "gimbal_relaxed" with its load
         rule also below saturation; "score" the best sum of cached prefix, load and KV memory.
@@ -137,6 +140,7 @@ class EngineConfig:
     expert_interval: int = 3000
     expert_window: int = 1000
     router_statistics: Literal["off", "activations", "transitions"] | None = None
+    dysco_profile: str | None = None
     dispatch_policy: Literal["rr", "vllm_counts", "gimbal", "gimbal_relaxed", "score"] = "vllm_counts"
     theta_kv: float = 0.9
     theta_diff: float = 0.10

@@ -62,5 +62,7 @@ def front_of(engine: TokenEngine, info: EngineInfo) -> Front:
         Tokenizer.find(info.model_folder),
         vocab_size=info.vocab_size,
         max_model_len=info.max_model_len,
-        dysco=DyscoModel(info.served_model_name, info.num_layers, info.num_heads, info.dysco_refusal),
+        dysco=DyscoModel(
+            info.served_model_name, info.num_layers, info.num_heads, info.dysco_refusal, info.dysco_profile
+        ),
     )

@@ -19,6 +19,7 @@ from jaxdual.decoding.profiles import DyscoProfile, Limits, is_file, profile_of,
 Preset = Literal["code", "rev89c", "paper"]
 # What is kept of the relevance before, at each blending: the authors' code, an earlier revision of it, their formula.
 HISTORY: dict[Preset, float] = {"code": 0.75 / 1.75, "rev89c": 0.4, "paper": 0.75}
+DEFAULT_OBSERVE = 8  # tokens
 _MAX_STRENGTH = 1000.0
 _PLAIN_TAIL = 2  # tokens, of a prompt that no template has made
 
@@ -29,8 +30,8 @@ class DyscoParams:
 
     Attributes:
       heads: retrieval heads as (layer, query head), from 0; None for those of `profile`.
-      profile: name of a profile that ships with jaxdual, or file of one; None for the one of the model's name, if
-        `heads` is None.
+      profile: name of a profile that ships with jaxdual, or file of one; None for the engine's `dysco_profile`, or the
+        one of the model's name, if `heads` is None.
       top_p: part of the relevance that selected tokens have at most, in (0, 1]; None for no such limit; "auto" for the
         profile's at the prompt's length, 0.975 without one.
       top_k: tokens that are selected at most; None for no such limit; "auto" likewise, 4096 without a profile.
@@ -56,7 +57,7 @@ class DyscoParams:
     strength: float | Literal["auto"] = "auto"
     decay: float | None = None
     preset: Preset | None = None
-    observe: int = 8
+    observe: int = DEFAULT_OBSERVE
     tail: int | Literal["auto"] = "auto"
     template_sequences: Sequence[Sequence[int]] | None = None
     static: bool = False
@@ -144,12 +145,14 @@ class DyscoModel:
       name: of its model.
       num_layers, num_heads: of it; heads are query heads of a layer.
       refusal: why none is decoded so; "" where they can be.
+      profile: of requests that give neither heads nor a profile; None for the one of the model's name.
     """
 
     name: str
     num_layers: int
     num_heads: int
     refusal: str = ""
+    profile: str | None = None
 
     def resolved(self, params: DyscoParams, prompt_length: int, opening: int | None) -> Dysco:
         """What parameters mean for a prompt.
@@ -192,8 +195,9 @@ class DyscoModel:
         """That heads come from; None where they are given."""
         if params.heads is not None:
             return None
-        if params.profile is not None:
-            return read_profile(params.profile)
+        name = self.profile if params.profile is None else params.profile
+        if name is not None:
+            return read_profile(name)
         profile = profile_of(self.name)
         if profile is None:
             raise ValueError(

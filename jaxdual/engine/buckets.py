@@ -73,6 +73,20 @@ class Buckets:
                 return size
         raise ValueError(f"{rows=} is above the largest bucket {self.rows[-1]}")
 
+    def watched_sizes(self, rows: int) -> tuple[int, ...]:
+        """Numbers of watched sequences that decode steps of a bucket are compiled for: they grow by fours up to all."""
+        return _growing(1, _SHARED_STEP, rows)
+
+    def watched(self, count: int, rows: int) -> int:
+        """The smallest of `watched_sizes(rows)` that holds `count` sequences."""
+        return next(size for size in self.watched_sizes(rows) if size >= count)
+
+    @property
+    def shortest_shapes(self) -> tuple[PrefillShape, ...]:
+        """Shapes of prefills that short chunks run in, in all numbers of them."""
+        shortest = self.prefill_shapes[0].chunk
+        return tuple(shape for shape in self.prefill_shapes if shape.chunk == shortest)
+
     def prefill(self, chunks: Sequence[Sequence[Chunk]]) -> list[PrefillBatch]:
         """Groups the chunks of each rank into batches, longest first, so that little is padded."""
         remaining = [sorted(of_rank, key=lambda chunk: len(chunk.tokens), reverse=True) for of_rank in chunks]

@@ -148,6 +148,7 @@ def _runner_of(
         mesh=loaded.mesh,
         count_routers=config.counted_of_routers,
         placement=loaded.placement,
+        dysco_layers=loaded.dysco_layers,
     )
 
 

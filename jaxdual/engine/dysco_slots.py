@@ -7,15 +7,15 @@ those from `raised_from` on are computed one at a time, with the attention to wh
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdual.decoding.dysco import Dysco, first_observed, first_raised, template_mask
-from jaxdual.engine.buckets import PrefillBatch
+from jaxdual.decoding.dysco import DEFAULT_OBSERVE, Dysco, first_observed, first_raised, template_mask
+from jaxdual.engine.buckets import PrefillBatch, PrefillShape
 from jaxdual.engine.dysco import Chosen, DyscoRows, DyscoState, ObservedChunks
 from jaxdual.engine.dysco_programs import DyscoPrograms
 from jaxdual.engine.request import Selection
@@ -132,17 +132,7 @@ class DyscoSlots:
     def rows(self, rows_of: Sequence[Sequence[Row]], padded: int) -> tuple[DyscoRows, tuple[int, ...]]:
         """What the device is told of rows, and the layers that are watched; arguments as of `told`."""
         layers = self._layers((rank, row.slot) for rank, rows in enumerate(rows_of) for row in rows)
-        count = self._ranks * padded
-        out = DyscoRows(
-            slot=np.full(count, self._slots - 1, np.int32),
-            weights=np.zeros((count, len(layers), self._heads), np.float32),
-            is_first=np.ones(count, bool),
-            history=np.zeros(count, np.float32),
-            top_p=np.ones(count, np.float32),
-            top_k=np.ones(count, np.int32),
-            candidates=np.zeros(count, np.int32),
-            bias=np.zeros(count, np.float32),
-        )
+        out = self.no_rows(padded, layers)
         for rank, rows in enumerate(rows_of):
             for number, row in enumerate(rows, rank * padded):
                 dysco = self._bound[rank, row.slot]
@@ -160,14 +150,13 @@ class DyscoSlots:
     def chunks(self, batch: PrefillBatch) -> tuple[ObservedChunks, tuple[int, ...]]:
         """What the device is told of watched chunks, and the layers that are watched."""
         layers = self._layers((rank, chunk.slot) for rank, chunks in enumerate(batch.chunks) for chunk in chunks)
-        count = self._ranks * batch.shape.rows
-        longest = max(len(chunk.tokens) for chunks in batch.chunks for chunk in chunks)
-        out = ObservedChunks(
-            slot=np.full(count, self._slots - 1, np.int32),
-            weights=np.zeros((count, len(layers), self._heads), np.float32),
-            offsets=np.zeros((count, min(_power_of_two(longest), batch.shape.chunk)), np.float32),
-            history=np.zeros(count, np.float32),
+        # As many as might be in one chunk: how prompts are cut then makes no other program.
+        most = max(
+            self._bound[rank, chunk.slot].params.observe - 1
+            for rank, chunks in enumerate(batch.chunks)
+            for chunk in chunks
         )
+        out = self.no_chunks(batch.shape, layers, most)
         for rank, chunks in enumerate(batch.chunks):
             for number, chunk in enumerate(chunks, rank * batch.shape.rows):
                 dysco, length = self._bound[rank, chunk.slot], len(chunk.tokens)
@@ -179,6 +168,45 @@ class DyscoSlots:
                     out.offsets[number, 0] = kept ** (length - 1)
                 out.history[number] = 0.0 if is_first else kept**length
         return out, layers
+
+    def no_rows(self, padded: int, layers: Sequence[int]) -> DyscoRows:
+        """Rows that are all padding; arguments as of `rows`."""
+        count = self._ranks * padded
+        return DyscoRows(
+            slot=np.full(count, self._slots - 1, np.int32),
+            weights=np.zeros((count, len(layers), self._heads), np.float32),
+            is_first=np.ones(count, bool),
+            history=np.zeros(count, np.float32),
+            top_p=np.ones(count, np.float32),
+            top_k=np.ones(count, np.int32),
+            candidates=np.zeros(count, np.int32),
+            bias=np.zeros(count, np.float32),
+        )
+
+    def no_chunks(self, shape: PrefillShape, layers: Sequence[int], most: int = DEFAULT_OBSERVE - 1) -> ObservedChunks:
+        """Chunks that are all padding.
+
+        Args:
+          most: tokens of one, at most.
+        """
+        count = self._ranks * shape.rows
+        return ObservedChunks(
+            slot=np.full(count, self._slots - 1, np.int32),
+            weights=np.zeros((count, len(layers), self._heads), np.float32),
+            offsets=np.zeros((count, min(_power_of_two(most), shape.chunk)), np.float32),
+            history=np.zeros(count, np.float32),
+        )
+
+    def warm_ups(self) -> Iterator[tuple[str, Callable[[], object]]]:
+        """Name and call of every program that sets or keeps the state of a sequence."""
+        row, nobody = np.zeros(self._keys, np.float32), self._number(0, self._slots - 1)
+
+        def set_slot() -> object:
+            self.state = self.programs.set_slot(self.state, nobody, row, np.zeros(self._keys, bool))
+            return self.state
+
+        yield "set dysco slot", set_slot
+        yield "park dysco slot", lambda: self.programs.relevance_of(self.state, nobody)
 
     def _layers(self, slots: Iterable[tuple[int, int]]) -> tuple[int, ...]:
         """Layers with a head of one of some sequences."""

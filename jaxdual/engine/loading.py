@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxdual.config import ConfigError, EngineConfig
+from jaxdual.decoding.profiles import read_profile as read_dysco_profile
 from jaxdual.kv.layout import KVLayout
 from jaxdual.model_folder import find_model
 from jaxdual.outputs import EngineInfo
@@ -51,6 +52,7 @@ class LoadedModel:
       mesh: of the devices that it lies on; None for one.
       placement: of its experts on them; None for a model without, or on one device.
       expert_policy: where they should be; None for where they are.
+      dysco_layers: those that the configured profile for DySCO watches.
       followers: the other processes that have loaded it, where there are some.
     """
 
@@ -66,6 +68,7 @@ class LoadedModel:
     mesh: DeviceMesh | None = None
     placement: Placement | None = None
     expert_policy: ExpertPolicy | None = None
+    dysco_layers: tuple[int, ...] = ()
     followers: Followers | None = None
 
 
@@ -184,7 +187,8 @@ def _load_model(
         kv_block_bytes=sum(layout.full_block_bytes(group) for group in range(len(layout.groups))),
         full_attention=len(layout.groups) == 1 and layout.groups[0].window is None,
         num_heads=model_config.num_heads,
-        dysco_refusal=_dysco_refusal(config, layout),
+        dysco_refusal=_dysco_refusal(layout),
+        dysco_profile=config.dysco_profile,
     )
     return LoadedModel(
         model,
@@ -199,13 +203,32 @@ def _load_model(
         mesh,
         placement,
         policy,
+        _dysco_layers(config, model_config, info.dysco_refusal),
     )
 
 
-def _dysco_refusal(config: EngineConfig, layout: KVLayout) -> str:
+def _dysco_refusal(layout: KVLayout) -> str:
     if any(group.window is not None for group in layout.groups):
         return "the model has layers that don't see all tokens"
     return ""
+
+
+def _dysco_layers(config: EngineConfig, model: ModelConfig, refusal: str) -> tuple[int, ...]:
+    """Layers that the profile which a configuration names watches, for a model that it fits."""
+    if config.dysco_profile is None:
+        return ()
+    if refusal:
+        raise ConfigError(f"dysco_profile={config.dysco_profile!r}: {refusal}")
+    try:
+        profile = read_dysco_profile(config.dysco_profile)
+    except ValueError as error:
+        raise ConfigError(f"dysco_profile={config.dysco_profile!r}: {error}") from None
+    if (profile.num_layers, profile.num_heads) != (model.num_layers, model.num_heads):
+        raise ConfigError(
+            f"dysco_profile={config.dysco_profile!r} is of a model of {profile.num_layers} layers with "
+            f"{profile.num_heads} heads each, and this one has {model.num_layers} with {model.num_heads}"
+        )
+    return tuple(sorted({layer for layer, _ in profile.heads}))
 
 
 def _read_profile(config: EngineConfig, model: ModelConfig) -> RouterProfile | None:

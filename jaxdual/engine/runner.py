@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int32
 
-from jaxdual.engine.buckets import Buckets, PrefillBatch
+from jaxdual.engine.buckets import Buckets, PrefillBatch, PrefillShape
 from jaxdual.engine.direct_landing import DirectLanding
 from jaxdual.engine.dysco import Chosen, DyscoRows, ObservedChunks
 from jaxdual.engine.dysco_slots import DyscoSlots, Selections
@@ -107,6 +107,7 @@ class Runner:
       mesh: of the devices that the model lies on; None for one.
       placement: of the model's experts on them.
       count_routers: what steps count of the routers' choices, of a model with experts.
+      dysco_layers: for which programs of DySCO are warmed up; none for no such programs.
     """
 
     def __init__(
@@ -124,6 +125,7 @@ class Runner:
         mesh: DeviceMesh | None = None,
         placement: Placement | None = None,
         count_routers: Literal["off", "activations", "transitions"] = "off",
+        dysco_layers: Sequence[int] = (),
     ) -> None:
         self.buckets = buckets
         self.programs: Programs = (
@@ -146,7 +148,8 @@ class Runner:
         self._sampler = SlotSampler(self.programs, max_num_seqs, model.config.vocab_size, ranks)
         self._padding_slot = self._sampler.padding_slot
         self._config = model.config
-        self._dysco: DyscoSlots | None = None  # with the first sequence that is decoded so
+        self._dysco_layers = tuple(dysco_layers)
+        self._dysco: DyscoSlots | None = self._new_dysco() if dysco_layers else None
         moe = model.config.moe
         self._router_counts: RouterCounts | None = None
         if count_routers != "off" and moe is not None:
@@ -295,7 +298,7 @@ class Runner:
         if dysco is None or not any(raised):
             x = self._run_decode(slots, tokens, positions)
         else:
-            count = min(self.buckets.decode(max(map(len, raised))), padded)
+            count = self.buckets.watched(max(map(len, raised)), padded)
             dysco_rows, layers = dysco.rows(raised, count)
             x, chosen = self._run_decode_dysco(slots, tokens, positions, dysco, dysco_rows, layers)
             told = dysco.told(raised, count)
@@ -522,11 +525,34 @@ class Runner:
         for shape in self.buckets.prefill_shapes:
             yield f"prefill rows={shape.rows} tokens={shape.chunk}", partial(prefill, shape.rows, shape.chunk)
         yield from self._sampler.warm_ups(hidden.__getitem__, self.buckets.rows)
+        if self._dysco is not None and self._dysco_layers:
+            yield from self._dysco_warm_ups(self._dysco)
         for group, host in enumerate(self._host):
             if len(host):
                 yield f"copy out group={group} pages={COPY_PAGES}", partial(copy_out, group)
                 if self._direct is None:
                     yield f"copy in group={group} pages={COPY_PAGES}", partial(copy_in, group)
+
+    def _dysco_warm_ups(self, dysco: DyscoSlots) -> Iterator[tuple[str, Callable[[], object]]]:
+        layers = self._dysco_layers
+
+        def decode(rows: int, watched: int) -> object:
+            slots = np.full((self.ranks, rows), self._padding_slot, np.int32)
+            empty = np.zeros_like(slots)
+            nobody = dysco.no_rows(watched, layers)
+            return self._run_decode_dysco(slots, empty, empty - 1, dysco, nobody, layers)
+
+        def observe(shape: PrefillShape) -> object:
+            nothing = PrefillBatch(shape, ((),) * self.ranks)
+            self._run_observe(*self._packed(nothing), dysco, dysco.no_chunks(shape, layers), layers)
+            return dysco.state
+
+        for rows in self.buckets.rows:
+            for watched in self.buckets.watched_sizes(rows):
+                yield f"decode rows={rows} dysco={watched}", partial(decode, rows, watched)
+        for shape in self.buckets.shortest_shapes:
+            yield f"observe rows={shape.rows} tokens={shape.chunk}", partial(observe, shape)
+        yield from dysco.warm_ups()
 
 
 def _addresses(arena: jax.Array) -> tuple[int, ...]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import json
 import random
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -13,11 +15,14 @@ import pytest
 
 import models
 from jaxdual import LLM, AsyncLLM, DyscoParams, SamplingParams
+from jaxdual.config import ConfigError
 from jaxdual.engine.dysco_slots import DyscoSlots
 from jaxdual.outputs import CompletionOutput
 from jaxdual.scheduling.batch import ParkedSlot
+from jaxdual.telemetry import CompileCounter
 from tests.decoding.dense_dysco import DenseDysco, Settings
 from tests.decoding.test_dysco import CASES, FIXTURES, meta, recorded, unpacked
+from tests.engine.models import folder
 
 SETTINGS: dict[str, Any] = {
     "block_size": 8,
@@ -222,3 +227,43 @@ def test_short_prompts_and_static_selections_are_those_of_the_dense_reference(le
     assert output.outputs[0].selection is not None
     for step, selected in zip(output.outputs[0].selection, want.selected, strict=True):
         np.testing.assert_array_equal(step.selected, np.flatnonzero(selected))
+
+
+@pytest.mark.parametrize("sizes", [{}, {"tensor_parallel_size": 2}], ids=["one", "two"])
+def test_with_a_profile_nothing_is_compiled_after_warm_up(tmp_path: Path, sizes: dict[str, int]) -> None:
+    """And requests that name neither heads nor a profile are decoded by it: alone, several, and in small chunks."""
+    case = "qwen3_hybrid"
+    of_case = meta(case)
+    profile = {
+        "models": [],
+        "num_layers": 5,
+        "num_heads": 8,
+        "heads": of_case["heads"],
+        "template_sequences": of_case["template_sequences"],
+        "limits": [{"max_tokens": None, "top_p": of_case["p"], "top_k": of_case["K"], "strength": of_case["beta"]}],
+    }
+    path = tmp_path / "heads.json"
+    path.write_text(json.dumps(profile))
+    dysco = {"dysco_profile": str(path), "preemption_mode": "swap", "host_cache_bytes": 1 << 20}
+    llm = LLM(FIXTURES / case, **SETTINGS | {"max_num_batched_tokens": 32}, **sizes, **dysco, num_kv_blocks=32)
+    llm.warmup()
+    open_ones = {"heads": None, "top_p": "auto", "top_k": "auto", "strength": "auto", "template_sequences": None}
+    asked = params_of(case, decay=None, **open_ones)
+    with CompileCounter() as counter:
+        for count in (1, 4):
+            prompts = [*others(count), *[prompt_of(case)] * count]
+            outputs = llm.generate(prompts, [*[VANILLA] * count, *[asked] * count])
+            for output in outputs[count:]:
+                assert_recorded(case, output.outputs[0])
+    assert counter.compilations == 0
+
+
+def test_profiles_that_do_not_fit_are_told_while_loading(tmp_path: Path) -> None:
+    for name, message in (
+        ("qwen3-8b", "is of a model of 36 layers with 32 heads each, and this one has 5 with 8"),
+        ("nowhere", "must be a file, or one of"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            LLM(FIXTURES / "llama_topk", **SETTINGS, dysco_profile=name)
+    with pytest.raises(ConfigError, match="dysco_profile='qwen3-8b': the model has layers that don't see all tokens"):
+        LLM(folder("mistral_mixed"), **SETTINGS, dysco_profile="qwen3-8b")
