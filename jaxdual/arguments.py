@@ -12,7 +12,13 @@ from typing import Any
 INTERRUPTED = 130
 
 
-def run_command(prog: str, run: Callable[[], int], failures: tuple[type[Exception], ...] = (OSError,)) -> int:
+def run_command(
+    prog: str,
+    run: Callable[[], int],
+    *,
+    failures: tuple[type[Exception], ...] = (OSError,),
+    stopped: str | None = None,
+) -> int:
     """Exit status of a command: its own, 2 for a ValueError, 1 for a failure, 130 after Ctrl-C; the last three are told
     on standard error.
 
@@ -20,11 +26,12 @@ def run_command(prog: str, run: Callable[[], int], failures: tuple[type[Exceptio
       prog: the command's name.
       run: the command.
       failures: what can go wrong in a call that is right.
+      stopped: what is told after Ctrl-C; None for no more than that it was interrupted.
     """
     try:
         return run()
     except KeyboardInterrupt:
-        print(f"{prog}: interrupted", file=sys.stderr)
+        print(f"{prog}: interrupted" if stopped is None else stopped, file=sys.stderr)
         return INTERRUPTED
     except ValueError as error:
         print(f"{prog}: error: {error}", file=sys.stderr)

@@ -33,7 +33,7 @@ _MAX_TOKENS = 64
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
     options = _parser().parse_args(arguments)
-    return run_command(_PROG, lambda: _run(options), (EngineDeadError, OSError))
+    return run_command(_PROG, lambda: _run(options), failures=(EngineDeadError, OSError))
 
 
 def _parser() -> argparse.ArgumentParser:
