@@ -1,4 +1,4 @@
-"""Files that a command writes its results to: whether it can, before the work starts."""
+"""Files that a command writes its results to: whether it can, before the work starts, and how."""
 
 from __future__ import annotations
 
@@ -16,6 +16,14 @@ def check_writable(path: Path) -> None:
     """
     if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
         raise ConfigError(f"{path}: cannot be written")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
 
 
 def check_picture(path: Path) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import dataclasses
-import math
 import multiprocessing
 import os
 import sys
@@ -38,6 +37,7 @@ from bench.moe.summary import (
 from bench.moe.wall_clock import WALL_CLOCK_ARMS, wall_clock
 from bench.moe.workload import SHAPES, read_lengths
 from bench.report import header, table, write_json
+from jaxdual.arguments import above_0, whole
 from jaxdual.offline.trace import TraceError
 
 PAPER = {"ttft_s": -0.178, "tpot_s": -0.133}
@@ -120,39 +120,17 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--point", choices=POINTS, action="append", help="operating points; all unless given")
     parser.add_argument("--shape", choices=SHAPES, action="append", help="of all, unless given")
     parser.add_argument(
-        "--rate", type=_above_0, action="append", help="requests a second; 1.4, 1.2 and 1.0 unless given"
+        "--rate", type=above_0, action="append", help="requests a second; 1.4, 1.2 and 1.0 unless given"
     )
     parser.add_argument("--arm", choices=[arm.name for arm in ARMS], action="append", help="of all, unless given")
-    parser.add_argument("--seeds", type=_at_least_2, help="runs of each, 10 unless given")
-    parser.add_argument("--requests", type=_at_least_2, help="of a run, 1000 unless given")
-    parser.add_argument("--variation", type=_above_0, help="of gaps between arrivals; 1, for Poisson, unless given")
+    parser.add_argument("--seeds", type=whole(2), help="runs of each, 10 unless given")
+    parser.add_argument("--requests", type=whole(2), help="of a run, 1000 unless given")
+    parser.add_argument("--variation", type=above_0, help="of gaps between arrivals; 1, for Poisson, unless given")
     parser.add_argument("--trace", type=Path, metavar="FILE", help="lengths are drawn from it: BurstGPT's .csv")
-    parser.add_argument("--jobs", type=_at_least_1, help="simulations at a time; as many as cores unless given")
-    parser.add_argument("--load", type=_above_0, help="by the clock: part of what the baseline serves at most; 0.8")
+    parser.add_argument("--jobs", type=whole(1), help="simulations at a time; as many as cores unless given")
+    parser.add_argument("--load", type=above_0, help="by the clock: part of what the baseline serves at most; 0.8")
     parser.add_argument("--json", metavar="FILE", help="written anew after each rate")
     return parser
-
-
-def _above_0(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a number above 0")
-    return value
-
-
-def _at_least_1(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 1")
-    return int(text)
-
-
-def _at_least_2(text: str) -> int:
-    if _at_least_1(text) < 2:
-        raise argparse.ArgumentTypeError(f"{text!r} must be at least 2")
-    return int(text)
 
 
 def _campaign(pool: Executor, options: argparse.Namespace, report: dict[str, Any]) -> None:

@@ -178,10 +178,17 @@ class DyscoModel:
                     f"dysco: heads={[layer, head]} must be below {[self.num_layers, self.num_heads]}, the model's "
                     "layers and the query heads of each"
                 )
+        top_p = limits.top_p if params.top_p == "auto" else params.top_p
+        top_k = limits.top_k if params.top_k == "auto" else params.top_k
+        if top_p is None and top_k is None:
+            raise ValueError(
+                "dysco: top_p and top_k can't both be None: everything would be selected; what is left at auto is the "
+                "profile's"
+            )
         return Dysco(
             heads=heads,
-            top_p=limits.top_p if params.top_p == "auto" else params.top_p,
-            top_k=limits.top_k if params.top_k == "auto" else params.top_k,
+            top_p=top_p,
+            top_k=top_k,
             strength=limits.strength if params.strength == "auto" else params.strength,
             history=params.history,
             observe=params.observe,

@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 from tqdm import tqdm
 
+from jaxdual.arguments import json_object, run_command, whole
 from jaxdual.config import ConfigError, EngineConfig
 from jaxdual.decoding.profiles import DyscoProfile, Limits
 from jaxdual.heads.detection import SCORES, detect
@@ -34,7 +34,6 @@ from models import ModelConfig, load, load_config
 from models.fingerprint import model_fingerprint
 
 _PROG = "python -m jaxdual.heads"
-_INTERRUPTED = 130
 _COUNT, _DOCUMENTS = 128, (64, 200)  # of synthetic items
 
 
@@ -45,17 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in ("count", "documents"):
         if options.items is not None and getattr(options, name) is not None:
             parser.error(f"--{name} is of synthetic items, and --items gives others")
-    try:
-        return _detect(options)
-    except KeyboardInterrupt:
-        print(f"{_PROG}: interrupted", file=sys.stderr)
-        return _INTERRUPTED
-    except ValueError as error:
-        print(f"{_PROG}: error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"{_PROG}: error: {error}", file=sys.stderr)
-        return 1
+    return run_command(_PROG, lambda: _detect(options))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -70,16 +59,16 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--model", metavar="DIR", help="a folder, or a name on the hub; default the shipped one")
     one.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
     one.add_argument("--items", type=Path, metavar="FILE.json", help="questions, documents and which answer")
-    one.add_argument("--count", type=_from(1), metavar="N", help=f"synthetic items; default {_COUNT}")
+    one.add_argument("--count", type=whole(1), metavar="N", help=f"synthetic items; default {_COUNT}")
     one.add_argument("--documents", type=_documents, metavar="N[-M]", help="of each synthetic item; default 64-200")
-    one.add_argument("--seed", type=_from(0), default=0, metavar="N", help="of synthetic items and of random heads")
+    one.add_argument("--seed", type=whole(0), default=0, metavar="N", help="of synthetic items and of random heads")
     one.add_argument("--query-template", metavar="TEXT", help="what follows the documents, with {query} in it")
     one.add_argument(
-        "--chat-template-kwargs", type=_object, default={}, metavar="JSON", help='say, {"enable_thinking": false}'
+        "--chat-template-kwargs", type=json_object, default={}, metavar="JSON", help='say, {"enable_thinking": false}'
     )
-    one.add_argument("--top", type=_from(1), default=16, metavar="N", help="heads that are told of; default 16")
+    one.add_argument("--top", type=whole(1), default=16, metavar="N", help="heads that are told of; default 16")
     one.add_argument("--rank-by", choices=SCORES, default="sum", help="the score that ranks heads; default sum")
-    one.add_argument("--max-layer", type=_from(0), metavar="N", help="the last layer that heads are looked for in")
+    one.add_argument("--max-layer", type=whole(0), metavar="N", help="the last layer that heads are looked for in")
     one.add_argument("--profile", type=Path, metavar="FILE.json", help="where the heads go, for DyscoParams(profile=)")
     one.add_argument("--plot", type=Path, metavar="FILE", help="a picture of the scores by layer")
     one.add_argument("--json", type=Path, metavar="FILE", help="where all scores go")
@@ -183,15 +172,6 @@ def _profile(report: Mapping[str, Any], sequences: tuple[tuple[int, ...], ...]) 
     )
 
 
-def _from(low: int) -> Callable[[str], int]:
-    def whole(text: str) -> int:
-        if not text.isdecimal() or int(text) < low:
-            raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least {low}")
-        return int(text)
-
-    return whole
-
-
 def _documents(text: str) -> tuple[int, int]:
     """The fewest and the most."""
     match = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
@@ -199,16 +179,6 @@ def _documents(text: str) -> tuple[int, int]:
     if not 1 <= low <= high:
         raise argparse.ArgumentTypeError(f"{text!r} must be a number of at least 1, or two: the fewest and the most")
     return low, high
-
-
-def _object(text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError:
-        value = None
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"{text!r} must be a JSON object")
-    return value
 
 
 if __name__ == "__main__":

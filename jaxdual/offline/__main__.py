@@ -19,6 +19,7 @@ from types import FrameType, TracebackType
 from typing import Self
 
 from jaxdual.api import LLM
+from jaxdual.arguments import run_command
 from jaxdual.config import ClusterConfig, EngineConfig
 from jaxdual.config_sources import add_arguments, read_config
 from jaxdual.offline.batch_file import BatchError, read_batch
@@ -29,38 +30,14 @@ from jaxdual.offline.report import build_report, format_report, write_report
 from jaxdual.offline.rows import row_id
 from jaxdual.offline.runner import BatchRunner, Totals
 
-_INTERRUPTED = 130
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
     parser = _parser()
     options = parser.parse_args(arguments)
     _check_flags(parser, options)
-    started = time.monotonic()
-    try:
-        if options.trace is not None:
-            _check_report(options.report)
-            return run_trace(options)
-        _check_paths(options)
-        config = read_config(EngineConfig, options)
-        with OutputFile(options.output_file, options.overwrite) as output:
-            total = _check_input(options.input_file, output)
-            llm = LLM.from_config(config)
-            _check_model(output, llm)
-            if options.warmup:
-                llm.warmup()
-            output.begin()
-            return _run(options, llm, output, total, time.monotonic() - started)
-    except KeyboardInterrupt:
-        print(f"\nstopped; the same command continues with the rest of {options.input_file}", file=sys.stderr)
-        return _INTERRUPTED
-    except ValueError as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
-        return 1
+    stopped = f"\nstopped; the same command continues with the rest of {options.input_file}"
+    return run_command(parser.prog, lambda: _run(options), stopped=stopped)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -81,6 +58,23 @@ def _parser() -> argparse.ArgumentParser:
     add_trace_arguments(parser)
     add_arguments(parser, ClusterConfig, EngineConfig)
     return parser
+
+
+def _run(options: argparse.Namespace) -> int:
+    started = time.monotonic()
+    if options.trace is not None:
+        _check_report(options.report)
+        return run_trace(options)
+    _check_paths(options)
+    config = read_config(EngineConfig, options)
+    with OutputFile(options.output_file, options.overwrite) as output:
+        total = _check_input(options.input_file, output)
+        llm = LLM.from_config(config)
+        _check_model(output, llm)
+        if options.warmup:
+            llm.warmup()
+        output.begin()
+        return _run_batch(options, llm, output, total, time.monotonic() - started)
 
 
 def _check_flags(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
@@ -155,7 +149,7 @@ def _check_model(output: OutputFile, llm: LLM) -> None:
         )
 
 
-def _run(options: argparse.Namespace, llm: LLM, output: OutputFile, total: int, startup_seconds: float) -> int:
+def _run_batch(options: argparse.Namespace, llm: LLM, output: OutputFile, total: int, startup_seconds: float) -> int:
     # A job that goes on keeps its first part's time, whatever became of the input file's.
     created = int(options.input_file.stat().st_mtime) if output.created is None else output.created
     start = time.monotonic()

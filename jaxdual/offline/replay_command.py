@@ -3,13 +3,13 @@
 import argparse
 import asyncio
 import dataclasses
-import math
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxdual.arguments import INTERRUPTED, above_0, whole
 from jaxdual.async_api import AsyncLLM
 from jaxdual.config import ClusterConfig, EngineConfig
 from jaxdual.config_sources import read_config
@@ -28,8 +28,6 @@ from jaxdual.offline.trace_shapes import TRACE_SHAPES, TRAJECTORIES, generate_se
 from jaxdual.offline.trace_starts import poisson_starts, timestamp_starts
 from jaxdual.outputs import EngineStats
 
-_INTERRUPTED = 130
-
 
 def add_trace_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of a replay. Each is None unless given."""
@@ -40,19 +38,19 @@ def add_trace_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TRACE",
         help=f"a file of requests or sessions, one JSON object a line, BurstGPT's .csv, or one of {shapes}",
     )
-    group.add_argument("--agents", type=_count, metavar="N", help="agents; default one for each session of the trace")
-    group.add_argument("--turns-limit", type=_count, metavar="N", help="at most so many turns of each session")
-    group.add_argument("--append-scale", type=_factor, metavar="X", help="times as many appended tokens")
-    group.add_argument("--generation-scale", type=_factor, metavar="X", help="times as many generated tokens")
-    group.add_argument("--length-scale", type=_factor, metavar="X", help="all lengths times X, to fit a smaller model")
-    group.add_argument("--limit", type=_count, metavar="N", help="the first N requests only, turn by turn")
-    group.add_argument("--trace-seed", type=_seed, metavar="N", help="of everything random in the trace; default 0")
+    group.add_argument("--agents", type=whole(1), metavar="N", help="agents; default one for each session of the trace")
+    group.add_argument("--turns-limit", type=whole(1), metavar="N", help="at most so many turns of each session")
+    group.add_argument("--append-scale", type=above_0, metavar="X", help="times as many appended tokens")
+    group.add_argument("--generation-scale", type=above_0, metavar="X", help="times as many generated tokens")
+    group.add_argument("--length-scale", type=above_0, metavar="X", help="all lengths times X, to fit a smaller model")
+    group.add_argument("--limit", type=whole(1), metavar="N", help="the first N requests only, turn by turn")
+    group.add_argument("--trace-seed", type=whole(0), metavar="N", help="of everything random in the trace; default 0")
     group.add_argument("--write-trace", type=Path, metavar="FILE", help="write the generated trace, and run nothing")
-    group.add_argument("--deadline", type=_factor, metavar="SECONDS", help="what has not ended by then is unfinished")
+    group.add_argument("--deadline", type=above_0, metavar="SECONDS", help="what has not ended by then is unfinished")
     start = group.add_mutually_exclusive_group()
     start.add_argument("--start", choices=["together"], help="all agents start at once, which is the default")
-    start.add_argument("--arrivals-per-second", type=_factor, metavar="APS", help="agents start as a Poisson process")
-    start.add_argument("--speed", type=_factor, metavar="X", help="agents start by their timestamps, X times as fast")
+    start.add_argument("--arrivals-per-second", type=above_0, metavar="APS", help="agents start as a Poisson process")
+    start.add_argument("--speed", type=above_0, metavar="X", help="agents start by their timestamps, X times as fast")
 
 
 def trace_flags_given(options: argparse.Namespace) -> list[str]:
@@ -76,7 +74,7 @@ def run_trace(options: argparse.Namespace) -> int:
         return _run_trace(options)
     except KeyboardInterrupt:
         print("\nstopped; nothing is reported", file=sys.stderr)
-        return _INTERRUPTED
+        return INTERRUPTED
     except (EngineDeadError, NotServingError) as error:
         print(f"the replay broke off: {error}", file=sys.stderr)
         return 1
@@ -176,31 +174,3 @@ def _described(options: argparse.Namespace) -> dict[str, Any]:
     names = ("agents", "turns_limit", "append_scale", "generation_scale", "length_scale", "limit", "deadline")
     given = {name: getattr(options, name) for name in names}
     return {"source": options.trace, "seed": options.trace_seed or 0, "start": start, **given}
-
-
-def _count(text: str) -> int:
-    return _whole(text, 1)
-
-
-def _seed(text: str) -> int:
-    return _whole(text, 0)
-
-
-def _whole(text: str, low: int) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = low - 1
-    if value < low:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least {low}")
-    return value
-
-
-def _factor(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a number above 0")
-    return value

@@ -3,7 +3,6 @@
 import dataclasses
 import importlib.metadata
 import json
-import os
 import platform
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 
 from jaxdual.api import LLM
 from jaxdual.offline.runner import Totals
+from jaxdual.result_files import write_whole
 
 _PACKAGES = ("jaxdual", "jax", "jaxlib", "flax", "tokenizers")
 
@@ -91,10 +91,7 @@ def format_report(report: dict[str, Any]) -> str:
 
 def write_report(path: Path, report: dict[str, Any]) -> None:
     """Writes the report as JSON, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(report, indent=2, default=str) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_whole(path, json.dumps(report, indent=2, default=str) + "\n")
 
 
 def _rate(amount: float, per: float) -> float:

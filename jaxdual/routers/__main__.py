@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxdual.api import LLM
+from jaxdual.arguments import run_command, whole
 from jaxdual.config import ConfigError, EngineConfig
 from jaxdual.config_sources import add_arguments, read_config
 from jaxdual.errors import EngineDeadError
@@ -31,7 +32,6 @@ from jaxdual.scheduling.expert_policies import RouterWindow
 from models import ModelConfig, load_config
 
 _PROG = "python -m jaxdual.routers"
-_INTERRUPTED = 130
 _WHOLE_RUN = 2**31 - 1  # steps of a window that no run fills
 _PLACING = ("expert_placement", "expert_profile", "expert_anchor", "expert_interval")
 
@@ -41,17 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
     _check_flags(parser, options)
-    try:
-        return _run(options)
-    except KeyboardInterrupt:
-        print(f"{_PROG}: interrupted", file=sys.stderr)
-        return _INTERRUPTED
-    except ValueError as error:
-        print(f"{_PROG}: error: {error}", file=sys.stderr)
-        return 2
-    except (EngineDeadError, OSError) as error:
-        print(f"{_PROG}: error: {error}", file=sys.stderr)
-        return 1
+    return run_command(_PROG, lambda: _run(options), failures=(EngineDeadError, OSError))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -62,12 +52,14 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Experts stay in order while it counts, whatever --expert-placement says.",
     )
     parser.add_argument("-i", "--input-file", type=Path, metavar="FILE.jsonl", help="OpenAI batch requests, one a line")
-    parser.add_argument("--random-requests", type=_count, metavar="N", help="requests of random tokens, by --seed (0)")
-    parser.add_argument("--random-input-len", type=_count, metavar="N", help="tokens of each; default 1024")
-    parser.add_argument("--random-output-len", type=_count, metavar="N", help="tokens of its output; default 128")
+    parser.add_argument(
+        "--random-requests", type=whole(1), metavar="N", help="requests of random tokens, by --seed (0)"
+    )
+    parser.add_argument("--random-input-len", type=whole(1), metavar="N", help="tokens of each; default 1024")
+    parser.add_argument("--random-output-len", type=whole(1), metavar="N", help="tokens of its output; default 128")
     parser.add_argument(
         "--devices",
-        type=_count,
+        type=whole(1),
         metavar="N",
         help="of the figures of placements; default --expert-parallel-size, or 2 where that is 1",
     )
@@ -178,12 +170,6 @@ def _report(
         },
         "comparison": comparison(windows["batch"], windows["random"], devices) if len(windows) == 2 else None,
     }
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 1")
-    return int(text)
 
 
 if __name__ == "__main__":

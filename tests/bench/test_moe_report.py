@@ -191,8 +191,8 @@ def test_hits_are_counted_over_runs(pool: Executor) -> None:
     [
         (["--rate", "0"], "must be a number above 0"),
         (["--rate", "nan"], "must be a number above 0"),
-        (["--seeds", "1"], "must be at least 2"),
-        (["--requests", "0"], "must be a whole number of at least 1"),
+        (["--seeds", "1"], "must be a whole number of at least 2"),
+        (["--requests", "0"], "must be a whole number of at least 2"),
         (["--jobs", "-1"], "must be a whole number of at least 1"),
         (["--wall-clock", "--rate", "1"], "--rate has no effect with --wall-clock"),
         (["--load", "0.5"], "--load has no effect without --wall-clock"),

@@ -122,7 +122,7 @@ class DenseDysco:
     ) -> tuple[np.ndarray, list[np.ndarray]]:
         """Logits of tokens from position `start` on, and attention rows of the settings' heads.
 
-        A peek goes no further than they do, and what it leaves in the cache the real pass writes over.
+        A peek goes no further than they do, and leaves nothing in the cache.
         """
         decoder, rows = self._decoder, list[np.ndarray]()
         wanted: dict[int, list[int]] = {}
@@ -153,4 +153,7 @@ class DenseDysco:
         last = max(wanted) if peek else decoder.config.num_layers - 1
         for layer in range(last + 1):
             x, _ = decoder.layer(layer, x, rope, attend, None)
+            if peek:
+                for position in range(start, start + len(tokens)):
+                    del self._keys[layer][position], self._values[layer][position]
         return np.zeros(0) if peek else np.asarray(decoder.head(x)), rows

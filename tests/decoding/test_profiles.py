@@ -63,6 +63,23 @@ def test_what_is_left_open_is_the_profile_s_at_the_prompt_s_length(
     assert (found.template_sequences, found.tail) == ((), 3)
 
 
+@pytest.mark.parametrize(
+    ("prompt_length", "chosen"),
+    [(100, {"top_k": None}), (101, {"top_p": None}), (301, {}), (301, {"top_k": None}), (301, {"top_p": None})],
+)
+def test_limits_that_a_profile_and_parameters_leave_out_together_are_refused(
+    prompt_length: int, chosen: dict[str, Any], tmp_path: Path
+) -> None:
+    path = tmp_path / "profile.json"
+    nothing = {"max_tokens": None, "top_p": None, "top_k": None, "strength": 2.0}
+    path.write_text(json.dumps(GOOD | {"limits": [*GOOD["limits"], nothing]}))
+    model = DyscoModel("any", 4, 2)
+    with pytest.raises(ValueError, match="top_p and top_k can't both be None: everything would be selected"):
+        model.resolved(DyscoParams(profile=str(path), **chosen), prompt_length, 7)
+    found = model.resolved(DyscoParams(profile=str(path), **chosen | {"top_k": 3}), prompt_length, 7)
+    assert found.top_k == 3
+
+
 def test_without_a_profile_limits_are_the_usual_ones() -> None:
     found = DyscoModel("Qwen3-8B", 36, 32).resolved(DyscoParams(heads=[(1, 2)]), 70_000, None)
     assert (found.heads, found.top_p, found.top_k, found.strength) == (((1, 2),), 0.975, 4096, 2.0)
