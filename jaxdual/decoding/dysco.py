@@ -17,6 +17,7 @@ import numpy as np
 from jaxdual.decoding.profiles import DyscoProfile, Limits, is_file, profile_of, read_profile, shipped_names
 
 Preset = Literal["code", "rev89c", "paper"]
+Mode = Literal["exact", "tail_chunk", "lag", "split", "lag_fresh", "refresh"]
 # What is kept of the relevance before, at each blending: the authors' code, an earlier revision of it, their formula.
 HISTORY: dict[Preset, float] = {"code": 0.75 / 1.75, "rev89c": 0.4, "paper": 0.75}
 DEFAULT_OBSERVE = 8  # tokens
@@ -44,6 +45,12 @@ class DyscoParams:
         template puts behind the last message, 2 without one.
       template_sequences: token sequences whose occurrences in the prompt are never raised; None for the profile's.
       static: selects once, by what was observed.
+      mode: "exact" as the authors do; the others are cheaper and give other tokens. "tail_chunk" computes the tail all
+        at once, where the first pass sees of the tail's tokens what it would without raised attention. The rest passes
+        each token once, and looks while attention is raised already: "lag" raises what was selected at the token
+        before, "split" what this token selects, in the layers above its retrieval heads only, "lag_fresh" the one in
+        the layers up to them and the other above; "refresh" is "exact" every `refresh_every` tokens and "lag" between.
+      refresh_every: tokens, at least 2.
       return_selection: has outputs say what was selected at each step; see `CompletionOutput.selection`.
 
     Raises:
@@ -61,6 +68,8 @@ class DyscoParams:
     tail: int | Literal["auto"] = "auto"
     template_sequences: Sequence[Sequence[int]] | None = None
     static: bool = False
+    mode: Mode = "exact"
+    refresh_every: int = 4
     return_selection: bool = False
 
     def __post_init__(self) -> None:
@@ -92,6 +101,11 @@ class DyscoParams:
         for name in ("static", "return_selection"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"dysco: {name}={getattr(self, name)!r} must be true or false")
+        if self.mode not in get_args(Mode):
+            raise ValueError(f"dysco: mode={self.mode!r} must be one of {', '.join(get_args(Mode))}")
+        if self.static and self.mode != "exact":
+            raise ValueError(f"dysco: static and mode={self.mode!r} exclude each other")
+        _whole("refresh_every", self.refresh_every, 2)
         if self.static and self.observe < 2:
             raise ValueError(f"dysco: static selects by what was observed, and observe={self.observe} leaves nothing")
 
@@ -134,6 +148,8 @@ class Dysco:
     tail: int
     template_sequences: tuple[tuple[int, ...], ...]
     static: bool
+    mode: Mode
+    refresh_every: int
     return_selection: bool
 
 
@@ -195,6 +211,8 @@ class DyscoModel:
             tail=(_PLAIN_TAIL if opening is None else opening) if params.tail == "auto" else params.tail,
             template_sequences=_sequences(sequences),
             static=params.static,
+            mode=params.mode,
+            refresh_every=params.refresh_every,
             return_selection=params.return_selection,
         )
 

@@ -224,7 +224,8 @@ class Engine:
                 arrival=request.arrival,
                 use_cache=not wants_prompt,
                 private_from=sys.maxsize if dysco is None else dysco.observed_from,
-                single_from=sys.maxsize if dysco is None else dysco.raised_from,
+                whole_from=sys.maxsize if dysco is None else dysco.raised_from,
+                single_from=sys.maxsize if dysco is None else dysco.single_from,
             )
             sampling = slot_sampling(params, base_seed, index, stops)
             output = _Output(request, index, rank, sequence, sampling, wants_prompt, self._clock(), dysco=dysco)
@@ -432,7 +433,7 @@ class Engine:
         result = self.runner.fetch(flight.launch)
         if self.transfers is not None:
             self.transfers.settle(flight.gathered)
-        for seq_id, selection in result.selections.items():
+        for seq_id, selection in result.selections:
             if seq_id in self._outputs:
                 self._outputs[seq_id].selections.append(selection)
         for seq_id, scores in result.prompt_logprobs.items():

@@ -162,21 +162,23 @@ class MeshPrograms(Programs):
 
         def attend(layer: int, q: Array, k: Array, v: Array, arenas: Arenas) -> tuple[Array, Arenas]:
             operands = _Operands(q, k, v, arenas)
-            weights = None if watched is None else watched.of(layer)
+            weights = rows = None
+            if watched is not None:
+                weights, rows = watched.of(layer), watched.rows
 
-            def on_device(operands: _Operands, weights: Array | None, *batch: Any) -> tuple[Any, ...]:
-                if weights is None:
+            def on_device(operands: _Operands, weights: Array | None, rows: Any, *batch: Any) -> tuple[Any, ...]:
+                if weights is None or watched is None:
                     return *local(None, *batch)(layer, *operands), None
-                own = Watched(weights[:, None], (layer,))
+                own = Watched(weights[:, None], (layer,), rows, watched.is_biased)
                 out = local(own.look, *batch)(layer, *operands)
                 return *out, jax.lax.psum(own.attention, TENSOR)
 
             specs = _Operands(_HEADS, _HEADS, _HEADS, tuple(ARENA for _ in arenas))
             out, arenas, attention = self._mesh.on_each(
                 on_device,
-                (specs, _QUERY_HEADS, *jax.tree.map(lambda _: _BY_RANK, batch)),
+                (specs, _QUERY_HEADS, _BY_RANK, *jax.tree.map(lambda _: _BY_RANK, batch)),
                 (_HEADS, specs.arenas, _BY_RANK),
-            )(operands, weights, *batch)
+            )(operands, weights, rows, *batch)
             if watched is not None and attention is not None:
                 watched.note(attention)
             return out, arenas

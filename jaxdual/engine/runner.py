@@ -15,8 +15,8 @@ from jaxtyping import Int32
 
 from jaxdual.engine.buckets import Buckets, PrefillBatch, PrefillShape
 from jaxdual.engine.direct_landing import DirectLanding
-from jaxdual.engine.dysco import Chosen, DyscoRows, ObservedChunks
-from jaxdual.engine.dysco_slots import DyscoSlots, Selections
+from jaxdual.engine.dysco import Chosen, ObservedChunks
+from jaxdual.engine.dysco_slots import DyscoSlots, DyscoStep, Selections
 from jaxdual.engine.mesh_programs import MeshPrograms
 from jaxdual.engine.page_tables import PageTables
 from jaxdual.engine.paged import GroupTable
@@ -53,12 +53,12 @@ class StepResult:
     Attributes:
       sampled: tokens, one a sampling chunk or row.
       prompt_logprobs: of sequences that wanted them, for the positions of their chunk's targets.
-      selections: of sequences that want them told.
+      selections: each with a sequence that wants it told, in the order of their positions.
     """
 
     sampled: tuple[Sampled, ...]
     prompt_logprobs: Mapping[int, tuple[TokenLogprobs, ...]]
-    selections: Mapping[int, Selection]
+    selections: tuple[tuple[int, Selection], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +81,7 @@ class Launch:
     """
 
     batches: list[SampleBatch] = field(default_factory=list)
-    selections: Selections | None = None
+    selections: list[Selections] = field(default_factory=list)
     scored: list[_Scored] = field(default_factory=list)
     parked: tuple[int, ...] = ()
 
@@ -195,9 +195,11 @@ class Runner:
             self._decode(launch, [plan.rows for plan in plans])
         chunks_of: Sequence[Sequence[Chunk]] = [plan.chunks for plan in plans]
         if self._dysco is not None:
-            chunks_of, observed = self._dysco.split(chunks_of)
+            chunks_of, observed, raised = self._dysco.split(chunks_of)
             for batch in self.buckets.prefill(observed):
                 self._observe(self._dysco, batch)
+            if any(raised):
+                self._raise(launch, self._dysco, raised)
         for batch in self.buckets.prefill(chunks_of):
             self._prefill(launch, batch, targets)
         return launch
@@ -213,7 +215,7 @@ class Runner:
             for scored in launch.scored
             for seq_id, first, wanted in scored.parts
         }
-        selections = {} if launch.selections is None else launch.selections.fetch()
+        selections = tuple(one for told in launch.selections for one in told.fetch())
         return StepResult(tuple(sampled), prompt_logprobs, selections)
 
     def warm_ups(self, *, moves: bool = False) -> Iterator[tuple[str, Callable[[], float]]]:
@@ -281,10 +283,6 @@ class Runner:
         tokens = np.zeros((self.ranks, padded), np.int32)
         positions = np.full((self.ranks, padded), -1, np.int32)
         sampling: list[SampleRow] = []
-        dysco, raised = self._dysco, list[list[Row]]()
-        if dysco is not None:
-            others, raised = dysco.split(rows_of)
-            rows_of = [[*first, *rest] for first, rest in zip(raised, others, strict=True)]
         for rank, rows in enumerate(rows_of):
             slots[rank, : len(rows)] = [row.slot for row in rows]
             tokens[rank, : len(rows)] = [-1 if row.token is None else row.token for row in rows]
@@ -295,14 +293,13 @@ class Runner:
                 for index, row in enumerate(rows)
                 if row.samples
             ]
-        if dysco is None or not any(raised):
+        dysco = self._dysco
+        step = None if dysco is None else dysco.rows(rows_of, padded)
+        if dysco is None or step is None:
             x = self._run_decode(slots, tokens, positions)
         else:
-            count = self.buckets.watched(max(map(len, raised)), padded)
-            dysco_rows, layers = dysco.rows(raised, count)
-            x, chosen = self._run_decode_dysco(slots, tokens, positions, dysco, dysco_rows, layers)
-            told = dysco.told(raised, count)
-            launch.selections = Selections(told, chosen) if told else None
+            x, chosen = self._run_decode_dysco(slots, tokens, positions, dysco, step)
+            launch.selections += _told(step, chosen)
         launch.batches.append(self._sampler.sample(x, sampling))
 
     def _prefill(self, launch: Launch, batch: PrefillBatch, targets: Mapping[int, ScoreTargets]) -> None:
@@ -330,6 +327,20 @@ class Runner:
     def _observe(self, dysco: DyscoSlots, batch: PrefillBatch) -> None:
         chunks, layers = dysco.chunks(batch)
         self._run_observe(*self._packed(batch), dysco, chunks, layers)
+
+    def _raise(self, launch: Launch, dysco: DyscoSlots, chunks_of: Sequence[Sequence[Chunk]]) -> None:
+        seqs = self.buckets.decode(max(map(len, chunks_of)))
+        step, tails = dysco.tails(chunks_of, seqs)
+        x, chosen = self._run_decode_dysco(*tails[:3], dysco, step, each=tails.each)
+        launch.selections += _told(step, chosen)
+        sampling = [
+            SampleRow(rank * seqs + index, chunk.seq_id, rank, chunk.slot, chunk.output_index)
+            for rank, chunks in enumerate(chunks_of)
+            for index, chunk in enumerate(chunks)
+            if chunk.samples
+        ]
+        if sampling:
+            launch.batches.append(self._sampler.sample(x, sampling))
 
     def _packed(self, batch: PrefillBatch) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Tokens, starts, counts and slots of chunks, as programs take them."""
@@ -413,13 +424,14 @@ class Runner:
         tokens: Int32[np.ndarray, "ranks rows"],
         positions: Int32[np.ndarray, "ranks rows"],
         dysco: DyscoSlots,
-        rows: DyscoRows,
-        layers: tuple[int, ...],
-    ) -> tuple[jax.Array, Chosen]:
+        step: DyscoStep,
+        *,
+        each: int = 1,
+    ) -> tuple[jax.Array, tuple[Chosen | None, ...]]:
         programs, tables = self.programs, self._group_tables(slots, 1)
         batch = (slots.reshape(-1), tokens.reshape(-1), positions.reshape(-1))
         x: jax.Array
-        chosen: Chosen
+        chosen: tuple[Chosen | None, ...]
         self.arenas, x, self._router_counts, dysco.state, chosen = dysco.programs.decode(
             programs.leaves,
             self.arenas,
@@ -427,8 +439,10 @@ class Runner:
             *batch,
             tables,
             dysco.state,
-            rows,
-            layers=layers,
+            step.peeked,
+            step.passed,
+            layers=step.layers,
+            each=each,
             experts=programs.experts,
             router_counts=self._router_counts,
         )
@@ -437,6 +451,7 @@ class Runner:
     def _new_dysco(self) -> DyscoSlots:
         return DyscoSlots(
             self.programs,
+            self.buckets,
             slots=self._padding_slot + 1,
             keys=self._tables[0].width * self.layout.page_size,
             heads=self._config.num_heads,
@@ -539,8 +554,8 @@ class Runner:
         def decode(rows: int, watched: int) -> object:
             slots = np.full((self.ranks, rows), self._padding_slot, np.int32)
             empty = np.zeros_like(slots)
-            nobody = dysco.no_rows(watched, layers)
-            return self._run_decode_dysco(slots, empty, empty - 1, dysco, nobody, layers)
+            nobody = DyscoStep(dysco.no_rows(watched, layers), layers=(layers, ()))
+            return self._run_decode_dysco(slots, empty, empty - 1, dysco, nobody)
 
         def observe(shape: PrefillShape) -> object:
             nothing = PrefillBatch(shape, ((),) * self.ranks)
@@ -553,6 +568,13 @@ class Runner:
         for shape in self.buckets.shortest_shapes:
             yield f"observe rows={shape.rows} tokens={shape.chunk}", partial(observe, shape)
         yield from dysco.warm_ups()
+
+
+def _told(step: DyscoStep, chosen: Sequence[Chosen | None]) -> list[Selections]:
+    """Selections of a step that somebody wants told."""
+    return [
+        Selections(wanted, one) for wanted, one in zip(step.wanted, chosen, strict=True) if wanted and one is not None
+    ]
 
 
 def _addresses(arena: jax.Array) -> tuple[int, ...]:

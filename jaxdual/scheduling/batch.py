@@ -47,8 +47,10 @@ class SequenceState:
       use_cache: False computes the whole prompt anew.
       private_from: position from which on what is computed is this sequence's own: blocks are neither shared nor looked
         up. No chunk goes across it.
+      whole_from: position from which on all tokens before `single_from` are one chunk, whatever the limits of a step
+        say; at least `private_from`. No chunk goes across it.
       single_from: position from which on tokens are computed one at a time, each as a row, also those that are known;
-        at least `private_from`.
+        at least `whole_from`.
       computed: tokens whose keys and values are there once all planned steps have run.
       pending: tokens sampled by planned steps and not known yet.
       cached: tokens of the prompt that came from the prefix cache at first admission, in tokens.
@@ -67,6 +69,7 @@ class SequenceState:
     arrival: float = 0.0
     use_cache: bool = True
     private_from: int = sys.maxsize
+    whole_from: int = sys.maxsize
     single_from: int = sys.maxsize
     computed: int = 0
     pending: int = 0
@@ -451,9 +454,11 @@ class BatchScheduler:
                 self._plan_chunk(step, sequence, length)
 
     def _chunk_length(self, step: _Plan, sequence: SequenceState) -> int:
-        own = sequence.computed >= sequence.private_from
-        end = min(len(sequence.tokens), sequence.single_from if own else sequence.private_from)
-        return min(end - sequence.computed, step.budget, self.limits.max_chunk)
+        begin, ends = sequence.computed, (sequence.private_from, sequence.whole_from, sequence.single_from)
+        end = min(len(sequence.tokens), *(end for end in ends if end > begin))
+        if begin >= sequence.whole_from:
+            return end - begin if step.budget > 0 else 0
+        return min(end - begin, step.budget, self.limits.max_chunk)
 
     def _plan_chunk(self, step: _Plan, sequence: SequenceState, length: int) -> None:
         end = sequence.computed + length
@@ -470,7 +475,7 @@ class BatchScheduler:
         )
         sequence.computed = end
         sequence.pending += samples
-        step.budget -= length
+        step.budget = max(step.budget - length, 0)
         self.stats.prefill_tokens += length
 
     def _admit(self, step: _Plan, now: float) -> None:
