@@ -292,14 +292,6 @@ def test_charts_have_a_flat_piece_for_each_step() -> None:
     assert parsed(chart([0], 0.0, "")).one("path").attributes["d"] == "M0 40.0H1"
 
 
-def test_a_step_that_was_told_twice_is_shown_once() -> None:
-    """As by a sequence that gave way and was computed again."""
-    first, second = steps_of(4, 2), steps_of(4, 2, seed=1)
-    page = parsed(selection_page(request_of(4, 2, [*first, *second]), None))
-    want = parsed(selection_page(request_of(4, 2, second), None))
-    assert data_of(page) == data_of(want)
-
-
 def test_what_has_no_selection_is_refused() -> None:
     request = request_of(4, 2, steps_of(4, 2))
     with pytest.raises(ValueError, match=r"index=1 must be in \[0, 0\]"):
