@@ -67,6 +67,7 @@ def selection_page(
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         charts=list(_charts(figures)),
         steps=len(steps),
+        tokens=len(tokens),
         prompt=Markup().join(spans[: len(prompt)]),
         answer=Markup().join(spans[len(prompt) :]),
         data=_embedded(_data(steps, figures, len(prompt), len(tokens))),
