@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxdual.decoding.dysco import DyscoModel
 from jaxdual.detokenizer import IncrementalDetokenizer
-from jaxdual.engine.request import Request, TokenEvent, TokenLogprobs
+from jaxdual.engine.request import Request, Selection, TokenEvent, TokenLogprobs
 from jaxdual.errors import PromptTooLongError
 from jaxdual.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput, SelectionStep
 from jaxdual.sampling_params import SamplingParams
@@ -357,11 +357,7 @@ class Front:
             request.metrics.allocation_seconds = event.allocation_seconds
             request.metrics.read_seconds = event.read_seconds
         if event.selections:
-            told = list(output.selection or [])
-            for one in event.selections:
-                if not told or one.position > told[-1].position:  # what is computed again was told before
-                    told.append(SelectionStep(one.position, one.selected, np.frombuffer(one.relevance, np.float32)))
-            output.selection = told
+            output.selection = _with_steps(output.selection or [], event.selections)
         if event.prompt_logprobs is not None:
             request.prompt_logprobs = [None]
             request.prompt_logprobs += [
@@ -409,6 +405,15 @@ class Front:
 
     def _piece(self, token: int) -> str | None:
         return None if self.tokenizer is None else self.tokenizer.decode([token])
+
+
+def _with_steps(known: Sequence[SelectionStep], more: Sequence[Selection]) -> list[SelectionStep]:
+    """Steps in a new list. A sequence that gave way computes raised tokens again, and tells of them once more."""
+    steps = list(known)
+    for one in more:
+        if not steps or one.position > steps[-1].position:
+            steps.append(SelectionStep(one.position, one.selected, np.frombuffer(one.relevance, np.float32)))
+    return steps
 
 
 def _not_empty(prompt: TokenizedPrompt) -> TokenizedPrompt:

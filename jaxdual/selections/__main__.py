@@ -102,7 +102,7 @@ def _run(options: argparse.Namespace) -> int:
     (request,) = llm.generate(prompt, sampling)
     llm.close()
     if request.outputs[0].error is not None:
-        raise OSError(request.outputs[0].error)
+        raise EngineDeadError(request.outputs[0].error)
     template = template_mask(prompt.tokens, dysco.template_sequences).tolist()
     page = selection_page(
         request, llm.get_tokenizer(), template=template, facts={"model": info.served_model_name, **_facts(dysco)}

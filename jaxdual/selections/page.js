@@ -3,7 +3,7 @@
   const data = JSON.parse(document.getElementById("data").textContent);
   const steps = data.position.length, width = data.tokens;
   const spans = document.querySelectorAll(".tokens > span");
-  const slider = document.getElementById("step");
+  const slider = document.getElementById("step"), number = document.getElementById("token");
   const SHADES = 8, NOW = 32, AHEAD = 64, CHOSEN = 16;
 
   // A byte for each token of each step: see jaxdual/selections/steps.py.
@@ -90,13 +90,14 @@
       (part ? `relevance about ${part.toPrecision(2)}` : "no relevance") +
       (isSelected(byte) ? ", selected" : ", not selected") + ` at this step`;
     document.getElementById("picked").textContent =
-      `Token ${picked} ${JSON.stringify(spans[picked].textContent)}: ${what}; selected at ${often} of ${steps} steps`;
+      `${JSON.stringify(spans[picked].textContent)}: ${what}; selected at ${often} of ${steps} steps`;
   }
 
   function pick(token) {
     if (picked >= 0) spans[picked].classList.remove("picked");
     picked = token;
     spans[picked].classList.add("picked");
+    number.value = picked;
     describe();
   }
 
@@ -142,7 +143,7 @@
   document.getElementById("back").addEventListener("click", () => show(step - 1));
   document.getElementById("on").addEventListener("click", () => show(step + 1));
   document.addEventListener("keydown", (event) => {
-    if (event.target === slider || event.altKey || event.ctrlKey || event.metaKey || event.shiftKey) return;
+    if (event.target === slider || event.target === number || event.altKey || event.ctrlKey || event.metaKey || event.shiftKey) return;
     const by = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
     if (by === undefined) return;
     event.preventDefault();
@@ -154,11 +155,19 @@
       const token = numbers.get(event.target.closest(".tokens > span"));
       if (token !== undefined) pick(token);
     });
+  function seek(token) {
+    pick(token);
+    spans[token].scrollIntoView({ block: "center" });
+  }
+
+  number.addEventListener("change", () => {
+    const token = number.valueAsNumber;
+    if (Number.isInteger(token) && token >= 0 && token < width) seek(token);
+  });
   document.querySelector("canvas").addEventListener("click", (event) => {
     const [across, down] = placeIn(event.currentTarget, event);
     show(Math.floor(down * steps));
-    pick(Math.floor(across * width));
-    spans[picked].scrollIntoView({ block: "center" });
+    seek(Math.floor(across * width));
   });
   for (const svg of document.querySelectorAll(".charts svg"))
     svg.addEventListener("click", (event) => show(Math.floor(placeIn(svg, event)[0] * steps)));

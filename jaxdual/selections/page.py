@@ -67,6 +67,7 @@ def selection_page(
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         charts=list(_charts(figures)),
         steps=len(steps),
+        tokens=len(tokens),
         prompt=Markup().join(spans[: len(prompt)]),
         answer=Markup().join(spans[len(prompt) :]),
         data=_embedded(_data(steps, figures, len(prompt), len(tokens))),
@@ -74,14 +75,12 @@ def selection_page(
 
 
 def _selection(request: RequestOutput, index: int) -> tuple[CompletionOutput, list[SelectionStep]]:
-    """An output and its steps, one for each position: a sequence that gave way has told some twice."""
     if not 0 <= index < len(request.outputs):
         raise ValueError(f"index={index} must be in [0, {len(request.outputs) - 1}]")
     output = request.outputs[index]
     if not output.selection:
         raise ValueError(f"output {index} has no selection: it comes with DyscoParams(return_selection=True)")
-    by_position = {step.position: step for step in output.selection}
-    return output, [by_position[position] for position in sorted(by_position)]
+    return output, output.selection
 
 
 def _texts(tokens: Sequence[int], tokenizer: Tokenizer | None) -> Iterator[tuple[int, bytes]]:

@@ -100,6 +100,15 @@ def test_recorded_runs_on_pages_of_any_size_in_any_order(block_size: int) -> Non
         assert_recorded(CASE, answer(llm, params_of(CASE)).outputs[0])
 
 
+def test_sequences_that_give_way_tell_each_step_once() -> None:
+    """Pages for three of four prompts: those that wait compute some raised tokens a second time."""
+    llm = LLM(FIXTURES / CASE, **SETTINGS, num_kv_blocks=32, enable_prefix_caching=False)
+    outputs = llm.generate([prompt_of(CASE)] * 4, params_of(CASE))
+    assert llm.stats().preemptions > 0
+    for output in outputs:
+        assert_recorded(CASE, output.outputs[0])
+
+
 def test_each_of_several_outputs_of_a_prompt_is_the_recorded_one() -> None:
     dysco = dysco_of(CASE)
     params = SamplingParams(n=3, max_tokens=12, temperature=0, ignore_eos=True, logprobs=20, dysco=dysco)

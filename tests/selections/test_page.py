@@ -142,6 +142,7 @@ def test_the_page_has_every_token_and_a_slider_over_the_steps() -> None:
     assert not answer.all("span", **{"data-template": None})
     slider = page.one("input", id="step")
     assert (slider.attributes["type"], slider.attributes["min"], slider.attributes["max"]) == ("range", "1", "5")
+    assert page.one("input", id="token").attributes["max"] == "8"
     facts = [(one.one("dt").text, one.one("dd").text) for one in page.one("dl").all("div")]
     assert facts == [("model", "m"), ("prompt", "5 tokens"), ("answer", "4 tokens")]
     assert [one.text for one in (page.one("title"), page.one("h1"))] == ["t", "t"]
@@ -165,7 +166,7 @@ def test_elements_that_the_script_looks_for_are_there() -> None:
     page = parsed(selection_page(request_of(4, 2, steps_of(4, 2)), None))
     (script,) = [one.text for one in page.all("script") if "type" not in one.attributes]
     names = set(re.findall(r'getElementById\("(\w+)"\)', script))
-    assert names == {"data", "step", "back", "on", "said", "picked"}
+    assert names == {"data", "step", "back", "on", "token", "said", "picked"}
     for name in names:
         page.one(id=name)
     styles = page.one("style").text
@@ -290,14 +291,6 @@ def test_charts_have_a_flat_piece_for_each_step() -> None:
     assert svg.attributes["aria-label"] == 'a "label"'
     assert svg.attributes["viewbox"] == "0 -2 5 44"
     assert parsed(chart([0], 0.0, "")).one("path").attributes["d"] == "M0 40.0H1"
-
-
-def test_a_step_that_was_told_twice_is_shown_once() -> None:
-    """As by a sequence that gave way and was computed again."""
-    first, second = steps_of(4, 2), steps_of(4, 2, seed=1)
-    page = parsed(selection_page(request_of(4, 2, [*first, *second]), None))
-    want = parsed(selection_page(request_of(4, 2, second), None))
-    assert data_of(page) == data_of(want)
 
 
 def test_what_has_no_selection_is_refused() -> None:
