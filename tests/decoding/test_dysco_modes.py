@@ -1,0 +1,109 @@
+"""Cheaper modes of DySCO: each as the dense reference defines it, alone, beside others, and after giving way."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+
+import models
+from jaxdual import LLM, DyscoParams, SamplingParams
+from tests.decoding.dense_dysco import DenseDysco, Settings, Trace
+from tests.decoding.test_dysco import FIXTURES, meta, recorded
+from tests.decoding.test_dysco_engine import SETTINGS, VANILLA, assert_recorded, dysco_of, others, params_of, prompt_of
+
+pytestmark = pytest.mark.usefixtures("shared_programs")
+
+MODES = ("tail_chunk", "lag", "split", "lag_fresh", "refresh")
+TOKENS = 12
+
+
+def reference(case: str, prompt: list[int], mode: str) -> Trace:
+    of_case = meta(case)
+    names = ("heads", "C", "I", "p", "K", "beta", "gamma", "template_sequences")
+    settings = Settings(**{name: of_case[name] for name in names})
+    return DenseDysco(models.load(FIXTURES / case, dtype="float32"), settings).run(prompt, TOKENS, mode, 3)
+
+
+def params(case: str, mode: str) -> SamplingParams:
+    dysco = dysco_of(case, mode=mode, refresh_every=3)
+    return SamplingParams(max_tokens=TOKENS, temperature=0, ignore_eos=True, dysco=dysco)
+
+
+def assert_is(output: Any, want: Trace) -> None:
+    assert output.token_ids == want.generated
+    assert len(output.selection) == len(want.selected)
+    for step, selected, relevance in zip(output.selection, want.selected, want.relevance, strict=True):
+        np.testing.assert_array_equal(step.selected, np.flatnonzero(selected))
+        np.testing.assert_allclose(step.relevance, relevance, atol=2e-5)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("case", ["qwen3_hybrid", "llama_topk"])
+def test_modes_are_those_of_the_dense_reference(case: str, mode: str) -> None:
+    """Prompts of all lengths, too: shorter than the tail, and than what is observed."""
+    llm = LLM(FIXTURES / case, **SETTINGS)
+    full = prompt_of(case)["prompt_token_ids"]
+    for length in (len(full), 1, 4, 9):
+        want = reference(case, full[:length], mode)
+        (output,) = llm.generate([{"prompt_token_ids": full[:length]}], params(case, mode))
+        assert_is(output.outputs[0], want)
+    llm.check_integrity()
+
+
+@pytest.mark.parametrize("sizes", [{}, {"data_parallel_size": 2, "tensor_parallel_size": 2}], ids=["one", "four"])
+def test_modes_share_steps(sizes: dict[str, int]) -> None:
+    """All of them, the authors' own and requests without DySCO side by side: each gives what it gives alone."""
+    case = "qwen3_hybrid"
+    llm = LLM(FIXTURES / case, **SETTINGS | {"max_num_seqs": 8, "max_num_batched_tokens": 24}, **sizes)
+    static = params_of(case, static=True)
+    prompts = [prompt_of(case)] * (len(MODES) + 2) + others(2)
+    asked = [*(params(case, mode) for mode in MODES), static, params_of(case), VANILLA, VANILLA]
+    alone = LLM(FIXTURES / case, **SETTINGS)
+    outputs = llm.generate(prompts, asked)
+    for mode, output in zip(MODES, outputs, strict=False):
+        assert_is(output.outputs[0], reference(case, prompt_of(case)["prompt_token_ids"], mode))
+    assert_recorded(case, outputs[len(MODES) + 1].outputs[0])
+    for number in (len(MODES), -2, -1):
+        (want,) = alone.generate([prompts[number]], asked[number])
+        assert outputs[number].outputs[0].token_ids == want.outputs[0].token_ids
+    llm.check_integrity()
+
+
+@pytest.mark.parametrize("preemption", ["recompute", "swap"])
+def test_modes_go_on_after_they_gave_way(preemption: str) -> None:
+    case = "qwen3_hybrid"
+    host = {"host_cache_bytes": 1 << 20} if preemption == "swap" else {}
+    llm = LLM(FIXTURES / case, **SETTINGS, **host, num_kv_blocks=32, preemption_mode=preemption)
+    growing = dataclasses.replace(VANILLA, max_tokens=90)
+    before = [{"prompt_token_ids": list(range(number, number + 40))} for number in range(2)]
+    kinds = [mode for mode in MODES for _ in range(2)]
+    outputs = llm.generate(
+        [*before, *[prompt_of(case)] * len(kinds)], [growing, growing, *(params(case, mode) for mode in kinds)]
+    )
+    want = {mode: reference(case, prompt_of(case)["prompt_token_ids"], mode) for mode in MODES}
+    for mode, output in zip(kinds, outputs[2:], strict=True):
+        assert_is(output.outputs[0], want[mode])
+    assert llm.stats().preemptions > 0
+    llm.check_integrity()
+
+
+def test_tokens_of_modes_differ_from_the_authors_own() -> None:
+    """The tail at once gives theirs here, as it did for the authors' code; the others don't, so each needs its name."""
+    case = "qwen3_hybrid"
+    prompt, exact = prompt_of(case)["prompt_token_ids"], recorded(case)["generated"].tolist()
+    different = {mode for mode in MODES if reference(case, prompt, mode).generated != exact}
+    assert different >= {"lag", "lag_fresh"}
+
+
+def test_parameters_of_modes_are_checked() -> None:
+    heads = [(0, 0)]
+    for settings, message in (
+        ({"mode": "fast"}, "mode='fast' must be one of exact, tail_chunk, lag, split, lag_fresh, refresh"),
+        ({"mode": "lag", "static": True}, "static and mode='lag' exclude each other"),
+        ({"mode": "refresh", "refresh_every": 1}, "refresh_every=1 must be a whole number of at least 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            DyscoParams(heads=heads, **settings)  # type: ignore[arg-type]
