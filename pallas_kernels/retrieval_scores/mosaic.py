@@ -96,10 +96,10 @@ def retrieval_scores(
 
 
 class _Heads(NamedTuple):
-    """Key/value heads with a weighted query head: the first `count` of `order`."""
+    """Key/value heads with a weighted query head: the first `number` of `order`."""
 
     order: Int32[Array, "batch kv_heads"]
-    count: Int32[Array, " batch"]
+    number: Int32[Array, " batch"]
 
 
 def _heads(weights: Float32[Array, "batch kv_heads group"]) -> _Heads:
@@ -140,7 +140,7 @@ def _score(
         "table": keys.table,
         "lengths": lengths,
         "order": heads.order,
-        "count": heads.count,
+        "count": heads.number,
     }
     if keys.scales is not None:
         arguments["k_scales"] = keys.scales
