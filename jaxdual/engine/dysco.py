@@ -129,12 +129,12 @@ def choose(
     Args:
       positions: of all sequences of the step, of which `rows` are the first.
     """
-    count, keys = attention.shape
+    count = attention.shape[0]
     lengths = positions[:count] + 1
     before, history, is_first = state.relevance[rows.slot], jnp.asarray(rows.history), jnp.asarray(rows.is_first)
     relevance = blend(before, attention, history, is_first)
     candidates, top_p, top_k = jnp.asarray(rows.candidates), jnp.asarray(rows.top_p), jnp.asarray(rows.top_k)
-    selected = select(relevance, candidates, top_p, top_k, keys)
+    selected = select(relevance, candidates, top_p, top_k)
     bits = pack(raised(selected, state.template[rows.slot], lengths))
     everybody = jnp.zeros((positions.shape[0], bits.shape[1]), jnp.uint32)
     value = jnp.zeros(positions.shape[0], jnp.float32)

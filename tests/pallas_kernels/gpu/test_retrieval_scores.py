@@ -126,7 +126,9 @@ def test_what_the_kernel_cannot_do_is_left_to_another(fields, message):
     with on_hopper():
         with pytest.raises(NotImplementedError, match=message):
             retrieval_scores(**arguments, implementation="mosaic")
-        np.testing.assert_array_equal(retrieval_scores(**arguments), np.full((batch, page_size), float(kv_heads * group)))
+        np.testing.assert_array_equal(
+            retrieval_scores(**arguments), np.full((batch, page_size), float(kv_heads * group))
+        )
 
 
 @pytest.mark.parametrize("fields", [{"stages": 0}, {"blocks": 0}])
