@@ -10,6 +10,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxdual.decoding.profiles import read_profile
+from jaxdual.engine.dysco import DyscoRows, DyscoState
+from jaxdual.engine.dysco_programs import DyscoPrograms
 from jaxdual.engine.layerwise.programs import LayerPrograms
 from jaxdual.engine.paged import GroupTable
 from jaxdual.engine.steps import Programs
@@ -19,6 +22,7 @@ from models.config import ModelConfig, RopeConfig
 
 _PAGES, _WIDTH, _PAGE_SIZE = 4096, 64, 64
 _LAYER_SLOTS = 3
+_SLOTS = 64
 QWEN3_8B = ModelConfig(
     family="qwen3",
     vocab_size=151936,
@@ -54,7 +58,7 @@ class Step(NamedTuple):
 
 
 def steps() -> dict[str, Step]:
-    """Decoding of 32 sequences, prefill of 4 chunks of 1024 tokens, and one layer of such a prefill."""
+    """Decoding of 32 sequences, and of 8 long ones by DySCO; prefill of 4 chunks of 1024 tokens, and a layer of it."""
     config = QWEN3_8B
     model = nnx.eval_shape(lambda: Decoder(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
     layout = KVLayout.of_layers(
@@ -72,20 +76,29 @@ def steps() -> dict[str, Step]:
     def step(trace: Callable[..., Any], arguments: dict[str, Any], tokens: int, layers: int) -> Step:
         columns = 4 * config.hidden_size + 3 * config.intermediate_size
         arena_bytes = arena(layers).size * 2
-        donated = tuple(name for name in ("arenas", "arena", "x") if name in arguments)
+        donated = tuple(name for name in ("arenas", "arena", "x", "state") if name in arguments)
         return Step(trace, arguments, donated, arena_bytes, tokens * columns * 2, arena_bytes // _PAGES)
 
-    def all_layers(seqs: int) -> dict[str, Any]:
-        table = GroupTable(ints(seqs, _WIDTH))
+    def all_layers(seqs: int, width: int = _WIDTH) -> dict[str, Any]:
+        table = GroupTable(ints(seqs, width))
         return {"leaves": programs.leaves, "arenas": (arena(config.num_layers),), "tables": (table,)}
 
-    numbers, seqs = ints(32), ints(4)
-    decode = {"last_token": ints(64), "slots": numbers, "tokens": numbers, "positions": numbers}
+    def decode(seqs: int) -> dict[str, Any]:
+        return {"last_token": ints(_SLOTS)} | dict.fromkeys(("slots", "tokens", "positions"), ints(seqs))
+
+    seqs = ints(4)
+    watched = sorted({layer for layer, _ in read_profile("qwen3-8b").heads})
     prefill = {"starts": seqs, "counts": seqs}
     x, rope = jax.eval_shape(layer_programs.begin, layer_programs.embedding, ints(4, 1024), seqs)
     layer = layer_programs.arrays_of(1) | {"x": x, "rope": rope, "arena": arena(_LAYER_SLOTS)}
     return {
-        "decode_32": step(programs.decode.trace, all_layers(32) | decode, 32, config.num_layers),
+        "decode_32": step(programs.decode.trace, all_layers(32) | decode(32), 32, config.num_layers),
+        "decode_8_dysco": step(
+            partial(DyscoPrograms(programs).decode.trace, passed=None, layers=(tuple(watched), ())),
+            all_layers(8, _PAGES // 8) | decode(8) | _of_dysco(8, len(watched), _PAGES // 8 * _PAGE_SIZE),
+            8,
+            config.num_layers,
+        ),
         "prefill_4_times_1024": step(
             programs.prefill.trace, all_layers(4) | prefill | {"tokens": ints(4, 1024)}, 4096, config.num_layers
         ),
@@ -96,3 +109,24 @@ def steps() -> dict[str, Step]:
             _LAYER_SLOTS,
         ),
     }
+
+
+def _of_dysco(seqs: int, layers: int, keys: int) -> dict[str, Any]:
+    """Arguments of a step all of whose sequences are decoded by DySCO, with heads in so many layers."""
+
+    def array(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    floats, ints = array(jnp.float32, seqs), array(jnp.int32, seqs)
+    rows = DyscoRows(
+        row=ints,
+        slot=ints,
+        weights=array(jnp.float32, seqs, layers, QWEN3_8B.num_heads),
+        is_first=array(jnp.bool_, seqs),
+        history=floats,
+        top_p=floats,
+        top_k=ints,
+        candidates=ints,
+        bias=floats,
+    )
+    return {"state": DyscoState(array(jnp.float32, _SLOTS, keys), array(jnp.bool_, _SLOTS, keys)), "peeked": rows}

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Everything that a GPU machine is needed for, in under ten minutes, from the tracked files alone:
 #   bench/gpu_check.sh OUT_DIR
-# leaves battery.json, tuning.json, kernels.json, engine.json, router_counting.json and cluster.json in OUT_DIR. A part
-# that fails or takes too long does not keep the others from running; the exit status is 1 if one did. Runs in $PYTHON,
-# else .venv/, else python3, which needs jax with CUDA, flax, jaxtyping, pytest, tokenizers and safetensors, and for clusters msgspec, xxhash and
-# obstore: without these cluster.json says so.
+# leaves battery.json, tuning.json, kernels.json, selection.json, engine.json, router_counting.json and cluster.json in
+# OUT_DIR. A part that fails or takes too long does not keep the others from running; the exit status is 1 if one did.
+# Runs in $PYTHON, else .venv/, else python3, which needs jax with CUDA, flax, jaxtyping, pytest, tokenizers and
+# safetensors, and for clusters msgspec, xxhash and obstore: without these cluster.json says so.
 set -uo pipefail
 if [ $# -ne 1 ]; then
   echo "usage: bench/gpu_check.sh OUT_DIR" >&2
@@ -28,9 +28,10 @@ part() { # NAME SECONDS ARGUMENTS...
 }
 # Less than 600 seconds together, and some to spare for the check above.
 part battery 130 bench.device_battery
-part tuning 90 bench.tune --seconds 55
-part kernels 115 bench.kernels --seconds 85
+part tuning 85 bench.tune --seconds 50
+part kernels 110 bench.kernels --seconds 80
+part selection 30 bench.selection --sequences 1 16 --seconds 20
 part engine 115 bench.device_engine
-part router_counting 55 bench.router_counting --steps 200
+part router_counting 50 bench.router_counting --steps 160
 part cluster 75 bench.device_cluster
 exit $status

@@ -19,6 +19,9 @@ from pallas_kernels.kv_blocks import mosaic as kv_mosaic
 from pallas_kernels.prefill_attention import arg_specs as prefill_specs
 from pallas_kernels.prefill_attention import mosaic as prefill_mosaic
 from pallas_kernels.prefill_attention import prefill_attention
+from pallas_kernels.retrieval_scores import arg_specs as scores_specs
+from pallas_kernels.retrieval_scores import mosaic as scores_mosaic
+from pallas_kernels.retrieval_scores import retrieval_scores
 
 
 class Spec(Protocol):
@@ -40,8 +43,8 @@ class Case(NamedTuple):
       function: takes what `spec.make` returns, `spec.options` and `implementation`.
       implementations: those that are looked at, in the order of "auto"; in float32 the last says what is right. That is
         the "reference" of attention. The grouped product's is left out, since it takes as many times the memory and
-        work as there are experts: its "xla" stands in, which tests compare with loops in float64. The block moves' is
-        their "xla".
+        work as there are experts: its "xla" stands in, which tests compare with loops in float64. That of the block
+        moves and of retrieval scores is their "xla".
       exact: results are copies: nothing may differ.
       donated: the argument that is written in place.
       candidates: forms of the Mosaic kernel that are tried beside its default.
@@ -90,6 +93,10 @@ def operations() -> Mapping[str, Mapping[str, Case]]:
         "decode_attention": {
             name: Case(decode_attention, spec, attention, candidates=decode_mosaic.CANDIDATES)
             for name, spec in decode_specs.SPECS.items()
+        },
+        "retrieval_scores": {
+            name: Case(retrieval_scores, spec, ("mosaic", "xla"), candidates=scores_mosaic.CANDIDATES)
+            for name, spec in scores_specs.SPECS.items()
         },
         "grouped_matmul": {
             name: Case(spec.function, spec, ("mosaic", "xla"), candidates=matmul_mosaic.candidates(1 + spec.gated))

@@ -256,4 +256,4 @@ def _selected(
     relevance: Float32[Array, "rows keys"], rows: DyscoRows, candidates: Int32[Array, " rows"]
 ) -> Bool[Array, "rows keys"]:
     top_p, top_k = jnp.asarray(rows.top_p), jnp.asarray(rows.top_k)
-    return select(relevance, candidates, top_p, top_k, relevance.shape[1])
+    return select(relevance, candidates, top_p, top_k)

@@ -8,9 +8,14 @@ from jaxtyping import Array, Float, Float32, Int32, Shaped
 from pallas_kernels import dispatch
 from pallas_kernels.checks import check_array
 from pallas_kernels.paged import Pages, check_pages, checked_scale
-from pallas_kernels.retrieval_scores import reference
+from pallas_kernels.retrieval_scores import mosaic, reference
 
-_IMPLEMENTATIONS = {"reference": reference.retrieval_scores}
+# The specification is what XLA runs.
+_IMPLEMENTATIONS = {
+    "mosaic": mosaic.retrieval_scores,
+    "xla": reference.retrieval_scores,
+    "reference": reference.retrieval_scores,
+}
 
 
 def retrieval_scores(
@@ -31,7 +36,11 @@ def retrieval_scores(
       q, k_pages, page_table, lengths, scale, k_scales: as of that attention, `decode_attention`.
       lse: of it, with `return_lse`.
       weights: of each head; heads without one are not looked at.
-      implementation: "auto" or "reference", which gathers the pages.
+      implementation: "auto": the first of the following that can; "mosaic": on GPUs of compute capability 9.0, reads
+        only the keys of heads that are looked at (bfloat16 or float16 queries, pages of their type or float8_e4m3fn,
+        `head_dim` a multiple of 16 up to 256, `page_size` 8, 16, 32 or a multiple of 64, up to 64 query heads a
+        key/value head, queries of a sequence of up to 64 KiB once each key/value head's are filled up to 8); "xla",
+        which is the "reference", too: gathers all pages (memory `batch * width * page_size` keys).
 
     Returns:
       Sum over heads of weight and probability of each key, `[batch, width * page_size]`; zero past the end.

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import hypothesis.extra.numpy as arrays
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -16,9 +19,10 @@ from hypothesis import strategies as st
 
 import models
 from jaxdual.decoding.dysco import HISTORY, DyscoParams, first_raised, template_mask
-from jaxdual.decoding.relevance import blend, raised, select
+from jaxdual.decoding.relevance import blend, raised, select, select_above_cut, select_by_sort
 from tests.decoding.dense_dysco import DenseDysco, Settings
 
+type Select = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 FIXTURES = Path(__file__).parent.parent / "fixtures" / "dysco"
 CASES = ("qwen3_hybrid", "llama_topk", "vanilla_beta1")
 
@@ -65,7 +69,7 @@ def test_recorded_relevance_gives_the_recorded_selections(case: str) -> None:
     top_k = jnp.full(steps, of_case["K"] or keys, jnp.int32)
     top_p = jnp.full(steps, math.inf if of_case["p"] is None else of_case["p"], jnp.float32)
     lengths = jnp.asarray(want["n_keys"])
-    selected = select(jnp.asarray(want["r"]), lengths, top_p, top_k, of_case["K"] or keys)
+    selected = select(jnp.asarray(want["r"]), lengths, top_p, top_k)
     template = np.zeros((steps, keys), bool)
     template[:, : of_case["prompt_length"]] = template_mask(want["prompt_ids"], of_case["template_sequences"])
     np.testing.assert_array_equal(template[0, : of_case["prompt_length"]], want["template_mask"])
@@ -97,6 +101,13 @@ def test_blending_the_recorded_rows_gives_the_next_ones(case: str) -> None:
 shares = arrays.arrays(np.float32, st.integers(1, 40), elements=st.integers(0, 64).map(lambda whole: whole / 64))
 
 
+FORMS: tuple[Select, ...] = (
+    jax.jit(select),
+    jax.jit(select_by_sort),
+    jax.jit(partial(select_above_cut, digit_bits=4)),  # the one of GPUs
+)
+
+
 @settings(deadline=None)  # the first calls compile
 @given(
     relevance=shares,
@@ -114,15 +125,70 @@ def test_selection_is_that_of_a_full_sort(
         count = max(sum(float(relevance[order[: m + 1]].sum()) <= top_p * total for m in range(length)), 1)
     if top_k is not None:
         count = min(count, top_k)
-    padded = np.concatenate([relevance, np.full(5, 7.0, np.float32)])[None]
-    found = select(
-        jnp.asarray(padded),
-        jnp.array([length]),
-        jnp.array([math.inf if top_p is None else top_p], jnp.float32),
-        jnp.array([len(relevance) if top_k is None else top_k]),
-        padded.shape[1] if top_k is None else top_k,
-    )
-    assert np.flatnonzero(found[0]).tolist() == sorted(order[:count])
+    padded = np.concatenate([relevance, np.full(45 - len(relevance), 7.0, np.float32)])[None]
+    for form in FORMS:
+        found = form(
+            jnp.asarray(padded),
+            jnp.array([length]),
+            jnp.array([math.inf if top_p is None else top_p], jnp.float32),
+            jnp.array([len(relevance) if top_k is None else top_k]),
+        )
+        assert np.flatnonzero(found[0]).tolist() == sorted(order[:count])
+
+
+KEYS = 300
+
+
+def relevances(kind: str, rng: np.random.Generator, length: int) -> np.ndarray:
+    """As attention may give it: of one token, of all alike, of none, or with a long tail."""
+    if kind == "one":
+        return np.eye(length)[rng.integers(length)]
+    if kind in ("equal", "none"):
+        return np.full(length, 1 / length if kind == "equal" else 0.0)
+    drawn = rng.permutation(1 / np.arange(1, length + 1)) if kind == "zipf" else rng.random(length)
+    if kind == "few values":
+        drawn = np.ceil(drawn * 4) * 0.1
+    if kind == "sparse":
+        drawn *= rng.random(length) < 0.2
+    return drawn / max(drawn.sum(), 1e-9)
+
+
+@settings(deadline=None)  # the first calls compile
+@given(
+    kinds=st.lists(
+        st.sampled_from(["random", "zipf", "one", "equal", "none", "few values", "sparse"]), min_size=3, max_size=3
+    ),
+    seed=st.integers(0, 2**32 - 1),
+    lengths=st.lists(st.integers(0, KEYS), min_size=3, max_size=3),
+    top_p=st.lists(st.sampled_from([1e-30, 0.1, 0.5, 0.9, 0.975, 0.999, 1.0, math.inf]), min_size=3, max_size=3),
+    top_k=st.lists(st.sampled_from([1, 7, 64, KEYS, 10**6]), min_size=3, max_size=3),
+)
+def test_every_form_selects_the_first_of_a_full_sort_in_float64(
+    kinds: list[str], seed: int, lengths: list[int], top_p: list[float], top_k: list[int]
+) -> None:
+    """Exactly as many as fit, but where the limit is met within what rounding makes of a sum in any order."""
+    rng = np.random.default_rng(seed)
+    relevance = rng.random((3, KEYS)).astype(np.float32)  # also past the end
+    for row, kind, length in zip(relevance, kinds, lengths, strict=True):
+        if length:
+            row[:length] = relevances(kind, rng, length)
+    found_by = [
+        np.asarray(form(jnp.asarray(relevance), jnp.array(lengths), jnp.array(top_p, jnp.float32), jnp.array(top_k)))
+        for form in FORMS
+    ]
+    for row, (length, share, most) in enumerate(zip(lengths, top_p, top_k, strict=True)):
+        exact = relevance[row, :length].astype(np.float64)
+        order = np.lexsort((np.arange(length), -exact))
+        fewest = largest = length
+        if share < 1:
+            sums, limit = np.cumsum(exact[order]), float(np.float32(share)) * exact.sum()
+            rounding = (length + 1) * 2.0**-24 * limit
+            fewest, largest = (max(int((sums <= limit + slack).sum()), 1) for slack in (-rounding, rounding))
+        fewest, largest = min(fewest, most, length), min(largest, most, length)
+        for found in found_by:
+            count = int(found[row].sum())
+            assert fewest <= count <= largest
+            assert np.flatnonzero(found[row]).tolist() == sorted(order[:count])
 
 
 @given(
@@ -140,7 +206,7 @@ def test_template_masks_are_those_of_a_search_at_every_place(tokens: list[int], 
 
 def test_without_relevance_all_are_equal() -> None:
     nothing, lengths = jnp.zeros((2, 6)), jnp.array([4, 6])
-    found = select(nothing, lengths, jnp.array([math.inf, 0.5], jnp.float32), jnp.array([6, 3]), 6)
+    found = select(nothing, lengths, jnp.array([math.inf, 0.5], jnp.float32), jnp.array([6, 3]))
     assert [np.flatnonzero(row).tolist() for row in found] == [[0, 1, 2, 3], [0, 1, 2]]
 
 

@@ -48,12 +48,11 @@ def selected(relevance: np.ndarray, top_p: float | None, top_k: int | None) -> n
         np.array([len(relevance)], np.int32),
         np.array([math.inf if top_p is None else top_p], np.float32),
         np.array([_WIDTH if top_k is None else top_k], np.int32),
-        _WIDTH,
     )
     return np.flatnonzero(found[0])
 
 
-_select, _raised = jax.jit(select, static_argnums=4), jax.jit(raised)
+_select, _raised = jax.jit(select), jax.jit(raised)
 
 
 @settings(deadline=None, max_examples=300)  # the first calls compile

@@ -163,3 +163,42 @@ def check_prefill(
     atol, lse_atol = {"bfloat16": (0.02, 0.004), "float16": (0.004, 0.004), "float32": (2e-6, 2e-6)}[q.dtype.name]
     np.testing.assert_allclose(np.asarray(out, np.float64), expected, rtol=1e-6, atol=atol)
     np.testing.assert_allclose(lse, expected_lse, rtol=1e-6, atol=lse_atol)
+
+
+def check_scores(
+    function, seed, lengths, *, group=4, dtype=jnp.bfloat16, scale=SCALE, looked_at=0.4, **options
+) -> None:
+    """Compares `function`, with the arguments of `retrieval_scores`; `options` are those of `case`.
+
+    Args:
+      looked_at: the share of heads that have a weight; whatever the others have is NaN, and so are keys that only they
+        would see.
+    """
+    c = case(seed, lengths, dtype=dtype, **options)
+    seqs, tokens, kv_heads, head_dim = c.keys.shape
+    q = jnp.asarray(c.rng.normal(size=(seqs, kv_heads * group, head_dim)), dtype)
+    weights = np.where(c.rng.random(q.shape[:2]) < looked_at, c.rng.random(q.shape[:2]), 0).astype(np.float32)
+    used = head_dim**-0.5 if scale is None else scale
+    expected, lse = np.zeros((seqs, tokens)), np.full(q.shape[:2], np.nan, np.float32)
+    for seq, head in np.argwhere(weights):
+        query = np.asarray(q[seq, head], np.float64)
+        scores = c.keys[seq, : lengths[seq], head // group] @ query * used
+        lse[seq, head] = np.logaddexp.reduce(scores, initial=-np.inf)
+        expected[seq, : lengths[seq]] += weights[seq, head] * np.exp(scores - lse[seq, head].astype(np.float64))
+    unseen = ~(weights != 0).reshape(seqs, kv_heads, group).any(axis=2)
+    pages = {name: array for name, array in c.arrays.items() if name in ("k_pages", "page_table", "k_scales")}
+    for seq, head in np.argwhere(unseen):
+        pages["k_pages"] = pages["k_pages"].at[pages["page_table"][seq], :, head].set(jnp.nan)
+    found = function(
+        q=jnp.where(weights[..., None] != 0, q, jnp.nan),
+        lengths=jnp.asarray(lengths, jnp.int32),
+        lse=jnp.asarray(lse),
+        weights=jnp.asarray(weights),
+        scale=scale,
+        **pages,
+    )
+    assert found.dtype == jnp.float32
+    assert np.isfinite(expected).all()
+    # Products of 16 bits are exact, but a GPU may cut off the last bits of their sums.
+    np.testing.assert_allclose(found, expected, rtol=2e-5 if dtype == jnp.float32 else 1e-4, atol=1e-7)
+    assert not np.asarray(found)[np.arange(tokens) >= np.asarray(lengths)[:, None]].any()
