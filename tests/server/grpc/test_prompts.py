@@ -49,6 +49,7 @@ def read(**fields: Any) -> DyscoParams | None:
             DyscoParams(profile="qwen3-8b", preset="paper", top_p=None, template_sequences=[], static=True),
         ),
         ({"top_k": 0}, DyscoParams(top_k=None)),
+        ({"mode": "refresh", "refresh_every": 3}, DyscoParams(mode="refresh", refresh_every=3)),
     ],
 )
 def test_dysco_fields_are_its_parameters(fields: dict[str, Any], params: DyscoParams) -> None:
@@ -61,6 +62,8 @@ def test_dysco_fields_are_its_parameters(fields: dict[str, Any], params: DyscoPa
         ({"top_p": 0.0, "top_k": 0}, "can't both be None"),
         ({"profile": "a/b"}, "profile='a/b' must be one of"),
         ({"strength": -1.0}, "strength=-1.0 must be above 0"),
+        ({"mode": "fast"}, "mode='fast' must be one of"),
+        ({"refresh_every": 1}, "refresh_every=1 must be a whole number of at least 2"),
         ({"raise_template": True, "template_sequences": [pb.TokenIds(ids=[1])]}, "exclude each other"),
     ],
 )

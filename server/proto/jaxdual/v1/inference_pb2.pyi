@@ -128,7 +128,7 @@ class RetrievalHead(_message.Message):
     def __init__(self, layer: _Optional[int] = ..., head: _Optional[int] = ...) -> None: ...
 
 class Dysco(_message.Message):
-    __slots__ = ("heads", "profile", "top_p", "top_k", "strength", "decay", "preset", "observe", "tail", "template_sequences", "raise_template", "static")
+    __slots__ = ("heads", "profile", "top_p", "top_k", "strength", "decay", "preset", "observe", "tail", "template_sequences", "raise_template", "static", "mode", "refresh_every")
     HEADS_FIELD_NUMBER: _ClassVar[int]
     PROFILE_FIELD_NUMBER: _ClassVar[int]
     TOP_P_FIELD_NUMBER: _ClassVar[int]
@@ -141,6 +141,8 @@ class Dysco(_message.Message):
     TEMPLATE_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     RAISE_TEMPLATE_FIELD_NUMBER: _ClassVar[int]
     STATIC_FIELD_NUMBER: _ClassVar[int]
+    MODE_FIELD_NUMBER: _ClassVar[int]
+    REFRESH_EVERY_FIELD_NUMBER: _ClassVar[int]
     heads: _containers.RepeatedCompositeFieldContainer[RetrievalHead]
     profile: str
     top_p: float
@@ -153,7 +155,9 @@ class Dysco(_message.Message):
     template_sequences: _containers.RepeatedCompositeFieldContainer[TokenIds]
     raise_template: bool
     static: bool
-    def __init__(self, heads: _Optional[_Iterable[_Union[RetrievalHead, _Mapping]]] = ..., profile: _Optional[str] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., strength: _Optional[float] = ..., decay: _Optional[float] = ..., preset: _Optional[str] = ..., observe: _Optional[int] = ..., tail: _Optional[int] = ..., template_sequences: _Optional[_Iterable[_Union[TokenIds, _Mapping]]] = ..., raise_template: _Optional[bool] = ..., static: _Optional[bool] = ...) -> None: ...
+    mode: str
+    refresh_every: int
+    def __init__(self, heads: _Optional[_Iterable[_Union[RetrievalHead, _Mapping]]] = ..., profile: _Optional[str] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., strength: _Optional[float] = ..., decay: _Optional[float] = ..., preset: _Optional[str] = ..., observe: _Optional[int] = ..., tail: _Optional[int] = ..., template_sequences: _Optional[_Iterable[_Union[TokenIds, _Mapping]]] = ..., raise_template: _Optional[bool] = ..., static: _Optional[bool] = ..., mode: _Optional[str] = ..., refresh_every: _Optional[int] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
     __slots__ = ("request_id", "model", "text", "token_ids", "chat", "sampling_params", "priority", "user")
