@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from jaxdual.decoding.dysco import DyscoParams
@@ -43,6 +43,7 @@ class SamplingParams:
       skip_special_tokens: leaves special tokens out of the text.
       include_stop_str_in_output: keeps the stop string in the text.
       dysco: raises the attention to what the model looks for in the context, at each token; None doesn't.
+      return_selection: the same as that of `dysco`.
 
     Raises:
       ValueError: a value of the wrong type or out of its range.
@@ -68,6 +69,7 @@ class SamplingParams:
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
     dysco: DyscoParams | None = None
+    return_selection: bool = False
 
     def __post_init__(self) -> None:
         if self.max_tokens is not None:
@@ -87,7 +89,7 @@ class SamplingParams:
             if getattr(self, name) is not None:
                 _whole(name, getattr(self, name), 0, MAX_LOGPROBS)
         _whole("n", self.n, 1, MAX_OUTPUTS)
-        for name in ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output"):
+        for name in ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output", "return_selection"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be true or false")
         self._set("stop", self._stops())
@@ -100,8 +102,12 @@ class SamplingParams:
         if self.dysco is not None:
             if not isinstance(self.dysco, DyscoParams):
                 raise ValueError(f"dysco={self.dysco!r} must be DyscoParams")
+            if self.return_selection:
+                self._set("dysco", replace(self.dysco, return_selection=True))
             if self.prompt_logprobs is not None:
                 raise ValueError("prompt_logprobs and dysco exclude each other: a prompt's end is decoded, not scored")
+        elif self.return_selection:
+            raise ValueError("return_selection=True: without dysco nothing is selected")
         if self.logit_bias is not None:
             if not isinstance(self.logit_bias, Mapping):
                 raise ValueError(f"logit_bias={self.logit_bias!r} must map token ids to numbers")

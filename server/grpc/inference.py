@@ -227,7 +227,7 @@ def _position(entries: dict[int, Logprob], count: int) -> pb.PositionLogprobs:
 
 def _params_message(params: SamplingParams) -> pb.SamplingParams:
     values = params.as_dict() | {"stop": params.stop_strings}
-    del values["dysco"]  # no model has one by default
+    del values["dysco"], values["return_selection"]  # no model has them by default
     return pb.SamplingParams(**values)  # None leaves a field absent
 
 

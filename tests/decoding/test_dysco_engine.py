@@ -202,6 +202,10 @@ def test_requests_that_cannot_be_decoded_so_are_refused() -> None:
             llm.generate([prompt_of(case)], SamplingParams(dysco=dysco))
     with pytest.raises(ValueError, match="prompt_logprobs and dysco exclude each other"):
         SamplingParams(dysco=DyscoParams(heads=[(0, 0)]), prompt_logprobs=1)
+    with pytest.raises(ValueError, match="return_selection=True: without dysco nothing is selected"):
+        SamplingParams(return_selection=True)
+    asked = SamplingParams(dysco=DyscoParams(heads=[(0, 0)]), return_selection=True)
+    assert asked == SamplingParams(dysco=DyscoParams(heads=[(0, 0)], return_selection=True), return_selection=True)
     with pytest.raises(ValueError, match="must be DyscoParams"):
         SamplingParams(dysco={"heads": [(0, 0)]})  # type: ignore[arg-type]
 
