@@ -91,8 +91,8 @@ def select_above_cut(
     def with_digit(cut: Int32[Array, " seqs"], shift: Any, bits: int) -> Int32[Array, " seqs"]:
         count, mass = from_level(cut[:, None] + (jnp.arange(1, 2**bits, dtype=jnp.int32) << shift))
         too_many = (count > most[:, None]) | (mass > most_mass[:, None])
-        further: Array = cut + (jnp.sum(too_many, axis=1, dtype=jnp.int32) << shift)
-        return further
+        higher: Int32[Array, " seqs"] = cut + (jnp.sum(too_many, axis=1, dtype=jnp.int32) << shift)
+        return higher
 
     digits, first_bits = divmod(31, digit_bits)  # the sign is none of them
     cut = jnp.zeros_like(lengths)
@@ -107,7 +107,7 @@ def select_above_cut(
     number = jnp.cumsum(at_cut, axis=1, dtype=jnp.int32)
     of_each = jax.lax.bitcast_convert_type(cut, jnp.float32)[:, None]
     allowed = (mass + number * of_each <= most_mass[:, None]) | (count + number == 1)
-    selected: Array = above | (at_cut & allowed & (count + number <= most[:, None]))
+    selected: Bool[Array, "seqs keys"] = above | (at_cut & allowed & (count + number <= most[:, None]))
     return selected
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.decode_attention import decode_attention
-from pallas_kernels.retrieval_scores import retrieval_scores
+from pallas_kernels.retrieval_scores import arg_specs, retrieval_scores
 from tests.pallas_kernels.paged_battery import SCALE, case, check_scores
 
 LENGTHS = [0, 1, 3, 4, 5, 8, 16, 13]
@@ -43,6 +44,23 @@ def test_after_attention_has_found_the_sums_probabilities_add_up_to_the_weights(
     _, lse = decode_attention(q, lengths=lengths, return_lse=True, **c.arrays)
     found = compiled(q, c.arrays["k_pages"], c.arrays["page_table"], lengths, lse, weights)
     np.testing.assert_allclose(found.sum(axis=1), weights.sum(axis=1) * (lengths > 0), atol=1e-5)
+
+
+def test_specs_count_keys_of_the_heads_that_are_looked_at() -> None:
+    spec = arg_specs.Spec(heads=(0, 1, 5), batch=2, context=24, q_heads=8, kv_heads=4, head_dim=16, page_size=16)
+    arguments = spec.make(jax.random.key(0))
+    assert np.flatnonzero(arguments["weights"][1]).tolist() == [0, 1, 5]
+    assert retrieval_scores(**arguments, **spec.options).shape == (2, 32)
+    # Of key/value heads 0 and 2; scores of two pages.
+    assert spec.bytes_moved == 2 * (24 * 2 * 16 * 2 + 32 * 4)
+    assert spec.flops == 2 * 2 * 24 * 3 * 16
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_sums_of_specs_are_about_those_of_their_scores(fp8: bool) -> None:
+    spec = dataclasses.replace(arg_specs.SPECS["small_batch_8_context_1k"], fp8=fp8)
+    found = retrieval_scores(**spec.make(jax.random.key(1)))
+    np.testing.assert_allclose(found.sum(axis=1), np.ones(8), atol=0.3)
 
 
 def test_shapes_that_do_not_fit_are_refused(unchecked_shapes: None) -> None:
