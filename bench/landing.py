@@ -20,7 +20,7 @@ from jaxdual.config import EngineConfig
 from jaxdual.engine.build import build_engine
 from jaxdual.engine.runner import Runner
 from jaxdual.kv.manager import PageCopy
-from jaxdual.scheduling.batch import StepPlan
+from jaxdual.scheduling.plan import StepPlan
 
 _PAGES = 256
 _COUNTS = (1, 8, 64)  # blocks that land at once

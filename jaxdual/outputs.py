@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from jaxdual.scheduling.batch import FinishReason
+from jaxdual.scheduling.plan import FinishReason
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxdual.scheduling.batch import SequenceState
+from jaxdual.scheduling.plan import SequenceState
 
 _PERCENTS = (50, 95, 99)
 

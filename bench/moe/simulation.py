@@ -18,9 +18,10 @@ from bench.moe.routing import RouterTrace, StepImbalance, load_sums
 from bench.moe.workload import Arrival
 from jaxdual.kv.keys import KeyChain, root_key
 from jaxdual.kv.manager import GroupPages, KVManager
-from jaxdual.scheduling.batch import BatchLimits, BatchScheduler, Phase, SequenceState
+from jaxdual.scheduling.batch import BatchLimits, BatchScheduler
 from jaxdual.scheduling.dispatch import DispatchRequest, LoadBoard
 from jaxdual.scheduling.experts import INTERVAL
+from jaxdual.scheduling.plan import Phase, SequenceState
 from jaxdual.scheduling.queues import ShortestFirst, waiting_queue
 
 _ROOT = root_key(b"simulation", b"")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from jaxdual.scheduling.batch import Chunk
+from jaxdual.scheduling.plan import Chunk
 
 _ROWS_STEP = 2
 _SMALLEST_CHUNK = 32

@@ -22,7 +22,7 @@ from jaxdual.engine.dysco import Chosen, DyscoRows, DyscoState, ObservedChunks, 
 from jaxdual.engine.dysco_programs import DyscoPrograms
 from jaxdual.engine.request import Selection
 from jaxdual.engine.steps import Programs
-from jaxdual.scheduling.batch import Chunk, ParkedSlot, Row
+from jaxdual.scheduling.plan import Chunk, ParkedSlot, Row
 
 _NO_ROW = 2**30  # what is written to such a row is dropped
 

@@ -21,8 +21,8 @@ from jaxdual.engine.slot_sampler import SlotBinding
 from jaxdual.errors import EngineDeadError
 from jaxdual.kv.keys import KeyChain, root_key
 from jaxdual.outputs import RouterFigures
-from jaxdual.scheduling.batch import FinishReason, Phase, SequenceState, StepPlan
 from jaxdual.scheduling.expert_policies import RouterWindow
+from jaxdual.scheduling.plan import FinishReason, Phase, SequenceState, StepPlan
 
 if TYPE_CHECKING:  # it speaks with processes, in messages that an engine by itself needs no package for
     from jaxdual.engine.transfers import Transfers

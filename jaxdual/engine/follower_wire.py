@@ -11,8 +11,8 @@ from jaxdual.engine.runner import ScoreTargets
 from jaxdual.engine.slot_sampler import SlotBinding
 from jaxdual.frames import Message
 from jaxdual.kv.group import GroupPages
-from jaxdual.scheduling.batch import StepPlan
 from jaxdual.scheduling.experts import Move
+from jaxdual.scheduling.plan import StepPlan
 
 # Both ways.
 

@@ -16,8 +16,8 @@ from jaxdual.engine.followers import Followers, Leader
 from jaxdual.engine.router_counts import RouterCounts
 from jaxdual.engine.runner import Launch, Runner, ScoreTargets, StepResult
 from jaxdual.engine.slot_sampler import SlotBinding
-from jaxdual.scheduling.batch import StepPlan
 from jaxdual.scheduling.experts import Move
+from jaxdual.scheduling.plan import StepPlan
 
 
 class LeadingRunner(Runner):

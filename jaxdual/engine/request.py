@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from jaxdual.decoding.dysco import Dysco
 from jaxdual.sampling_params import SamplingParams
-from jaxdual.scheduling.batch import FinishReason
+from jaxdual.scheduling.plan import FinishReason
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,8 +29,8 @@ from jaxdual.kv.layout import KVLayout
 from jaxdual.kv.manager import GroupPages, PageCopy
 from jaxdual.kv.slots import IntegrityError
 from jaxdual.parallel.mesh import DeviceMesh
-from jaxdual.scheduling.batch import Chunk, Row, StepPlan
 from jaxdual.scheduling.experts import Move, Placement
+from jaxdual.scheduling.plan import Chunk, Row, StepPlan
 from models import Decoder
 
 # Pages moved by one program between tiers: a copy or two of waste at the end of a long move costs less than another

@@ -17,7 +17,7 @@ from jaxdual.kv.layout import first_block
 from jaxdual.kv.lease import Lease
 from jaxdual.kv.manager import GroupPages, KVManager
 from jaxdual.kv.staging import StagedSequences, Staging
-from jaxdual.scheduling.batch import Phase, SequenceState
+from jaxdual.scheduling.plan import Phase, SequenceState
 
 
 @dataclass(slots=True)

@@ -26,7 +26,7 @@ from jaxdual.kv.lease import Lease, LeaseState
 from jaxdual.kv.manager import GroupPages, KVManager, PublishedBlock
 from jaxdual.kv.slots import IntegrityError
 from jaxdual.kv.staging import StagedSequences, Staging
-from jaxdual.scheduling.batch import SequenceState
+from jaxdual.scheduling.plan import SequenceState
 
 _complaints = Complaints(logging.getLogger(__name__))
 

@@ -18,7 +18,7 @@ from jaxdual import LLM, AsyncLLM, DyscoParams, SamplingParams
 from jaxdual.config import ConfigError
 from jaxdual.engine.dysco_slots import DyscoSlots
 from jaxdual.outputs import CompletionOutput
-from jaxdual.scheduling.batch import ParkedSlot
+from jaxdual.scheduling.plan import ParkedSlot
 from jaxdual.telemetry import CompileCounter
 from tests.decoding.dense_dysco import DenseDysco, Settings
 from tests.decoding.test_dysco import CASES, FIXTURES, meta, recorded, unpacked

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxdual.engine.buckets import Buckets
-from jaxdual.scheduling.batch import Chunk
+from jaxdual.scheduling.plan import Chunk
 
 sizes = st.tuples(st.integers(1, 80), st.integers(1, 700))
 

@@ -9,7 +9,7 @@ from jaxdual.engine.buckets import Buckets
 from jaxdual.engine.runner import Runner
 from jaxdual.kv.layout import KVLayout
 from jaxdual.kv.manager import GroupPages, PageCopy
-from jaxdual.scheduling.batch import StepPlan
+from jaxdual.scheduling.plan import StepPlan
 from tests.engine.models import load
 
 LAYOUT = KVLayout.of_layers((None,) * 4, kv_heads=2, head_dim=16, page_size=4, dtype="float32", itemsize=4)

@@ -18,7 +18,8 @@ from jaxdual.kv.keys import KeyChain, root_key
 from jaxdual.kv.layout import most_blocks
 from jaxdual.kv.manager import GroupPages, KVManager
 from jaxdual.kv.slots import IntegrityError
-from jaxdual.scheduling.batch import BatchLimits, BatchScheduler, Phase, SequenceState, StepPlan
+from jaxdual.scheduling.batch import BatchLimits, BatchScheduler
+from jaxdual.scheduling.plan import Phase, SequenceState, StepPlan
 from jaxdual.scheduling.queues import QUEUE_POLICIES, waiting_queue
 from tests.kv.memory import Memory
 

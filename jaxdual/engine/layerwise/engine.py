@@ -27,8 +27,8 @@ from jaxdual.frames import Message
 from jaxdual.kv.keys import KeyChain, root_key
 from jaxdual.kv.slots import IntegrityError, SlotPool
 from jaxdual.kv.staging import Staging
-from jaxdual.scheduling.batch import Chunk
 from jaxdual.scheduling.path_modes import MODES, PathMode
+from jaxdual.scheduling.plan import Chunk
 from jaxdual.scheduling.quota import AttentionCost, AttentionShape, ChunkRules, PrefillWork, pack
 
 _WAIT_SECONDS = 0.05  # for news of the agent, between two looks at deadlines

@@ -21,7 +21,7 @@ from jaxdual.engine.layerwise.job import Job, Place
 from jaxdual.engine.layerwise.ring import Ring
 from jaxdual.engine.layerwise.runner import MOVE_SIZES, LayerRunner, Stream, is_ready, move_size
 from jaxdual.engine.slot_sampler import SampleBatch, Sampled
-from jaxdual.scheduling.batch import Chunk
+from jaxdual.scheduling.plan import Chunk
 
 _LOOK_SECONDS = 0.0005  # between two looks at the device, at least
 
