@@ -53,11 +53,10 @@ def test_modes_are_those_of_the_dense_reference(case: str, mode: str) -> None:
     llm.check_integrity()
 
 
-@pytest.mark.parametrize("sizes", [{}, {"data_parallel_size": 2, "tensor_parallel_size": 2}], ids=["one", "four"])
-def test_modes_share_steps(sizes: dict[str, int]) -> None:
+def test_modes_share_steps() -> None:
     """All of them, the authors' own and requests without DySCO side by side: each gives what it gives alone."""
     case = "qwen3_hybrid"
-    llm = LLM(FIXTURES / case, **SETTINGS | {"max_num_seqs": 8, "max_num_batched_tokens": 24}, **sizes)
+    llm = LLM(FIXTURES / case, **SETTINGS | {"max_num_seqs": 8, "max_num_batched_tokens": 24})
     static = params_of(case, static=True)
     prompts = [prompt_of(case)] * (len(MODES) + 2) + others(2)
     asked = [*(params(case, mode) for mode in MODES), static, params_of(case), VANILLA, VANILLA]
@@ -69,6 +68,16 @@ def test_modes_share_steps(sizes: dict[str, int]) -> None:
     for number in (len(MODES), -2, -1):
         (want,) = alone.generate([prompts[number]], asked[number])
         assert outputs[number].outputs[0].token_ids == want.outputs[0].token_ids
+    llm.check_integrity()
+
+
+def test_modes_on_several_devices() -> None:
+    case, modes = "qwen3_hybrid", ("tail_chunk", "lag_fresh")
+    sizes = {"data_parallel_size": 2, "tensor_parallel_size": 2, "max_num_seqs": 2}
+    llm = LLM(FIXTURES / case, **SETTINGS | sizes)
+    outputs = llm.generate([prompt_of(case)] * 2, [params(case, mode) for mode in modes])
+    for mode, output in zip(modes, outputs, strict=True):
+        assert_is(output.outputs[0], reference(case, prompt_of(case)["prompt_token_ids"], mode))
     llm.check_integrity()
 
 
