@@ -90,7 +90,7 @@ def _measure(folder: Path, load: Load, limits: Ceilings) -> dict[str, Any]:
         prefill = ours.generate(prompts, 1)["seconds"]
         decoded = ours.generate(prompts, load.new_tokens)
     step = statistics.fmean(decoded["steady_steps"])
-    leaves = ours.llm._engine.runner.programs.leaves
+    leaves = ours.llm._engine.runner.device.programs.leaves
     # Of a table of its own, tokens read a row each.
     table_size = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
     itemsize = leaves[0].dtype.itemsize

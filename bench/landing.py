@@ -66,7 +66,7 @@ def _land(runner: Runner, count: int) -> None:
     pages = np.random.default_rng(0).permutation(_PAGES)[:count].tolist()
     copies = tuple(PageCopy("in", page, slot) for slot, page in enumerate(pages))
     runner.dispatch([StepPlan(copies=copies, tables=(), admitted=(), chunks=(), rows=(), preempted=())], [], {})
-    jax.block_until_ready(runner.arenas)
+    jax.block_until_ready(runner.device.arenas)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 JAX on a CPU runs a program on a thread of its own or, if it thinks it small, on the calling thread, so neither the
 time of a call nor the CPU time of the loop's thread says what the loop costs. While it is open, a `StepClock`
-therefore puts timers around the jitted programs (`runner.programs`), and waits for a step's arrays in front of
+therefore puts timers around the jitted programs (`runner.device.programs`), and waits for a step's arrays in front of
 `runner.fetch`, under a timer too. CPU times are of the calling thread (`time.thread_time`). What remains of a step is
 the loop (planning, packing, page accounting) and the front (text, which a server makes in another process). `blocking`
 waits after each call besides: it shows how
@@ -53,7 +53,7 @@ class StepClock:
         self._loops: list[float] = []
 
     def __enter__(self) -> StepClock:
-        programs = self._runner.programs
+        programs = self._runner.device.programs
         self._originals = {name: value for name, value in vars(programs).items() if hasattr(value, "lower")}
         for name, program in self._originals.items():
             setattr(programs, name, self._timed(name, program))
@@ -67,7 +67,7 @@ class StepClock:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for name, program in self._originals.items():
-            setattr(self._runner.programs, name, program)
+            setattr(self._runner.device.programs, name, program)
         del self._runner.fetch
         del self._llm._front.take
 

@@ -53,7 +53,7 @@ def shared_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Engines of this process that run the same model with the same layout trace and compile their programs once."""
     from tests.engine.programs import dysco_programs_of, layer_programs_of, programs_of
 
-    monkeypatch.setattr("jaxdual.engine.runner.Programs", programs_of)
+    monkeypatch.setattr("jaxdual.engine.device.Programs", programs_of)
     monkeypatch.setattr("jaxdual.engine.dysco_slots.DyscoPrograms", dysco_programs_of)
     monkeypatch.setattr("jaxdual.engine.layerwise.runner.Programs", programs_of)
     monkeypatch.setattr("jaxdual.engine.layerwise.runner.LayerPrograms", layer_programs_of)

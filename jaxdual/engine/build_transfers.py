@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdual.config import EngineConfig
-from jaxdual.engine.runner import COPY_PAGES, Runner
+from jaxdual.engine.runner import Runner
+from jaxdual.engine.tier_copies import COPY_PAGES
 from jaxdual.kv.layout import KVLayout
 from jaxdual.kv.manager import GroupPages, KVManager
 from jaxdual.transport.slab import SharedSlab
@@ -73,8 +74,8 @@ def build_transfers(
 
     groups, offset = list[GroupSlots](), 0
     for group, blocks in enumerate(host):
-        size = slot_bytes(runner.layout, group)
-        groups.append(GroupSlots(offset, size, runner.layout.full_block_bytes(group)))
+        size = slot_bytes(runner.device.layout, group)
+        groups.append(GroupSlots(offset, size, runner.device.layout.full_block_bytes(group)))
         offset += len(blocks) * size
     attach = attach_message(config, part, groups)
     return Transfers(

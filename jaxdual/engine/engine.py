@@ -199,13 +199,13 @@ class Engine:
         params, max_output = request.params, request.params.max_tokens
         if not request.prompt_token_ids or max_output is None:
             raise ValueError("a request needs at least one prompt token and a limit of output tokens")
-        root = root_key(self._fingerprint, self.runner.layout.fingerprint(), request.salt)
+        root = root_key(self._fingerprint, self.runner.device.layout.fingerprint(), request.salt)
         base_seed = seed_of(params, self._random)
         stops = stop_tokens(params, self._eos)
         given = [tokens if tokens is None else list(tokens) for tokens in request.resumed or [()] * params.n]
         if len(given) != params.n or all(tokens is None or len(tokens) >= max_output for tokens in given):
             raise ValueError(f"{len(given)} outputs are resumed of {params.n}, or all of them are complete")
-        prompt_keys = KeyChain(root, self.runner.layout.page_size)
+        prompt_keys = KeyChain(root, self.runner.device.layout.page_size)
         rank, outputs = self.ranks.choose(request, prompt_keys, self._clock()), list[_Output]()
         for index, before in enumerate(given):
             if before is None:

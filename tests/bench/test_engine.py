@@ -30,7 +30,7 @@ def decode(llm, tokens=8):
 
 
 def test_clock_counts_each_program_and_leaves_the_engine_as_it_was(llm):
-    programs = dict(vars(llm._engine.runner.programs))
+    programs = dict(vars(llm._engine.runner.device.programs))
     with StepClock(llm, blocking=True) as clock:
         for _ in decode(llm):
             clock.step()
@@ -42,7 +42,7 @@ def test_clock_counts_each_program_and_leaves_the_engine_as_it_was(llm):
         "decode": 7,
         "sample": 8,
     }
-    assert vars(llm._engine.runner.programs) == programs
+    assert vars(llm._engine.runner.device.programs) == programs
     assert "fetch" not in vars(llm._engine.runner)
 
 
@@ -55,7 +55,7 @@ def test_clock_keeps_time_of_programs_and_of_waiting_apart_from_the_loop_s(llm, 
     for _ in decode(llm):
         llm.step()  # compiles
     runner, scheduler = llm._engine.runner, llm._engine.ranks[0].scheduler
-    program, plan, block = runner.programs.decode, scheduler.plan, jax.block_until_ready
+    program, plan, block = runner.device.programs.decode, scheduler.plan, jax.block_until_ready
 
     class Slow:
         lower = None
@@ -64,7 +64,7 @@ def test_clock_keeps_time_of_programs_and_of_waiting_apart_from_the_loop_s(llm, 
             busy(0.02)
             return program(*args)
 
-    monkeypatch.setattr(runner.programs, "decode", Slow())
+    monkeypatch.setattr(runner.device.programs, "decode", Slow())
     monkeypatch.setattr(scheduler, "plan", lambda now: (busy(0.005), plan(now))[1])
     monkeypatch.setattr(jax, "block_until_ready", lambda value: (time.sleep(0.01), block(value))[1])
     with StepClock(llm, blocking=False) as clock:

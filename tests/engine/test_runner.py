@@ -40,7 +40,9 @@ def test_a_block_that_leaves_and_returns_at_once_keeps_its_contents(steps: int, 
     """More blocks than one program moves; slots are used again by later blocks, in order."""
     runner = make_runner(direct=direct)
     contents = np.random.default_rng(0).normal(size=(PAGES, *LAYOUT.block_shape())).astype(np.float32)
-    runner.arenas = (runner.programs.scatter(runner.arenas[0], np.arange(PAGES, dtype=np.int32), contents),)
+    runner.device.arenas = (
+        runner.device.programs.scatter(runner.device.arenas[0], np.arange(PAGES, dtype=np.int32), contents),
+    )
     out = [PageCopy("out", page, page) for page in range(10)]
     back = [PageCopy("in", 23 - page, page) for page in range(10)]
     again = [PageCopy("out", 10, 3), PageCopy("in", 0, 3)]
@@ -51,7 +53,7 @@ def test_a_block_that_leaves_and_returns_at_once_keeps_its_contents(steps: int, 
         launches += [runner.dispatch([plan(*out)], [], {}), runner.dispatch([plan(*back, *again)], [], {})]
     for launch in launches:
         runner.fetch(launch)
-    arena = np.asarray(runner.arenas[0]).reshape(contents.shape)
+    arena = np.asarray(runner.device.arenas[0]).reshape(contents.shape)
     for page in range(10):
         np.testing.assert_array_equal(arena[23 - page], contents[page])
     np.testing.assert_array_equal(arena[0], contents[10])
@@ -68,11 +70,11 @@ def late_zero(seed: jax.Array) -> jax.Array:
 def test_a_page_is_not_landed_in_before_its_last_owner_has_written(direct: bool) -> None:
     """A step that is under way writes a page which has been given to another sequence meanwhile."""
     runner = make_runner(direct=direct)
-    runner._host[0][:] = 7.0
+    runner._copies._host[0][:] = 7.0
     late_zero(0.1).block_until_ready()
     last = jnp.ones((1, *LAYOUT.block_shape())) + late_zero(0.5)
-    runner.arenas = (runner.programs.scatter(runner.arenas[0], np.array([5], np.int32), last),)
-    assert not runner.arenas[0].is_ready()
+    runner.device.arenas = (runner.device.programs.scatter(runner.device.arenas[0], np.array([5], np.int32), last),)
+    assert not runner.device.arenas[0].is_ready()
     runner.fetch(runner.dispatch([plan(PageCopy("in", 5, 3))], [], {}))
     assert (page(runner, 5) == 7.0).all()
 
@@ -81,15 +83,15 @@ def test_a_page_is_not_landed_in_before_its_last_owner_has_written(direct: bool)
 def test_a_page_is_not_landed_in_before_it_was_read(direct: bool) -> None:
     """As when a block is still on its way to the store, and its page has been given to another sequence meanwhile."""
     runner = make_runner(direct=direct)
-    runner._host[0][:] = 7.0
+    runner._copies._host[0][:] = 7.0
     late_zero(0.1).block_until_ready()
-    gather = runner.programs.gather
+    gather = runner.device.programs.gather
 
     def late(arena: jax.Array, pages: np.ndarray, rows_per_block: int) -> jax.Array:
         later = pages + late_zero(0.5).astype(jnp.int32)
         return gather(arena, later, rows_per_block=rows_per_block)
 
-    runner.programs.gather = late
+    runner.device.programs.gather = late
     blocks = runner.gather(0, [5])
     assert not blocks.is_ready()
     runner.fetch(runner.dispatch([plan(PageCopy("in", 5, 3))], [], {}))
@@ -98,4 +100,4 @@ def test_a_page_is_not_landed_in_before_it_was_read(direct: bool) -> None:
 
 
 def page(runner: Runner, number: int) -> np.ndarray:
-    return np.asarray(runner.arenas[0]).reshape(PAGES, *LAYOUT.block_shape())[number]
+    return np.asarray(runner.device.arenas[0]).reshape(PAGES, *LAYOUT.block_shape())[number]

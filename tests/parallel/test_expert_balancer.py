@@ -39,7 +39,7 @@ def balancer_of(llm: LLM) -> ExpertBalancer:
 
 
 def stacks(llm: LLM, row: int) -> list[np.ndarray]:
-    programs = llm._engine.runner.programs
+    programs = llm._engine.runner.device.programs
     return [np.asarray(programs.leaves[place]) for place in programs._stacks[programs._sparse[row]]]  # type: ignore[attr-defined]
 
 
