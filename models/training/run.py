@@ -5,16 +5,24 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int32
 
 from models import Decoder, ModelConfig, init
-from models.training.data import Position, WindowStream
+from models.training.data import Position
 from models.training.recipes import Recipe
 from models.training.state import TrainState, load_state, save_state
 from models.training.step import cross_entropy, learning_rate, optimizer, parameters_of, train_step, with_parameters
+
+
+class Windows(Protocol):
+    """Training windows in an order that follows from a position."""
+
+    def batch(self, position: Position, rows: int) -> tuple[Int32[np.ndarray, "rows window"], Position]:
+        """The next ``rows`` windows of ``position.length + 1`` tokens, and the position after them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +74,7 @@ def run(
     config: ModelConfig,
     recipe: Recipe,
     budget: Budget,
-    data: WindowStream,
+    data: Windows,
     heldout: Int32[np.ndarray, "B window"],
     folder: Path,
     *,

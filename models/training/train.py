@@ -141,14 +141,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--size", choices=sorted(CONFIGS), required=True)
     parser.add_argument("--out", type=Path, required=True, help="folder of the model; the run's state lies in it too")
-    parser.add_argument("--cpu-minutes", type=_minutes, default=60.0, help="budget of CPU time (default %(default)g)")
+    parser.add_argument("--cpu-minutes", type=minutes, default=60.0, help="budget of CPU time (default %(default)g)")
     parser.add_argument("--resume", action="store_true", help="go on from the state in --out")
     parser.add_argument("--tokenizer", type=Path, help="folder with tokenizer.json; default: train it on the corpus")
     parser.add_argument("--allow-changed", action="store_true", help="train on corpus files that differ from the list")
     return parser
 
 
-def _minutes(text: str) -> float:
+def minutes(text: str) -> float:
     value = float(text)
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"{text}: must be greater than 0")

@@ -1,0 +1,279 @@
+"""`python -m bench.longcontext`: tasks that need a long context, by ways to decode, on the same items.
+
+Path walking, multi-key needles and MRCR-like chats, made from a seed, are answered greedily: as always ("vanilla"),
+with all attention logits divided by one temperature ("uniform"), by DySCO with retrieval heads ("dysco"), with as many
+other heads ("random", in five draws) and with one selection for good ("static"). Means and differences to vanilla come
+with 95 % bootstrap intervals over items. Without `--model` it is the retrieval model that ships, in its own words.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import math
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from bench.longcontext.arms import ARMS, BASELINE, Arm, Heads, Setting
+from bench.longcontext.heads import described, detect_heads
+from bench.longcontext.intervals import Figure, compare
+from bench.longcontext.items import FORMS
+from bench.longcontext.measure import Cell, figures_of, make_cell, selected, times_of
+from bench.longcontext.prompts import Prompts
+from bench.longcontext.tables import arm_table, selection_table, time_table
+from bench.longcontext.tasks import TASKS
+from bench.longcontext.uniform import scaled_copy
+from bench.report import header, write_json
+from jaxdual import LLM
+from jaxdual.decoding.profiles import read_profile
+from jaxdual.model_folder import shipped_model
+from models import load_config, resolve
+
+_DETECTION_ITEMS, _DETECTION_LINES = 64, 40
+_DEFAULT_TASKS = ("needle", "needle_multi", "needle_hops", "path", "path_step")
+_LENGTHS = (512, 1024, 2048)
+_COUNT, _QUICK_COUNT = 200, 8
+_TIMED, _SELECTIONS = 8, 16
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.heads is not None and options.profile is not None:
+        parser.error("--heads and --profile exclude each other")
+    if options.count is None:
+        options.count = _QUICK_COUNT if options.quick else _COUNT
+    try:
+        _run(options)
+    except ValueError as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m bench.longcontext", description=__doc__)
+    parser.add_argument("--model", metavar="DIR", help="a folder, or a name on the hub; default the retrieval model")
+    parser.add_argument("--form", choices=FORMS, help='of items; "words" without --model, "full" with one')
+    parser.add_argument("--tasks", type=_names(TASKS), default=list(_DEFAULT_TASKS), help=f"of {', '.join(TASKS)}")
+    parser.add_argument(
+        "--lengths", type=_lengths, default=list(_LENGTHS), metavar="N,N", help="of prompts, in tokens; 512,1024,2048"
+    )
+    parser.add_argument("--count", type=_whole, metavar="N", help=f"items of a task at a length; {_COUNT}")
+    parser.add_argument("--seed", type=_whole, default=0, metavar="N", help="of items and draws")
+    parser.add_argument(
+        "--arms",
+        type=_names({arm.name: arm for arm in ARMS}),
+        default=[arm.name for arm in ARMS],
+        help="all if not given",
+    )
+    parser.add_argument("--heads", type=_heads, metavar="JSON", help="retrieval heads, as [[layer, head], ...]")
+    parser.add_argument("--profile", metavar="NAME", help="a profile that has them; by default they are detected")
+    parser.add_argument("--top", type=_whole, default=4, metavar="N", help="heads that are taken of those detected; 4")
+    parser.add_argument("--strength", type=_above_0, help="of DySCO, in all arms that have it; default as DyscoParams")
+    parser.add_argument("--top-k", type=_whole, help="likewise")
+    parser.add_argument("--top-p", type=_above_0, help="likewise")
+    parser.add_argument("--temperature", type=_above_0, default=0.95, help='of the arm "uniform"; 0.95')
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
+    parser.add_argument("--max-num-seqs", type=_whole, default=16, metavar="N", help="requests at once; 16")
+    parser.add_argument("--chat-template-kwargs", type=json.loads, default={}, metavar="JSON")
+    parser.add_argument("--no-times", action="store_true", help="replies alone")
+    parser.add_argument("--quick", action="store_true", help=f"{_QUICK_COUNT} items of each, to see that it works")
+    parser.add_argument("--json", metavar="FILE", help="written anew after each task and length")
+    return parser
+
+
+def _run(options: argparse.Namespace) -> None:
+    folder = shipped_model("retrieval") if options.model is None else resolve(options.model)
+    form = options.form or ("words" if options.model is None else "full")
+    report = header("bench.longcontext")
+    config = load_config(folder)
+    heads = _retrieval_heads(options, folder, form, report)
+    limits = {name: getattr(options, name) for name in ("strength", "top_k", "top_p")}
+    setting = Setting(
+        heads,
+        config.num_layers,
+        config.num_heads,
+        options.seed,
+        {name: value for name, value in limits.items() if value is not None},
+    )
+    arms = [arm for arm in ARMS if arm.name in options.arms]
+    report |= {
+        "model": folder.name,
+        "form": form,
+        "seed": options.seed,
+        "heads": [list(head) for head in heads],
+        "random_heads": [[list(head) for head in setting.random_heads(draw)] for draw in range(5)],
+        "limits": dict(setting.limits),
+        "temperature": options.temperature,
+        "cells": [],
+    }
+    if options.count < _COUNT:
+        print(f"{options.count} items of each task and length, where {_COUNT} are wanted: intervals are wide")
+    with tempfile.TemporaryDirectory() as scratch:
+        cells, figures = _measure_replies(options, folder, form, arms, setting, report)
+        scaled = [arm for arm in arms if arm.uniform]
+        if scaled:
+            copy = scaled_copy(folder, Path(scratch) / folder.name, options.temperature, options.dtype)
+            with _engine(copy, options) as llm:
+                for cell in cells:
+                    for arm in scaled:
+                        _add(report, cell, arm, figures_of(llm, cell, arm, setting), figures, options)
+        if not options.no_times:
+            with _engine(folder, options, enable_prefix_caching=False) as llm:
+                _measure_times(llm, cells, [arm for arm in arms if not arm.uniform], setting, report, options)
+    for table in (arm_table(report), selection_table(report), time_table(report)):
+        print(f"\n{table}")
+
+
+def _measure_replies(
+    options: argparse.Namespace,
+    folder: Path,
+    form: Any,
+    arms: Sequence[Arm],
+    setting: Setting,
+    report: dict[str, Any],
+) -> tuple[list[Cell], dict[str, dict[str, dict[str, Figure]]]]:
+    """Replies of all arms that the model itself gives; returns the cells, and figures by cell, figure and arm."""
+    figures: dict[str, dict[str, dict[str, Figure]]] = {}
+    with _engine(folder, options) as llm:
+        prompts = Prompts(llm, options.chat_template_kwargs)
+        cells = [
+            make_cell(TASKS[name], length, options.count, form, options.seed, prompts)
+            for name in options.tasks
+            for length in options.lengths
+        ]
+        for cell in cells:
+            report["cells"].append(cell.described | {"figures": {}, "selection": {}, "times": {}})
+            for arm in arms:
+                if arm.uniform:
+                    continue
+                _add(report, cell, arm, figures_of(llm, cell, arm, setting), figures, options)
+                chosen = selected(llm, cell, arm, setting, prompts, min(_SELECTIONS, options.count))
+                if chosen is not None:
+                    report["cells"][-1]["selection"][arm.name] = chosen
+            write_json(options.json, report)
+    return cells, figures
+
+
+def _measure_times(
+    llm: LLM,
+    cells: Sequence[Cell],
+    arms: Sequence[Arm],
+    setting: Setting,
+    report: dict[str, Any],
+    options: argparse.Namespace,
+) -> None:
+    for cell in cells:
+        for arm in arms:
+            entry = _entry(report, cell)
+            entry["times"][arm.name] = times_of(llm, cell, arm, setting, min(_TIMED, options.count))
+        write_json(options.json, report)
+
+
+def _add(
+    report: dict[str, Any],
+    cell: Cell,
+    arm: Arm,
+    found: dict[str, Figure],
+    figures: dict[str, dict[str, dict[str, Figure]]],
+    options: argparse.Namespace,
+) -> None:
+    """Puts an arm's figures into the report, and says the main one."""
+    of_cell = figures.setdefault(cell.name, {})
+    for name, figure in found.items():
+        of_cell.setdefault(name, {})[arm.name] = figure
+    entry = _entry(report, cell)
+    entry["figures"] = {name: compare(of_arm, BASELINE.name, options.seed) for name, of_arm in of_cell.items()}
+    main_figure = next(iter(found))
+    print(f"{cell.name:<20}  {arm.name:<10}  {main_figure} {found[main_figure].mean:.3f}", flush=True)
+    write_json(options.json, report)
+
+
+def _entry(report: dict[str, Any], cell: Cell) -> dict[str, Any]:
+    (entry,) = (one for one in report["cells"] if (one["task"], one["length"]) == (cell.task.name, cell.length))
+    return entry  # type: ignore[no-any-return]
+
+
+def _retrieval_heads(options: argparse.Namespace, folder: Path, form: Any, report: dict[str, Any]) -> Heads:
+    """Those given, of a profile, or detected."""
+    if options.heads is not None:
+        report["heads_from"] = "given"
+        return list(options.heads)
+    if options.profile is not None:
+        report["heads_from"] = options.profile
+        return list(read_profile(options.profile).heads)
+    count = min(_DETECTION_ITEMS, 4 * options.count)
+    detection = detect_heads(
+        folder,
+        count=count,
+        lines=_DETECTION_LINES,
+        form=form,
+        seed=options.seed,
+        template_vars=options.chat_template_kwargs,
+        dtype=options.dtype,
+    )
+    heads = detection.ranking("sum")[: options.top]
+    report["heads_from"] = {"items": count, "lines": _DETECTION_LINES, **described(detection, heads, options.seed)}
+    print(f"retrieval heads by {count} needle items: {heads}")
+    return heads
+
+
+@contextmanager
+def _engine(folder: Path, options: argparse.Namespace, **settings: Any) -> Iterator[LLM]:
+    """An engine that is gone afterwards, its memory too."""
+    llm = LLM(folder, dtype=options.dtype, max_num_seqs=options.max_num_seqs, seed=options.seed, **settings)
+    try:
+        yield llm
+    finally:
+        llm.close()
+        del llm
+        gc.collect()
+
+
+def _names(known: Any) -> Any:
+    def read(text: str) -> list[str]:
+        names = [name.strip() for name in text.split(",")]
+        unknown = [name for name in names if name not in known]
+        if unknown or len(set(names)) < len(names):
+            raise argparse.ArgumentTypeError(f"{text!r} must be different ones of {', '.join(known)}")
+        return names
+
+    return read
+
+
+def _lengths(text: str) -> list[int]:
+    return sorted({_whole(part) for part in text.split(",")})
+
+
+def _whole(text: str) -> int:
+    if not text.strip().isdecimal() or (int(text) < 1 and text.strip() != "0"):
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number")
+    return int(text)
+
+
+def _above_0(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number above 0")
+    return value
+
+
+def _heads(text: str) -> list[tuple[int, int]]:
+    try:
+        return [(int(layer), int(head)) for layer, head in json.loads(text)]
+    except (TypeError, ValueError):
+        raise argparse.ArgumentTypeError(f"{text!r} must be a JSON list of [layer, head]") from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())
