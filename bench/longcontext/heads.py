@@ -64,7 +64,7 @@ def _prompts(tokenizer: Tokenizer, name: str, item: Item, template_vars: Mapping
         null_tokens=null_tokens,
         query_start=_first(offsets, start),
         null_query_start=_first(null_offsets, start),
-        documents=tuple((_first(offsets, first), _first(offsets, end)) for first, end in places),
+        documents=tuple((_first(offsets, first), _behind(offsets, end)) for first, end in places),
         gold=(lines.index(gold),),
     )
 
@@ -88,6 +88,11 @@ def _places(text: str, lines: Sequence[str]) -> list[tuple[int, int]]:
 def _first(offsets: Sequence[tuple[int, int]], character: int) -> int:
     """The first token that reaches beyond a character's beginning."""
     return next(place for place, (_, end) in enumerate(offsets) if end > character)
+
+
+def _behind(offsets: Sequence[tuple[int, int]], character: int) -> int:
+    """The token behind the last one that begins before a character."""
+    return 1 + max(place for place, (begin, end) in enumerate(offsets) if begin < character and end > begin)
 
 
 def described(detection: Detection, heads: Sequence[tuple[int, int]], seed: int) -> dict[str, Any]:

@@ -107,7 +107,7 @@ def run(
     parameters = parameters_of(init(config, seed=recipe.seed))
     identity = repr((config, recipe))
     state = TrainState(
-        parameters, optimizer(recipe, parameters).init(parameters), Position(0, 0, recipe.length), 0, 0, 0.0
+        parameters, optimizer(recipe, parameters).init(parameters), Position(0, 0, recipe.length_at(0.0)), 0, 0, 0.0
     )
     if resume:
         state = load_state(state, identity, folder)
@@ -149,7 +149,7 @@ def settings(config: ModelConfig, recipe: Recipe) -> dict[str, object]:
 
 
 def _next_batch(position: Position, recipe: Recipe, fraction: float) -> tuple[Position, int]:
-    length = recipe.long_length if fraction >= 1 - recipe.long_fraction else recipe.length
+    length = recipe.length_at(fraction)
     if length != position.length:
         position = Position(position.epoch + 1, 0, length)
     return position, recipe.tokens_per_step // length

@@ -14,6 +14,7 @@ from models.training.train import STATE_FOLDER, minutes, write_folder
 
 _HELDOUT_SEED = 1 << 20
 _HELDOUT_ROWS = 16
+_CHECKPOINT_SECONDS = 60.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             heldout,
             args.out / STATE_FOLDER,
             resume=args.resume,
+            checkpoint_seconds=_CHECKPOINT_SECONDS,
             report=report,
         )
     except (ValueError, FileNotFoundError) as error:
