@@ -12,7 +12,7 @@ import itertools
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Bool, Int32
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers
 from tokenizers import models as tokenizer_models
 
@@ -28,7 +28,7 @@ _CONSONANTS, _VOWELS = "bdfgklmnprstvz", "aeiou"
 _FEWEST_LINES = 3
 _LINE_TOKENS = 8
 _DOCUMENT_SHARES = (0.3, 0.85)  # of a window, at most
-_DRILLS = 0.5  # of the windows
+DRILLS = 0.5  # of the windows
 
 
 def words(count: int = 512, seed: int = 0) -> tuple[str, ...]:
@@ -107,12 +107,15 @@ def build_tokenizer() -> Tokenizer:
 class RetrievalStream:
     """Endless windows of conversations about random documents; all follows from the seed and the `Position`.
 
-    A window is filled with whole conversations, the last one cut. A token that is only read is `~token`, below zero.
+    A window is filled with whole conversations, the last one cut, or is a drill. A token that is only read is `~token`,
+    below zero.
     """
 
-    def __init__(self, tokenizer: Tokenizer, seed: int) -> None:
+    def __init__(self, tokenizer: Tokenizer, seed: int, drills: float = DRILLS) -> None:
+        """`drills` is the share of windows that are drills."""
         self._tokenizer = tokenizer
         self._seed = seed
+        self._drills = drills
 
     def batch(self, position: Position, rows: int) -> tuple[Int32[np.ndarray, "rows window"], Position]:
         """The next ``rows`` windows of ``position.length + 1`` tokens, and the position after them."""
@@ -121,7 +124,7 @@ class RetrievalStream:
         return np.stack(windows), Position(position.epoch, position.window + rows, position.length)
 
     def _window(self, rng: np.random.Generator, size: int) -> Int32[np.ndarray, "window"]:
-        drill = rng.random() < _DRILLS
+        drill = rng.random() < self._drills
         tokens: list[int] = []
         while len(tokens) < size:
             most_lines = int(rng.choice(_DOCUMENT_SHARES) * (size - len(tokens)) / _LINE_TOKENS)
@@ -130,6 +133,13 @@ class RetrievalStream:
             for (_, predicted), encoding in zip(pieces, encoded, strict=True):
                 tokens += [token if predicted else ~token for token in encoding.ids]
         return np.array(tokens[:size], np.int32)
+
+
+def looked_up(tokenizer: Tokenizer, windows: Int32[np.ndarray, "rows window"]) -> Bool[np.ndarray, "rows window"]:
+    """Tokens that are predicted and are a word or a mode: of answers, what the text around does not tell."""
+    pieces = [f" {word}" for word in (*WORDS, *MODES)]
+    tokens = [token for encoding in tokenizer.encode_batch_fast(pieces) for token in encoding.ids]
+    return np.isin(windows, tokens)
 
 
 def _turns(turns: Sequence[tuple[str, str]]) -> list[tuple[str, bool]]:

@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "budget_cpu_minutes": args.cpu_minutes,
         "train_cpu_minutes": round(state.cpu_seconds / 60, 1),
         "corpus_python": corpus.load_manifest().python,
-        "machine": f"{platform.machine()}, {_processor()}",
+        "machine": machine(),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         **measure(args.out, entries, train, heldout),
     }
@@ -149,21 +149,21 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def minutes(text: str) -> float:
+    """Type of an argument: a number above 0."""
     value = float(text)
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"{text}: must be greater than 0")
     return value
 
 
-def _processor() -> str:
-    """Name of the CPU, where the system tells it."""
+def machine() -> str:
+    """Architecture, and name of the CPU where the system tells it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
-        return platform.processor()
-    return next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return f"{platform.machine()}, {next(names, platform.processor())}"
 
 
 if __name__ == "__main__":
