@@ -12,7 +12,7 @@ class Recipe:
     """How one model is trained; all fractions are of the budget (CPU time, or steps).
 
     Attributes:
-        tokens_per_step: tokens of a step, at any length.
+        tokens_per_step: tokens of a step, at either length.
         length: tokens of a window.
         long_length: tokens of a window at the end of the run.
         long_fraction: share of the budget that trains on ``long_length``.
@@ -28,7 +28,6 @@ class Recipe:
     """
 
     tokens_per_step: int = 2048
-    first_lengths: tuple[tuple[int, float], ...] = ()
     length: int = 256
     long_length: int = MAX_LENGTH
     long_fraction: float = 0.12
@@ -43,18 +42,12 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for length in (*(length for length, _ in self.first_lengths), self.length, self.long_length):
+        for length in (self.length, self.long_length):
             if length < 1 or self.tokens_per_step % length:
                 raise ValueError(f"length {length}: must divide tokens_per_step={self.tokens_per_step}")
         for name in ("long_fraction", "decay_from"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be in [0, 1)")
-
-    def length_at(self, fraction: float) -> int:
-        """Tokens of a window when so much of the budget is used."""
-        if fraction >= 1 - self.long_fraction:
-            return self.long_length
-        return next((length for length, until in self.first_lengths if fraction < until), self.length)
 
 
 def _qwen3(**sizes: object) -> ModelConfig:
@@ -105,13 +98,4 @@ RETRIEVAL_CONFIG = ModelConfig(
     qk_norm=True,
     eos_token_ids=(RETRIEVAL_VOCAB_SIZE - 1, RETRIEVAL_VOCAB_SIZE - 3),
 )
-RETRIEVAL_RECIPE = Recipe(
-    # By long windows alone it does not begin to look up within the budget; by short ones it does at once.
-    first_lengths=((64, 0.12), (128, 0.3)),
-    length=256,
-    long_length=512,
-    long_fraction=0.4,
-    peak_rate=1.5e-2,
-    adam_rate=0.3,
-    warmup_steps=100,
-)
+RETRIEVAL_RECIPE = Recipe(long_length=512, long_fraction=0.5, peak_rate=5e-3, adam_rate=0.5)

@@ -4,8 +4,8 @@ A document has a line for each code (``The code of dako is mive.``), or for each
 bus.``); questions about it follow, as turns of a chat. Documents, questions and answers are random, so only reading
 them helps; only answers are predicted. `bench.longcontext` asks in the same words.
 
-Half of the windows are drills, whose lines come again and again: predicted is the end of each line that has been there
-before. Conversations have few tokens that must be looked up, and by them alone a model learns nothing of it for long.
+A part of the windows are drills, whose lines come again and again: predicted is the end of each line that has been
+there before. They have more tokens that must be looked up than conversations.
 """
 
 import itertools
@@ -28,7 +28,7 @@ _CONSONANTS, _VOWELS = "bdfgklmnprstvz", "aeiou"
 _FEWEST_LINES = 3
 _LINE_TOKENS = 8
 _DOCUMENT_SHARES = (0.3, 0.85)  # of a window, at most
-DRILLS = 0.5  # of the windows
+DRILLS = 0.25  # of the windows
 
 
 def words(count: int = 512, seed: int = 0) -> tuple[str, ...]:

@@ -37,7 +37,14 @@ Whole answers, by length of the prompt and way to decode: `docs/results/longcont
 
 Random documents of lines "The code of dako is mive." or "From dako go to mive by bus.", and questions about them in
 chat form (`models/training/retrieval.py`): the codes of one to four keys, the code some steps from a key, the route
-between two places. Half of the windows are drills: lines that come again and again. Nothing was taken from anywhere.
+between two places. A part of the windows are drills: lines that come again and again. Nothing was taken from anywhere.
+
+## First weights
+
+They were not all random: training began with heads of the first layer that look one, two and three tokens back, and
+heads 0 and 2 of the second one (counted from 0) that match what the first ones wrote
+(`models/training/retrieval_init.py`). So this model is no evidence of how retrieval heads form, and where they are was
+known before.
 
 ## Limits
 

@@ -15,7 +15,15 @@ from models import Decoder, ModelConfig, init
 from models.training.data import Position
 from models.training.recipes import Recipe
 from models.training.state import TrainState, load_state, save_state
-from models.training.step import cross_entropy, learning_rate, optimizer, parameters_of, train_step, with_parameters
+from models.training.step import (
+    Parameters,
+    cross_entropy,
+    learning_rate,
+    optimizer,
+    parameters_of,
+    train_step,
+    with_parameters,
+)
 
 
 class Windows(Protocol):
@@ -78,12 +86,13 @@ def run(
     heldout: Int32[np.ndarray, "B window"],
     folder: Path,
     *,
+    initial: Parameters | None = None,
     resume: bool = False,
     checkpoint_seconds: float = 120.0,
     stop_after: int | None = None,
     report: Callable[[Progress, TrainState], None] = lambda _progress, _state: None,
 ) -> tuple[Decoder, TrainState]:
-    """Trains a model from random weights, or goes on where a run stopped.
+    """Trains a model from its first weights, or goes on where a run stopped.
 
     Args:
         config: the model.
@@ -92,6 +101,7 @@ def run(
         data: the training windows.
         heldout: windows that ``report`` measures; never trained on.
         folder: gets the state.
+        initial: parameters to begin with; random ones unless given.
         resume: go on from the state in ``folder``.
         checkpoint_seconds: CPU seconds between two checkpoints, each with a progress report.
         stop_after: stop (after a checkpoint) at this many steps, before the budget ends.
@@ -104,10 +114,10 @@ def run(
         ValueError: the state in ``folder`` is of another model or recipe.
         FileNotFoundError: ``resume`` without a state.
     """
-    parameters = parameters_of(init(config, seed=recipe.seed))
+    parameters = parameters_of(init(config, seed=recipe.seed)) if initial is None else initial
     identity = repr((config, recipe))
     state = TrainState(
-        parameters, optimizer(recipe, parameters).init(parameters), Position(0, 0, recipe.length_at(0.0)), 0, 0, 0.0
+        parameters, optimizer(recipe, parameters).init(parameters), Position(0, 0, recipe.length), 0, 0, 0.0
     )
     if resume:
         state = load_state(state, identity, folder)
@@ -149,7 +159,7 @@ def settings(config: ModelConfig, recipe: Recipe) -> dict[str, object]:
 
 
 def _next_batch(position: Position, recipe: Recipe, fraction: float) -> tuple[Position, int]:
-    length = recipe.length_at(fraction)
+    length = recipe.long_length if fraction >= 1 - recipe.long_fraction else recipe.length
     if length != position.length:
         position = Position(position.epoch + 1, 0, length)
     return position, recipe.tokens_per_step // length

@@ -19,6 +19,7 @@ from models.training.evaluate import Scorer
 from models.training.recipes import RETRIEVAL_CONFIG, RETRIEVAL_RECIPE
 from models.training.retrieval import RetrievalStream, build_tokenizer, looked_up
 from models.training.retrieval_card import retrieval_card
+from models.training.retrieval_init import planted
 from models.training.run import Budget, Progress, run, settings
 from models.training.state import TrainState
 from models.training.step import parameters_of
@@ -27,7 +28,7 @@ from models.training.train import STATE_FOLDER, machine, minutes, write_folder
 _HELDOUT_SEED = 1 << 20
 _HELDOUT_ROWS = 8
 _MEASURED = {256: 64, 512: 32, 1024: 16}  # windows of each length
-_CHECKPOINT_SECONDS = 60.0
+_CHECKPOINT_SECONDS = 45.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             data,
             heldout,
             args.out / STATE_FOLDER,
+            initial=planted(config, parameters_of(models.init(config, seed=recipe.seed)), recipe.seed),
             resume=args.resume,
             checkpoint_seconds=_CHECKPOINT_SECONDS,
             report=_report,
@@ -107,7 +109,7 @@ def _report(progress: Progress, _state: TrainState) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m models.training.train_retrieval", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder of the model; the run's state lies in it too")
-    parser.add_argument("--cpu-minutes", type=minutes, default=20.0, help="budget of CPU time (default %(default)g)")
+    parser.add_argument("--cpu-minutes", type=minutes, default=8.0, help="budget of CPU time (default %(default)g)")
     parser.add_argument("--resume", action="store_true", help="go on from the state in --out")
     return parser
 

@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 
 import models
+from models.attention import dense_attend
 from models.training import tokenizer
+from models.training.attention import blocked_attend
 from models.training.data import Position
-from models.training.recipes import RETRIEVAL_CONFIG, RETRIEVAL_RECIPE, Recipe
+from models.training.recipes import RETRIEVAL_CONFIG, RETRIEVAL_RECIPE
 from models.training.retrieval import (
     MODES,
     VOCAB_SIZE,
@@ -27,7 +29,8 @@ from models.training.retrieval import (
     words,
 )
 from models.training.retrieval_card import retrieval_card
-from models.training.step import losses, parameters_of
+from models.training.retrieval_init import planted
+from models.training.step import losses, parameters_of, with_parameters
 from models.training.train_retrieval import accuracy
 
 SHIPPED = Path(models.__file__).parent / "shipped" / "retrieval"
@@ -74,9 +77,6 @@ def test_answers_follow_from_the_document() -> None:
         ways = follow(document, r"From (\w+) go to (\w+) by (\w+)\.")
         assert len(codes) + len(ways) == len(document)
         for question, answer in [(first, turns[0][1]), *turns[1:]]:
-            names = re.findall(
-                r"\b[a-z]{4}\b", question.removeprefix("What is the code of").partition("codes")[2] or question
-            )
             if match := re.fullmatch(r"Which code is (\d) steps from (\w+)\?", question):
                 key, lines = match[2], []
                 for _ in range(int(match[1])):
@@ -92,7 +92,7 @@ def test_answers_follow_from_the_document() -> None:
                 assert answer == "\n".join(["<Route>", *lines, "</Route>"])
                 routes += 1
             else:
-                keys = [name for name in names if name in codes]
+                keys = [word for word in re.findall(r"\w+", question) if word in codes]
                 assert answer == "\n".join(f"The code of {key} is {codes[key][0]}." for key in keys)
                 asked += 1
     assert min(hops, routes, asked) > 10
@@ -177,15 +177,47 @@ def test_only_tokens_that_are_predicted_count() -> None:
     assert float(total) == pytest.approx(expected + 0.5 * np.mean(partition[chosen] ** 2), rel=1e-5)
 
 
-def test_lengths_grow_with_the_budget() -> None:
-    recipe = Recipe(
-        tokens_per_step=512, first_lengths=((32, 0.1), (64, 0.3)), length=128, long_length=256, long_fraction=0.4
-    )
-    assert [recipe.length_at(fraction) for fraction in (0, 0.05, 0.1, 0.29, 0.3, 0.59, 0.61, 1)] == [
-        *(32, 32, 64, 64, 128, 128, 256, 256)
-    ]
-    with pytest.raises(ValueError, match="length 48"):
-        replace(recipe, first_lengths=((48, 0.1),))
+def attention_of(model: models.Decoder, tokens: np.ndarray) -> list[np.ndarray]:
+    """`[heads, tokens, tokens]` of each layer."""
+    found = []
+    dense = dense_attend(1, len(tokens))
+
+    def attend(layer: int, q: jax.Array, k: jax.Array, v: jax.Array, cache: None) -> tuple[jax.Array, None]:
+        keys = jnp.repeat(k, q.shape[1] // k.shape[1], axis=1)
+        scores = jnp.einsum("qhd,khd->hqk", q, keys) / np.sqrt(q.shape[-1])
+        found.append(np.asarray(jax.nn.softmax(jnp.where(np.tri(len(tokens)) > 0, scores, -jnp.inf))))
+        return dense(layer, q, k, v, cache)
+
+    model(jnp.asarray(tokens), jnp.arange(len(tokens)), attend, None)
+    return found
+
+
+def test_first_weights_look_back_and_match() -> None:
+    entries = build_tokenizer()
+    config = RETRIEVAL_CONFIG
+    model = with_parameters(config, planted(config, parameters_of(models.init(config, seed=1)), seed=1))
+    lines = [f"The code of {WORDS[place]} is {WORDS[-1 - place]}.\n" for place in range(20)]
+    matched = []
+    for asked in range(20):
+        tokens = np.array(entries.encode("".join(lines) + f"The code of {WORDS[asked]} is").ids)
+        first, second, _ = attention_of(model, tokens)
+        for head, back in enumerate((1, 2, 3)):
+            rows = np.arange(back, len(tokens))
+            assert first[head, rows, rows - back].min() > 0.99
+        (value,) = np.flatnonzero(tokens == entries.encode(f" {WORDS[-1 - asked]}").ids[0])
+        matched.append(second[0, -1, value])
+    assert np.mean(matched) > 0.1  # among 170 tokens; training makes it sharp
+    with pytest.raises(ValueError, match="must have two layers or more"):
+        planted(replace(config, num_layers=1), {}, seed=0)
+
+
+def test_a_far_larger_score_of_a_later_key_changes_nothing() -> None:
+    q, k, v = (jnp.ones((70, 1, 8)) for _ in range(3))
+    k = k.at[69].set(1000.0)
+    v = v.at[:, 0, 0].set(jnp.arange(70.0))
+    out, _ = blocked_attend(1, 70)(0, q, k, v, None)
+    expected, _ = dense_attend(1, 70)(0, q, k, v, None)
+    np.testing.assert_allclose(out, expected, atol=1e-4)
 
 
 class _Copier:
