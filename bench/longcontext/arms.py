@@ -43,6 +43,7 @@ ARMS = (
     Arm("vanilla"),
     Arm("uniform", uniform=True),
     Arm("dysco", dysco={}),
+    Arm("dysco_32", dysco={"top_k": 32}),
     Arm("random", dysco={}, random_heads=True),
     Arm("static", dysco={"static": True}),
 )

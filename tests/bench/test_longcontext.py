@@ -64,6 +64,7 @@ def test_arms_differ_in_what_they_raise() -> None:
     assert params["vanilla"] is None
     assert params["uniform"] is None
     assert params["dysco"] == DyscoParams(heads=[(1, 0), (1, 2)], strength=3.0)
+    assert params["dysco_32"] == DyscoParams(heads=[(1, 0), (1, 2)], strength=3.0, top_k=32)
     assert params["static"] == DyscoParams(heads=[(1, 0), (1, 2)], strength=3.0, static=True)
     draws = [setting.random_heads(draw) for draw in range(RANDOM_SEEDS)]
     assert params["random"] == DyscoParams(heads=draws[0], strength=3.0)
@@ -232,7 +233,7 @@ def test_the_command_compares_all_arms_on_the_same_items(
         assert cell["length"] - 20 <= cell["prompt_tokens"]["max"] <= cell["length"]
         (figures,) = cell["figures"].values()
         assert set(figures) == {arm.name for arm in ARMS}
-        assert set(cell["selection"]) == {"dysco", "random", "static"}
+        assert set(cell["selection"]) == {"dysco", "dysco_32", "random", "static"}
         assert all(one["steps"] > 0 and one["size"] >= 1 for one in cell["selection"].values())
         assert set(cell["times"]) == set(figures) - {"uniform"}
         assert all(one["output_tokens_per_s"] > 0 for one in cell["times"].values())
