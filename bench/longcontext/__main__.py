@@ -1,8 +1,8 @@
 """`python -m bench.longcontext`: tasks that need a long context, by ways to decode, on the same items.
 
 Path walking, multi-key needles and MRCR-like chats, made from a seed, are answered greedily: as always ("vanilla"),
-with all attention logits divided by one temperature ("uniform"), by DySCO with retrieval heads ("dysco"), with 32 tokens
-selected at most ("dysco_32"), with as many other heads ("random", in five draws) and with one selection for good
+with all attention logits divided by one temperature ("uniform"), by DySCO with retrieval heads ("dysco"), with 32
+tokens selected at most ("dysco_32"), with as many other heads ("random", in five draws) and with one selection for good
 ("static"). Means and differences to vanilla come with 95 % bootstrap intervals over items. Without `--model` it is the
 retrieval model that ships, in its own words.
 """
@@ -82,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--top-p", type=_above_0, help="likewise")
     parser.add_argument("--temperature", type=_above_0, default=0.95, help='of the arm "uniform"; 0.95')
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
-    parser.add_argument("--max-num-seqs", type=_whole, default=16, metavar="N", help="requests at once; 16")
+    parser.add_argument("--max-num-seqs", type=_whole, default=64, metavar="N", help="requests at once; 64")
     parser.add_argument("--chat-template-kwargs", type=json.loads, default={}, metavar="JSON")
     parser.add_argument("--no-times", action="store_true", help="replies alone")
     parser.add_argument("--quick", action="store_true", help=f"{_QUICK_COUNT} items of each, to see that it works")

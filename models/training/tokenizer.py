@@ -69,8 +69,8 @@ def train(texts: Iterable[str], vocab_size: int = VOCAB_SIZE) -> Tokenizer:
     return tokenizer
 
 
-def save(tokenizer: Tokenizer, folder: Path) -> None:
-    """Writes the files of a Hugging Face tokenizer (`FILES`) into ``folder``."""
+def save(tokenizer: Tokenizer, folder: Path, max_length: int = MAX_LENGTH) -> None:
+    """Writes the files of a Hugging Face tokenizer (`FILES`) into ``folder``, for a model of so many positions."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     special = {
@@ -89,7 +89,7 @@ def save(tokenizer: Tokenizer, folder: Path) -> None:
         **names,
         "clean_up_tokenization_spaces": False,
         "extra_special_tokens": {},
-        "model_max_length": MAX_LENGTH,
+        "model_max_length": max_length,
         "tokenizer_class": "PreTrainedTokenizerFast",
     }
     _write_json(folder / "tokenizer_config.json", config)

@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     config, recipe = RETRIEVAL_CONFIG, RETRIEVAL_RECIPE
     entries = build_tokenizer()
-    tokenizer.save(entries, args.out)
+    tokenizer.save(entries, args.out, config.max_position_embeddings)
     data = RetrievalStream(entries, recipe.seed)
     heldout, _ = RetrievalStream(entries, _HELDOUT_SEED).batch(Position(0, 0, recipe.length), _HELDOUT_ROWS)
     budget = Budget(cpu_seconds=60 * args.cpu_minutes)
@@ -109,7 +109,7 @@ def _report(progress: Progress, _state: TrainState) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m models.training.train_retrieval", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder of the model; the run's state lies in it too")
-    parser.add_argument("--cpu-minutes", type=minutes, default=8.0, help="budget of CPU time (default %(default)g)")
+    parser.add_argument("--cpu-minutes", type=minutes, default=5.0, help="budget of CPU time (default %(default)g)")
     parser.add_argument("--resume", action="store_true", help="go on from the state in --out")
     return parser
 
