@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 import math
 import sys
@@ -40,6 +41,7 @@ _DEFAULT_TASKS = ("needle", "needle_multi", "needle_hops", "path", "path_step")
 _LENGTHS = (512, 1024, 2048)
 _COUNT, _QUICK_COUNT = 200, 8
 _TIMED, _SELECTIONS = 8, 16
+_TOP, _TOP_SHIPPED = 16, 2  # heads; in the shipped model two score ten times as high as the next
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -50,6 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--heads and --profile exclude each other")
     if options.count is None:
         options.count = _QUICK_COUNT if options.quick else _COUNT
+    if options.top is None:
+        options.top = _TOP_SHIPPED if options.model is None else _TOP
     try:
         _run(options)
     except ValueError as error:
@@ -76,13 +80,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--heads", type=_heads, metavar="JSON", help="retrieval heads, as [[layer, head], ...]")
     parser.add_argument("--profile", metavar="NAME", help="a profile that has them; by default they are detected")
-    parser.add_argument("--top", type=_whole, default=4, metavar="N", help="heads that are taken of those detected; 4")
+    parser.add_argument(
+        "--top", type=_whole, metavar="N", help=f"heads that are taken of those detected; {_TOP}, without --model 2"
+    )
     parser.add_argument("--strength", type=_above_0, help="of DySCO, in all arms that have it; default as DyscoParams")
     parser.add_argument("--top-k", type=_whole, help="likewise")
     parser.add_argument("--top-p", type=_above_0, help="likewise")
     parser.add_argument("--temperature", type=_above_0, default=0.95, help='of the arm "uniform"; 0.95')
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
-    parser.add_argument("--max-num-seqs", type=_whole, default=64, metavar="N", help="requests at once; 64")
+    parser.add_argument("--max-num-seqs", type=_whole, default=16, metavar="N", help="requests at once; 16")
     parser.add_argument("--chat-template-kwargs", type=json.loads, default={}, metavar="JSON")
     parser.add_argument("--no-times", action="store_true", help="replies alone")
     parser.add_argument("--quick", action="store_true", help=f"{_QUICK_COUNT} items of each, to see that it works")
@@ -118,64 +124,55 @@ def _run(options: argparse.Namespace) -> None:
     if options.count < _COUNT:
         print(f"{options.count} items of each task and length, where {_COUNT} are wanted: intervals are wide")
     with tempfile.TemporaryDirectory() as scratch:
-        cells, figures = _measure_replies(options, folder, form, arms, setting, report)
-        scaled = [arm for arm in arms if arm.uniform]
-        if scaled:
-            copy = scaled_copy(folder, Path(scratch) / folder.name, options.temperature, options.dtype)
-            with _engine(copy, options) as llm:
-                for cell in cells:
-                    for arm in scaled:
-                        _add(report, cell, arm, figures_of(llm, cell, arm, setting), figures, options)
-        if not options.no_times:
-            with _engine(folder, options, enable_prefix_caching=False) as llm:
-                _measure_times(llm, cells, [arm for arm in arms if not arm.uniform], setting, report, options)
+        copy = Path(scratch) / folder.name
+        if any(arm.uniform for arm in arms):
+            scaled_copy(folder, copy, options.temperature, options.dtype)
+        for length in options.lengths:
+            _measure_length(options, folder, copy, form, length, arms, setting, report)
     for table in (arm_table(report), selection_table(report), time_table(report)):
         print(f"\n{table}")
 
 
-def _measure_replies(
+def _measure_length(
     options: argparse.Namespace,
     folder: Path,
+    copy: Path,
     form: Any,
+    length: int,
     arms: Sequence[Arm],
     setting: Setting,
     report: dict[str, Any],
-) -> tuple[list[Cell], dict[str, dict[str, dict[str, Figure]]]]:
-    """Replies of all arms that the model itself gives; returns the cells, and figures by cell, figure and arm."""
+) -> None:
+    """All tasks at a length, in engines that are made for it: a step takes as long as the longest prompt there may be.
+
+    Args:
+      copy: the model folder of the arm "uniform".
+    """
+    tasks = [TASKS[name] for name in options.tasks]
+    replies = max(item.max_tokens for task in tasks for item in task.items(4, task.smallest, form, options.seed))
+    limit = min(length + replies, load_config(folder).max_position_embeddings)
     figures: dict[str, dict[str, dict[str, Figure]]] = {}
-    with _engine(folder, options) as llm:
+    plain, scaled = ([arm for arm in arms if arm.uniform is uniform] for uniform in (False, True))
+    with _engine(folder, options, max_model_len=limit) as llm:
         prompts = Prompts(llm, options.chat_template_kwargs)
-        cells = [
-            make_cell(TASKS[name], length, options.count, form, options.seed, prompts)
-            for name in options.tasks
-            for length in options.lengths
-        ]
+        cells = [make_cell(task, length, options.count, form, options.seed, prompts) for task in tasks]
         for cell in cells:
             report["cells"].append(cell.described | {"figures": {}, "selection": {}, "times": {}})
-            for arm in arms:
-                if arm.uniform:
-                    continue
+            for arm in plain:
                 _add(report, cell, arm, figures_of(llm, cell, arm, setting), figures, options)
                 chosen = selected(llm, cell, arm, setting, prompts, min(_SELECTIONS, options.count))
                 if chosen is not None:
-                    report["cells"][-1]["selection"][arm.name] = chosen
-            write_json(options.json, report)
-    return cells, figures
-
-
-def _measure_times(
-    llm: LLM,
-    cells: Sequence[Cell],
-    arms: Sequence[Arm],
-    setting: Setting,
-    report: dict[str, Any],
-    options: argparse.Namespace,
-) -> None:
-    for cell in cells:
-        for arm in arms:
-            entry = _entry(report, cell)
-            entry["times"][arm.name] = times_of(llm, cell, arm, setting, min(_TIMED, options.count))
-        write_json(options.json, report)
+                    _entry(report, cell)["selection"][arm.name] = chosen
+    if scaled:
+        with _engine(copy, options, max_model_len=limit) as llm:
+            for cell, arm in itertools.product(cells, scaled):
+                _add(report, cell, arm, figures_of(llm, cell, arm, setting), figures, options)
+    if not options.no_times:
+        with _engine(folder, options, max_model_len=limit, enable_prefix_caching=False) as llm:
+            for cell, arm in itertools.product(cells, plain):
+                times = times_of(llm, cell, arm, setting, min(_TIMED, options.count))
+                _entry(report, cell)["times"][arm.name] = times
+    write_json(options.json, report)
 
 
 def _add(

@@ -224,7 +224,7 @@ def test_the_command_compares_all_arms_on_the_same_items(
     assert command.main([*arguments, "--quick", "--count", "3", "--top", "2", "--json", str(file)]) == 0
     report = json.loads(file.read_text())
     assert [(cell["task"], cell["length"]) for cell in report["cells"]] == [
-        (task, length) for task in ("needle", "path_step") for length in (128, 256)
+        (task, length) for length in (128, 256) for task in ("needle", "path_step")
     ]
     assert len(report["heads"]) == 2
     assert len(report["random_heads"]) == RANDOM_SEEDS
