@@ -49,9 +49,8 @@ known before.
 ## Limits
 
 Words outside the 512 are spelled in bytes, which it was not trained on. Documents longer than its training windows are
-harder for it, which is what it is for. Routes mostly have the right places, but the means of transport is often that of
-another connection to the same place, and the last step is sometimes left out. It has not been trained on chats that repeat
-long texts (the MRCR-like task).
+harder for it, which is what it is for. Routes mostly have the right places, but often a wrong means of transport, and
+the last step is sometimes left out. It has not been trained on chats that repeat long texts (the MRCR-like task).
 
 ## Reproduce
 
