@@ -216,6 +216,7 @@ def test_heads_are_scored_by_lines_of_needles(folder: Path, monkeypatch: pytest.
 # The command
 
 
+@pytest.mark.slow
 def test_the_command_compares_all_arms_on_the_same_items(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
