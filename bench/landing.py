@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=20, help="of each way and count (default: 20)")
     options = parser.parse_args(arguments)
     runners = {landing: _runner(landing) for landing in ("scatter", "direct")}
-    host = runners["scatter"]._host[0]
+    host = runners["scatter"]._copies._host[0]
     there = np.zeros_like(host)
     report = header("bench.landing") | {"block_bytes": host[0].nbytes, "by_count": {}}
     rows = []

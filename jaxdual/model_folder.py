@@ -14,7 +14,7 @@ def shipped_model(name: str = SHIPPED_MODEL) -> Path:
     """Folder of a model that ships with jaxdual.
 
     Args:
-      name: "small", "base" or "moe".
+      name: "small", "base", "moe" or "retrieval".
 
     Raises:
       ValueError: no model of that name.

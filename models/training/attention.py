@@ -56,8 +56,9 @@ def _one_group(
         rows = queries[:, start:stop].reshape(-1, head_dim)
         scores = jnp.dot(rows, keys[:stop].T, precision=precision)
         causal = jnp.tile(jnp.arange(start, stop), group)[:, None] >= jnp.arange(stop)
-        largest = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))
-        weights = jnp.where(causal, jnp.exp(scores - largest), 0)
+        # Of what is seen alone: a far larger score of a later key would leave nothing but zeros.
+        scores = jnp.where(causal, scores, -jnp.inf)
+        weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
         out = jnp.dot(weights, values[:stop], precision=precision) / weights.sum(axis=-1, keepdims=True)
         outputs.append(out.reshape(group, stop - start, head_dim))
     return jnp.concatenate(outputs, axis=1)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from models import ModelConfig, MoEConfig
+from models.training.retrieval import VOCAB_SIZE as RETRIEVAL_VOCAB_SIZE
 from models.training.tokenizer import MAX_LENGTH, VOCAB_SIZE
 
 
@@ -81,3 +82,20 @@ CONFIGS = {
 }
 
 RECIPES = {"small": Recipe(peak_rate=1e-2), "base": Recipe(), "moe": Recipe()}
+
+RETRIEVAL_CONFIG = ModelConfig(
+    family="qwen3",
+    vocab_size=RETRIEVAL_VOCAB_SIZE,
+    hidden_size=128,
+    intermediate_size=128,
+    num_layers=3,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=32,
+    # Eight times what it is trained on, so that longer prompts are served.
+    max_position_embeddings=4096,
+    tie_word_embeddings=True,
+    qk_norm=True,
+    eos_token_ids=(RETRIEVAL_VOCAB_SIZE - 1, RETRIEVAL_VOCAB_SIZE - 3),
+)
+RETRIEVAL_RECIPE = Recipe(long_length=512, long_fraction=0.5, peak_rate=5e-3, adam_rate=0.5)

@@ -5,16 +5,32 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int32
 
 from models import Decoder, ModelConfig, init
-from models.training.data import Position, WindowStream
+from models.training.data import Position
 from models.training.recipes import Recipe
 from models.training.state import TrainState, load_state, save_state
-from models.training.step import cross_entropy, learning_rate, optimizer, parameters_of, train_step, with_parameters
+from models.training.step import (
+    Parameters,
+    cross_entropy,
+    learning_rate,
+    optimizer,
+    parameters_of,
+    train_step,
+    with_parameters,
+)
+
+
+class Windows(Protocol):
+    """Training windows in an order that follows from a position."""
+
+    def batch(self, position: Position, rows: int) -> tuple[Int32[np.ndarray, "rows window"], Position]:
+        """The next ``rows`` windows of ``position.length + 1`` tokens, and the position after them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,16 +82,17 @@ def run(
     config: ModelConfig,
     recipe: Recipe,
     budget: Budget,
-    data: WindowStream,
+    data: Windows,
     heldout: Int32[np.ndarray, "B window"],
     folder: Path,
     *,
+    initial: Parameters | None = None,
     resume: bool = False,
     checkpoint_seconds: float = 120.0,
     stop_after: int | None = None,
     report: Callable[[Progress, TrainState], None] = lambda _progress, _state: None,
 ) -> tuple[Decoder, TrainState]:
-    """Trains a model from random weights, or goes on where a run stopped.
+    """Trains a model from its first weights, or goes on where a run stopped.
 
     Args:
         config: the model.
@@ -84,6 +101,7 @@ def run(
         data: the training windows.
         heldout: windows that ``report`` measures; never trained on.
         folder: gets the state.
+        initial: parameters to begin with; random ones unless given.
         resume: go on from the state in ``folder``.
         checkpoint_seconds: CPU seconds between two checkpoints, each with a progress report.
         stop_after: stop (after a checkpoint) at this many steps, before the budget ends.
@@ -96,7 +114,7 @@ def run(
         ValueError: the state in ``folder`` is of another model or recipe.
         FileNotFoundError: ``resume`` without a state.
     """
-    parameters = parameters_of(init(config, seed=recipe.seed))
+    parameters = parameters_of(init(config, seed=recipe.seed)) if initial is None else initial
     identity = repr((config, recipe))
     state = TrainState(
         parameters, optimizer(recipe, parameters).init(parameters), Position(0, 0, recipe.length), 0, 0, 0.0

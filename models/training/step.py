@@ -53,18 +53,24 @@ def optimizer(recipe: Recipe, parameters: Parameters) -> optax.GradientTransform
 def losses(
     config: ModelConfig, recipe: Recipe, parameters: Mapping[str, jax.Array], windows: Int32[Array, "B window"]
 ) -> tuple[Float32[Array, ""], Float32[Array, ""]]:
-    """What is minimised (cross-entropy plus z-loss and balancing), and the cross-entropy alone; nats a token."""
+    """What is minimised (cross-entropy plus z-loss and balancing), and the cross-entropy alone; nats a token.
+
+    Tokens of ``windows`` below zero are ``~token``: they are read, but not predicted.
+    """
     model = with_parameters(config, parameters)
     balanced = replace_experts(model)
     batch, length = windows.shape[0], windows.shape[1] - 1
+    predicted = (windows[:, 1:] >= 0).reshape(-1).astype(jnp.float32)
+    windows = jnp.where(windows < 0, ~windows, windows)
     tokens, targets = windows[:, :-1].reshape(-1), windows[:, 1:].reshape(-1)
     positions = jnp.tile(jnp.arange(length), batch)
     hidden, _ = model(tokens, positions, blocked_attend(batch, length), None)
     logits = model.head(hidden)
     log_partition = jax.nn.logsumexp(logits, axis=-1)
     correct = jnp.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
-    cross_entropy = jnp.mean(log_partition - correct)
-    total = cross_entropy + recipe.z_loss * jnp.mean(jnp.square(log_partition))
+    count = jnp.maximum(predicted.sum(), 1)
+    cross_entropy = jnp.sum(predicted * (log_partition - correct)) / count
+    total = cross_entropy + recipe.z_loss * jnp.sum(predicted * jnp.square(log_partition)) / count
     if balanced:
         total += recipe.balance * jnp.mean(jnp.stack([moe.loss for moe in balanced]))
     return total, cross_entropy
@@ -85,7 +91,7 @@ def train_step(
         config, recipe: static; each pair, and each shape of ``windows``, is compiled once.
         parameters: by dotted path.
         state: of `optimizer`.
-        windows: tokens, neighbours in a row being input and target.
+        windows: tokens, neighbours in a row being input and target; one that is only read is ``~token``.
         rate: learning rate.
 
     Returns:

@@ -24,7 +24,7 @@ SPECIAL_TOKENS = (END_OF_TEXT, IM_START, IM_END)
 MAX_LENGTH = 1024
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
-_SPLIT = (
+SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
@@ -54,7 +54,7 @@ def train(texts: Iterable[str], vocab_size: int = VOCAB_SIZE) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(_SPLIT), behavior="isolated"),
+            pre_tokenizers.Split(Regex(SPLIT), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -69,8 +69,8 @@ def train(texts: Iterable[str], vocab_size: int = VOCAB_SIZE) -> Tokenizer:
     return tokenizer
 
 
-def save(tokenizer: Tokenizer, folder: Path) -> None:
-    """Writes the files of a Hugging Face tokenizer (`FILES`) into ``folder``."""
+def save(tokenizer: Tokenizer, folder: Path, max_length: int = MAX_LENGTH) -> None:
+    """Writes the files of a Hugging Face tokenizer (`FILES`) into ``folder``, for a model of so many positions."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     special = {
@@ -89,7 +89,7 @@ def save(tokenizer: Tokenizer, folder: Path) -> None:
         **names,
         "clean_up_tokenization_spaces": False,
         "extra_special_tokens": {},
-        "model_max_length": MAX_LENGTH,
+        "model_max_length": max_length,
         "tokenizer_class": "PreTrainedTokenizerFast",
     }
     _write_json(folder / "tokenizer_config.json", config)

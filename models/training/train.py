@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "budget_cpu_minutes": args.cpu_minutes,
         "train_cpu_minutes": round(state.cpu_seconds / 60, 1),
         "corpus_python": corpus.load_manifest().python,
-        "machine": f"{platform.machine()}, {_processor()}",
+        "machine": machine(),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         **measure(args.out, entries, train, heldout),
     }
@@ -141,29 +141,29 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--size", choices=sorted(CONFIGS), required=True)
     parser.add_argument("--out", type=Path, required=True, help="folder of the model; the run's state lies in it too")
-    parser.add_argument("--cpu-minutes", type=_minutes, default=60.0, help="budget of CPU time (default %(default)g)")
+    parser.add_argument("--cpu-minutes", type=minutes, default=60.0, help="budget of CPU time (default %(default)g)")
     parser.add_argument("--resume", action="store_true", help="go on from the state in --out")
     parser.add_argument("--tokenizer", type=Path, help="folder with tokenizer.json; default: train it on the corpus")
     parser.add_argument("--allow-changed", action="store_true", help="train on corpus files that differ from the list")
     return parser
 
 
-def _minutes(text: str) -> float:
+def minutes(text: str) -> float:
+    """Type of an argument: a number above 0."""
     value = float(text)
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"{text}: must be greater than 0")
     return value
 
 
-def _processor() -> str:
-    """Name of the CPU, where the system tells it."""
+def machine() -> str:
+    """Architecture, and name of the CPU where the system tells it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
-        return platform.processor()
-    return next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return f"{platform.machine()}, {next(names, platform.processor())}"
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""Long-context tasks, and what decoding methods are worth on them: `python -m bench.longcontext`."""
