@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from jaxdual.decoding.profiles import DyscoProfile
 from jaxdual.scheduling.plan import FinishReason
 
 
@@ -153,7 +154,7 @@ class EngineInfo:
       full_attention: whether every layer sees all tokens.
       num_heads: query heads of a layer.
       dysco_refusal: why requests can't be decoded by DySCO; "" where they can.
-      dysco_profile: of requests that name none, as `EngineConfig.dysco_profile`.
+      dysco_profile: of requests that name none, that of `EngineConfig.dysco_profile`.
     """
 
     model_folder: str
@@ -173,7 +174,7 @@ class EngineInfo:
     full_attention: bool = True
     num_heads: int = 0
     dysco_refusal: str = ""
-    dysco_profile: str | None = None
+    dysco_profile: DyscoProfile | None = None
 
     @property
     def system_fingerprint(self) -> str:

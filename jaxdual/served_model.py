@@ -51,6 +51,18 @@ class ServedModel(ABC):
         return SamplingParams(**self.info.default_sampling)  # type: ignore[arg-type]
 
 
+def dysco_model(info: EngineInfo) -> DyscoModel:
+    """What requests that are decoded by DySCO can ask of an engine."""
+    return DyscoModel(
+        info.served_model_name,
+        info.num_layers,
+        info.num_heads,
+        info.dysco_refusal,
+        info.dysco_profile,
+        info.fingerprint,
+    )
+
+
 def front_of(engine: TokenEngine, info: EngineInfo) -> Front:
     """The front of an engine, with the tokenizer of its model's folder.
 
@@ -62,7 +74,5 @@ def front_of(engine: TokenEngine, info: EngineInfo) -> Front:
         Tokenizer.find(info.model_folder),
         vocab_size=info.vocab_size,
         max_model_len=info.max_model_len,
-        dysco=DyscoModel(
-            info.served_model_name, info.num_layers, info.num_heads, info.dysco_refusal, info.dysco_profile
-        ),
+        dysco=dysco_model(info),
     )

@@ -46,6 +46,7 @@ ARMS = (
     Arm("dysco_32", dysco={"top_k": 32}),
     Arm("random", dysco={}, random_heads=True),
     Arm("static", dysco={"static": True}),
+    *(Arm(mode, dysco={"mode": mode}) for mode in ("tail_chunk", "lag", "split", "lag_fresh", "refresh")),
 )
 BASELINE = ARMS[0]
 

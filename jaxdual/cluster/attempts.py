@@ -89,8 +89,9 @@ class Live:
 
     @property
     def left(self) -> int:
-        """Tokens that the lead may still get."""
-        return max(0, (self.request.params.max_tokens or 0) - len(self.lead.tokens))
+        """Tokens that the decode engine may still compute for the lead."""
+        known = len(self.request.prompt_token_ids) + len(self.lead.tokens) - self.length
+        return max(0, (self.request.params.max_tokens or 0) - len(self.lead.tokens)) + known
 
     @property
     def wants_scores(self) -> bool:

@@ -14,14 +14,24 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from jaxdual.decoding.profiles import DyscoProfile, Limits, is_file, profile_of, read_profile, shipped_names
+from jaxdual.decoding.profiles import (
+    MAX_STRENGTH,
+    DyscoProfile,
+    Limits,
+    is_file,
+    profile_of,
+    read_profile,
+    shipped_names,
+)
 
 Preset = Literal["code", "rev89c", "paper"]
 Mode = Literal["exact", "tail_chunk", "lag", "split", "lag_fresh", "refresh"]
 # What is kept of the relevance before, at each blending: the authors' code, an earlier revision of it, their formula.
 HISTORY: dict[Preset, float] = {"code": 0.75 / 1.75, "rev89c": 0.4, "paper": 0.75}
 DEFAULT_OBSERVE = 8  # tokens
-_MAX_STRENGTH = 1000.0
+MAX_OBSERVE = MAX_TAIL_CHUNK = 64  # tokens: each is a row with a score for every token of the context
+_MAX_WHOLE = 2**31 - 1
+_MAX_SEQUENCES = 256  # of a template, and tokens of one
 _PLAIN_TAIL = 2  # tokens, of a prompt that no template has made
 
 
@@ -40,16 +50,18 @@ class DyscoParams:
         "auto" likewise, 2 without a profile.
       decay: weight of the relevance before by that of the new attention, at least 0; None for that of `preset`.
       preset: "code" as the authors' code (0.75), "rev89c" as an earlier revision of it, "paper" as their formula.
-      observe: tokens whose attention makes the first relevance, that of the last one being the first raised one.
+      observe: tokens whose attention makes the first relevance, that of the last one being the first raised one; at
+        most 64.
       tail: tokens at the end of the prompt that are decoded as if they were generated; "auto" for those that the chat
         template puts behind the last message, 2 without one.
       template_sequences: token sequences whose occurrences in the prompt are never raised; None for the profile's.
       static: selects once, by what was observed.
       mode: "exact" as the authors do; the others are cheaper and give other tokens. "tail_chunk" computes the tail all
-        at once, where the first pass sees of the tail's tokens what it would without raised attention. The rest passes
-        each token once, and looks while attention is raised already: "lag" raises what was selected at the token
-        before, "split" what this token selects, in the layers above its retrieval heads only, "lag_fresh" the one in
-        the layers up to them and the other above; "refresh" is "exact" every `refresh_every` tokens and "lag" between.
+        at once, less than 64 tokens, where the first pass sees of them what it would without raised attention. The
+        rest passes each token once, and looks while attention is raised already: "lag" raises what was selected at the
+        token before, "split" what this token selects, in the layers above its retrieval heads only, "lag_fresh" the one
+        in the layers up to them and the other above; "refresh" is "exact" every `refresh_every` tokens and "lag"
+        between.
       refresh_every: tokens, at least 2.
       return_selection: has outputs say what was selected at each step; see `CompletionOutput.selection`.
 
@@ -86,14 +98,14 @@ class DyscoParams:
         if self.top_k is not None and self.top_k != "auto":
             _whole("top_k", self.top_k, 1)
         if self.strength != "auto":
-            _real("strength", self.strength, 0.0, _MAX_STRENGTH, open_low=True)
+            _real("strength", self.strength, 0.0, MAX_STRENGTH, open_low=True)
         if self.decay is not None:
             _real("decay", self.decay, 0.0, math.inf)
             if self.preset is not None:
                 raise ValueError(f"dysco: decay={self.decay} and preset={self.preset!r} exclude each other")
         if self.preset is not None and self.preset not in get_args(Preset):
             raise ValueError(f"dysco: preset={self.preset!r} must be one of {', '.join(get_args(Preset))}")
-        _whole("observe", self.observe, 0)
+        _whole("observe", self.observe, 0, MAX_OBSERVE)
         if self.tail != "auto":
             _whole("tail", self.tail, 0)
         if self.template_sequences is not None:
@@ -162,13 +174,15 @@ class DyscoModel:
       num_layers, num_heads: of it; heads are query heads of a layer.
       refusal: why none is decoded so; "" where they can be.
       profile: of requests that give neither heads nor a profile; None for the one of the model's name.
+      fingerprint: of its weights and number type; "" where it is not known.
     """
 
     name: str
     num_layers: int
     num_heads: int
     refusal: str = ""
-    profile: str | None = None
+    profile: DyscoProfile | None = None
+    fingerprint: str = ""
 
     def resolved(self, params: DyscoParams, prompt_length: int, opening: int | None) -> Dysco:
         """What parameters mean for a prompt.
@@ -201,6 +215,10 @@ class DyscoModel:
                 "dysco: top_p and top_k can't both be None: everything would be selected; what is left at auto is the "
                 "profile's"
             )
+        tail = (_PLAIN_TAIL if opening is None else opening) if params.tail == "auto" else params.tail
+        tail = min(tail, prompt_length)
+        if params.mode == "tail_chunk" and tail >= MAX_TAIL_CHUNK:
+            raise ValueError(f"dysco: tail={tail} must be below {MAX_TAIL_CHUNK} for mode='tail_chunk'")
         return Dysco(
             heads=heads,
             top_p=top_p,
@@ -208,7 +226,7 @@ class DyscoModel:
             strength=limits.strength if params.strength == "auto" else params.strength,
             history=params.history,
             observe=params.observe,
-            tail=(_PLAIN_TAIL if opening is None else opening) if params.tail == "auto" else params.tail,
+            tail=tail,
             template_sequences=_sequences(sequences),
             static=params.static,
             mode=params.mode,
@@ -216,20 +234,32 @@ class DyscoModel:
             return_selection=params.return_selection,
         )
 
+    def check(self, profile: DyscoProfile, name: str) -> None:
+        """Raises `ValueError` if a profile is of another model."""
+        theirs, own = (profile.num_layers, profile.num_heads), (self.num_layers, self.num_heads)
+        if theirs != own:
+            raise ValueError(
+                f"dysco: profile={name!r} is of a model of {theirs[0]} layers with {theirs[1]} heads each, and this "
+                f"one has {own[0]} with {own[1]}"
+            )
+        if profile.fingerprint is not None and self.fingerprint and profile.fingerprint != self.fingerprint:
+            raise ValueError(f"dysco: profile={name!r} was made of other weights, or of another number type")
+
     def _profile(self, params: DyscoParams) -> DyscoProfile | None:
         """That heads come from; None where they are given."""
         if params.heads is not None:
             return None
-        name = self.profile if params.profile is None else params.profile
-        if name is not None:
-            return read_profile(name)
-        profile = profile_of(self.name)
-        if profile is None:
+        if params.profile is not None:
+            profile = read_profile(params.profile)
+            self.check(profile, params.profile)
+            return profile
+        found = self.profile or profile_of(self.name)
+        if found is None:
             raise ValueError(
                 f"dysco: there is no profile for the model {self.name!r}: give heads, (layer, head) pairs of its "
                 f"retrieval heads, or a profile: a file, or one of {', '.join(shipped_names())}"
             )
-        return profile
+        return found
 
 
 def first_raised(prompt_length: int, tail: int, observe: int) -> int:
@@ -277,17 +307,22 @@ def _heads(heads: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
 def _sequences(sequences: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
     if isinstance(sequences, str) or not isinstance(sequences, Sequence):
         raise ValueError(f"dysco: template_sequences={sequences!r} must be a list of lists of token ids")
+    if len(sequences) > _MAX_SEQUENCES:
+        raise ValueError(f"dysco: {len(sequences)} template_sequences; at most {_MAX_SEQUENCES} are possible")
     for sequence in sequences:
         if isinstance(sequence, str) or not isinstance(sequence, Sequence) or not sequence:
             raise ValueError(f"dysco: template_sequences={sequences!r} must be a list of lists of token ids")
+        if len(sequence) > _MAX_SEQUENCES:
+            raise ValueError(f"dysco: a template sequence of {len(sequence)} tokens; at most {_MAX_SEQUENCES} are one")
         for token in sequence:
             _whole("template_sequences", token, 0)
     return tuple(tuple(int(token) for token in sequence) for sequence in sequences)
 
 
-def _whole(name: str, value: object, low: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise ValueError(f"dysco: {name}={value!r} must be a whole number of at least {low}")
+def _whole(name: str, value: object, low: int, high: int = _MAX_WHOLE) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        most = "" if high == _MAX_WHOLE else f" and at most {high}"
+        raise ValueError(f"dysco: {name}={value!r} must be a whole number of at least {low}{most}")
 
 
 def _real(name: str, value: object, low: float, high: float, *, open_low: bool = False) -> None:

@@ -13,6 +13,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+MAX_STRENGTH = 1000.0
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
@@ -27,6 +29,12 @@ class Limits:
     top_p: float | None = 0.975
     top_k: int | None = 4096
     strength: float = 2.0
+
+    def __post_init__(self) -> None:
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p} must be above 0 and at most 1")
+        if not 0 < self.strength <= MAX_STRENGTH:
+            raise ValueError(f"strength={self.strength} must be above 0 and at most {MAX_STRENGTH:g}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +57,11 @@ class DyscoProfile:
     template_sequences: tuple[tuple[int, ...], ...]
     limits: tuple[Limits, ...]
     fingerprint: str | None = None
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Those with retrieval heads."""
+        return tuple(sorted({layer for layer, _ in self.heads}))
 
     def limits_of(self, prompt_length: int) -> Limits:
         """Those of a prompt of so many tokens; beyond all lengths, the last ones."""

@@ -16,8 +16,6 @@ from jaxdual.engine.dysco import (
     DyscoState,
     ObservedChunks,
     PassedRows,
-    Watched,
-    at_rows,
     choose_after,
     choose_before,
     choose_in_turn,
@@ -28,6 +26,7 @@ from jaxdual.engine.dysco import (
 from jaxdual.engine.paged import Arenas, Attend, GroupTable
 from jaxdual.engine.router_counts import RouterCounts
 from jaxdual.engine.steps import Leaves, Programs, Routing
+from jaxdual.engine.watched import Watched, at_rows
 from pallas_kernels.key_bias import WORD, KeyBias
 
 _Part = tuple[Any, KeyBias]  # rows, and what is added to their scores
@@ -103,7 +102,9 @@ class DyscoPrograms:
             first = max(layers[1], default=-1) + 1
             for layer in range(first):
                 x, arenas = model.layer(layer, x, rope, attend, arenas, mix)
-            attention = watched.attention if first else jnp.zeros((lengths.shape[0], state.relevance.shape[1]))
+            attention = jnp.zeros((lengths.shape[0], state.relevance.shape[1]))
+            if first:
+                attention = programs.over_heads(watched.attention)
             state, chosen[1], key_bias = programs.on_ranks(choose_after, state, passed, before, attention, lengths)
             behind.append((passed.rows.row, key_bias))
         attend = self._raised(positions, tables, words, behind)
@@ -145,7 +146,7 @@ class DyscoPrograms:
         x, rope = model.embed(tokens), model.rope(jnp.maximum(lengths - 1, 0))
         for layer in range(max(watched.layers) + 1):
             x, arenas = model.layer(layer, x, rope, attend, arenas, mix)
-        return arenas, watched.attention
+        return arenas, programs.over_heads(watched.attention)
 
     def _observe(
         self,
@@ -174,7 +175,7 @@ class DyscoPrograms:
         _, arenas = programs.model(leaves)(
             tokens.reshape(-1), positions.reshape(-1), attend, arenas, programs.mix(routing)
         )
-        state = programs.on_ranks(observe, state, chunks, watched.attention)
+        state = programs.on_ranks(observe, state, chunks, programs.over_heads(watched.attention))
         return arenas, programs.counted(routing), state
 
     def _set_slot(

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int32
 
-from jaxdual.decoding.dysco import DEFAULT_OBSERVE, Dysco, first_observed, first_raised, template_mask
+from jaxdual.decoding.dysco import DEFAULT_OBSERVE, MAX_OBSERVE, Dysco, first_observed, first_raised, template_mask
 from jaxdual.engine.buckets import Buckets, PrefillBatch, PrefillShape
 from jaxdual.engine.dysco import Chosen, DyscoRows, DyscoState, ObservedChunks, PassedRows
 from jaxdual.engine.dysco_programs import DyscoPrograms
@@ -83,14 +83,25 @@ class DyscoSlots:
       keys: that a table has room for.
       heads: query heads of a layer.
       ranks: that have slots.
+      layers: that sequences are watched in which have heads in some of them.
 
     Attributes:
       programs: that work on the state.
       state: on the device.
     """
 
-    def __init__(self, programs: Programs, buckets: Buckets, *, slots: int, keys: int, heads: int, ranks: int) -> None:
-        self.programs, self._buckets = DyscoPrograms(programs), buckets
+    def __init__(
+        self,
+        programs: Programs,
+        buckets: Buckets,
+        *,
+        slots: int,
+        keys: int,
+        heads: int,
+        ranks: int,
+        layers: Sequence[int] = (),
+    ) -> None:
+        self.programs, self._buckets, self._usual = DyscoPrograms(programs), buckets, tuple(layers)
         self._slots, self._keys, self._heads, self._ranks = slots, keys, heads, ranks
         self._bound: dict[tuple[int, int], SlotDysco] = {}
         self._parked: dict[int, jax.Array | np.ndarray] = {}
@@ -156,7 +167,7 @@ class DyscoSlots:
         for rank, rows in enumerate(rows_of):
             for number, row in enumerate(rows):
                 dysco = self._bound.get((rank, row.slot))
-                if dysco is not None:
+                if dysco is not None and row.position >= dysco.raised_from:
                     (peeked if dysco.peeks(row.position) else passed)[rank].append((number, row))
         if not any(peeked) and not any(passed):
             return None
@@ -178,9 +189,7 @@ class DyscoSlots:
           chunks_of: of each rank, at least one.
           seqs: chunks that each rank's are padded to.
         """
-        each = _power_of_two(
-            max(self._bound[rank, chunk.slot].params.tail + 1 for rank, own in enumerate(chunks_of) for chunk in own)
-        )
+        each = _bucket(max(len(chunk.tokens) for chunks in chunks_of for chunk in chunks))
         numbered = [list[_Numbered]() for _ in chunks_of]
         tails = TailRows.empty(self._ranks, seqs, each, self._slots - 1)
         for rank, chunks in enumerate(chunks_of):
@@ -244,7 +253,7 @@ class DyscoSlots:
         return ObservedChunks(
             slot=np.full(count, self._slots - 1, np.int32),
             weights=np.zeros((count, len(layers), self._heads), np.float32),
-            offsets=np.zeros((count, min(_power_of_two(most), shape.chunk)), np.float32),
+            offsets=np.zeros((count, min(_bucket(most), shape.chunk)), np.float32),
             history=np.zeros(count, np.float32),
         )
 
@@ -321,7 +330,9 @@ class DyscoSlots:
           static: whether those that select once are watched, too.
         """
         params = [self._bound[rank, part.slot].params for rank, parts in enumerate(numbered) for _, part in parts]
-        return tuple(sorted({layer for one in params if static or not one.static for layer, _ in one.heads}))
+        layers = {layer for one in params if static or not one.static for layer, _ in one.heads}
+        # Layers of which no head has a weight cost little, and programs for those configured are there.
+        return self._usual if layers and layers.issubset(self._usual) else tuple(sorted(layers))
 
     def _weights(self, layers: Sequence[int], params: Dysco) -> np.ndarray:
         """`[layers, heads]`: of the heads that a sequence is decoded by."""
@@ -378,5 +389,6 @@ class Selections:
             yield row.seq_id, Selection(row.position, np.flatnonzero(selected[number]).tolist(), tokens)
 
 
-def _power_of_two(least: int) -> int:
-    return 1 << (least - 1).bit_length()
+def _bucket(least: int) -> int:
+    """Tokens that so few are padded to: the usual numbers of observed and of tail tokens make one program."""
+    return DEFAULT_OBSERVE if least <= DEFAULT_OBSERVE else MAX_OBSERVE

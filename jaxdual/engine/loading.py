@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxdual.config import ConfigError, EngineConfig
+from jaxdual.decoding.dysco import DyscoModel
+from jaxdual.decoding.profiles import DyscoProfile
 from jaxdual.decoding.profiles import read_profile as read_dysco_profile
 from jaxdual.kv.layout import KVLayout
 from jaxdual.model_folder import find_model
@@ -170,6 +172,10 @@ def _load_model(
         raise ConfigError(
             f"{folder}: {len(eos_token_ids)} end-of-sequence tokens; at most {MAX_STOP_TOKENS} are supported"
         )
+    refusal = _dysco_refusal(layout)
+    dysco_profile = _dysco_profile(config, model_config, refusal, identity.hex())
+    if others is not None:
+        others.agree("dysco_profile", hashlib.blake2b(repr(dysco_profile).encode()).digest())
     info = EngineInfo(
         model_folder=str(folder),
         served_model_name=served_model_name,
@@ -187,8 +193,8 @@ def _load_model(
         kv_block_bytes=sum(layout.full_block_bytes(group) for group in range(len(layout.groups))),
         full_attention=len(layout.groups) == 1 and layout.groups[0].window is None,
         num_heads=model_config.num_heads,
-        dysco_refusal=_dysco_refusal(layout),
-        dysco_profile=config.dysco_profile,
+        dysco_refusal=refusal,
+        dysco_profile=dysco_profile,
     )
     return LoadedModel(
         model,
@@ -203,7 +209,7 @@ def _load_model(
         mesh,
         placement,
         policy,
-        _dysco_layers(config, model_config, info.dysco_refusal),
+        () if dysco_profile is None else dysco_profile.layers,
     )
 
 
@@ -213,22 +219,19 @@ def _dysco_refusal(layout: KVLayout) -> str:
     return ""
 
 
-def _dysco_layers(config: EngineConfig, model: ModelConfig, refusal: str) -> tuple[int, ...]:
-    """Layers that the profile which a configuration names watches, for a model that it fits."""
-    if config.dysco_profile is None:
-        return ()
-    if refusal:
-        raise ConfigError(f"dysco_profile={config.dysco_profile!r}: {refusal}")
+def _dysco_profile(config: EngineConfig, model: ModelConfig, refusal: str, fingerprint: str) -> DyscoProfile | None:
+    """The profile that a configuration names, for a model that it fits."""
+    name = config.dysco_profile
+    if name is None:
+        return None
     try:
-        profile = read_dysco_profile(config.dysco_profile)
+        if refusal:
+            raise ValueError(refusal)
+        profile = read_dysco_profile(name)
+        DyscoModel("", model.num_layers, model.num_heads, fingerprint=fingerprint).check(profile, name)
     except ValueError as error:
-        raise ConfigError(f"dysco_profile={config.dysco_profile!r}: {error}") from None
-    if (profile.num_layers, profile.num_heads) != (model.num_layers, model.num_heads):
-        raise ConfigError(
-            f"dysco_profile={config.dysco_profile!r} is of a model of {profile.num_layers} layers with "
-            f"{profile.num_heads} heads each, and this one has {model.num_layers} with {model.num_heads}"
-        )
-    return tuple(sorted({layer for layer, _ in profile.heads}))
+        raise ConfigError(f"dysco_profile={name!r}: {error}") from None
+    return profile
 
 
 def _read_profile(config: EngineConfig, model: ModelConfig) -> RouterProfile | None:

@@ -57,7 +57,7 @@ def group_pages(
         elif jax.default_backend() == "cpu":
             memory, source = max(_CPU_KV_BYTES, device_bytes), "the default KV memory"
         else:
-            memory, source = _free_device_memory(config, layout, model), "gpu_memory_utilization"
+            memory, source = _free_device_memory(config, layout, model, max_model_len), "gpu_memory_utilization"
         num_pages = [min(memory * pages // device_bytes, config.max_num_seqs * pages) for pages in needed]
     for group, (pages, most) in enumerate(zip(num_pages, needed, strict=True)):
         if pages < most:
@@ -111,13 +111,15 @@ def check_host_memory(
             raise ConfigError(f"{setting} needs {need} bytes; this machine has {total}")
 
 
-def _free_device_memory(config: EngineConfig, layout: KVLayout, model: ModelConfig) -> int:
+def _free_device_memory(config: EngineConfig, layout: KVLayout, model: ModelConfig, max_model_len: int) -> int:
     stats = jax.local_devices()[0].memory_stats() or {}
     if "bytes_limit" not in stats:
         raise ConfigError("this device does not tell its memory: set kv_cache_memory_bytes or num_kv_blocks")
     logits = config.max_num_seqs * model.vocab_size * 4 * _HIDDEN_COPIES
     streams = config.max_num_batched_tokens * model.hidden_size * layout.itemsize * _HIDDEN_COPIES
     streams += _expert_bytes(config, layout, model)
+    if config.dysco_profile is not None:  # relevance of each slot's tokens, and which are of a template
+        streams += (config.max_num_seqs + 1) * layout.pages_for(max_model_len) * layout.page_size * (4 + 1)
     return int(stats["bytes_limit"] * config.gpu_memory_utilization) - int(stats["bytes_in_use"]) - logits - streams
 
 

@@ -19,9 +19,9 @@ from flax import nnx
 from jax.sharding import PartitionSpec, Sharding
 from jaxtyping import Array, Float, Int32
 
-from jaxdual.engine.dysco import Watched
 from jaxdual.engine.paged import Arenas, Attend, GroupTable, Look, decode_attend, prefill_attend
 from jaxdual.engine.steps import Programs, Routing
+from jaxdual.engine.watched import Watched
 from jaxdual.kv.layout import KVLayout
 from jaxdual.parallel.exchange import ExpertExchange, ExpertSlots, slots_of_choices
 from jaxdual.parallel.mesh import RANKS, TENSOR, DeviceMesh
@@ -171,13 +171,13 @@ class MeshPrograms(Programs):
                     return *local(None, *batch)(layer, *operands), None
                 own = Watched(weights[:, None], (layer,), rows, watched.is_biased)
                 out = local(own.look, *batch)(layer, *operands)
-                return *out, jax.lax.psum(own.attention, TENSOR)
+                return *out, own.attention[:, None]
 
             specs = _Operands(_HEADS, _HEADS, _HEADS, tuple(ARENA for _ in arenas))
             out, arenas, attention = self._mesh.on_each(
                 on_device,
                 (specs, _QUERY_HEADS, _BY_RANK, *jax.tree.map(lambda _: _BY_RANK, batch)),
-                (_HEADS, specs.arenas, _BY_RANK),
+                (_HEADS, specs.arenas, _QUERY_HEADS),
             )(operands, weights, rows, *batch)
             if watched is not None and attention is not None:
                 watched.note(attention)
@@ -210,6 +210,12 @@ class MeshPrograms(Programs):
 
         whole = PartitionSpec()
         return self._mesh.on_each(local, (_BY_RANK, *(whole for _ in range(1 + len(row)))), _BY_RANK)(state, slot, *row)
+
+    def over_heads(self, attention: Array) -> Array:
+        summed: Array = self._mesh.on_each(lambda own: jax.lax.psum(own[:, 0], TENSOR), _QUERY_HEADS, _BY_RANK)(
+            attention
+        )
+        return summed
 
     def of_slot(self, array: Array, slot: Int32[Array, ""]) -> Array:
         def local(array: Array, slot: Array) -> Array:

@@ -324,6 +324,7 @@ class Runner:
             keys=device.keys,
             heads=device.num_heads,
             ranks=device.ranks,
+            layers=self._dysco_layers,
         )
 
     def _warm_up_runs(self) -> Iterator[tuple[str, Callable[[], object]]]:

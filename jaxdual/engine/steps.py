@@ -12,13 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Sharding
-from jaxtyping import Array, Bool, Float, Int32
+from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from jaxdual.engine import sampler
-from jaxdual.engine.dysco import Watched
 from jaxdual.engine.paged import Arenas, Attend, GroupTable, decode_attend, prefill_attend
 from jaxdual.engine.router_counts import RouterCounts, count
 from jaxdual.engine.sampler import Logprobs, SampleInputs, SamplerState
+from jaxdual.engine.watched import Watched
 from jaxdual.kv.layout import KVLayout
 from models import Decoder
 from models.layers import Mix
@@ -229,6 +229,10 @@ class Programs:
           slot: counted over all ranks.
         """
         return function(state, slot, *row)
+
+    def over_heads(self, attention: Array) -> Float32[Array, "rows keys"]:
+        """What heads of all devices look at, of what `Watched` has taken."""
+        return attention
 
     def of_slot(self, array: Array, slot: Int32[Array, ""]) -> Array:
         """The row of a slot, counted over all ranks, whole on each device."""

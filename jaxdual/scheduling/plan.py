@@ -38,8 +38,8 @@ class SequenceState:
       use_cache: False computes the whole prompt anew.
       private_from: position from which on what is computed is this sequence's own: blocks are neither shared nor looked
         up. No chunk goes across it.
-      whole_from: position from which on all tokens before `single_from` are one chunk, whatever the limits of a step
-        say; at least `private_from`. No chunk goes across it.
+      whole_from: position from which on all tokens before `single_from`, which must be few, are one chunk, whatever the
+        limits of a step leave; at least `private_from`. No chunk goes across it.
       single_from: position from which on tokens are computed one at a time, each as a row, also those that are known;
         at least `whole_from`.
       computed: tokens whose keys and values are there once all planned steps have run.

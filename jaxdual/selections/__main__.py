@@ -18,12 +18,14 @@ from jaxdual.arguments import above_0, json_object, run_command, whole
 from jaxdual.config import ConfigError, EngineConfig
 from jaxdual.config_sources import add_arguments, read_config
 from jaxdual.decoding.dysco import Dysco, DyscoModel, DyscoParams, template_mask
+from jaxdual.decoding.profiles import read_profile
 from jaxdual.errors import EngineDeadError
 from jaxdual.front import TokenizedPrompt
 from jaxdual.model_folder import find_model
 from jaxdual.result_files import check_writable, write_whole
 from jaxdual.sampling_params import SamplingParams
 from jaxdual.selections.page import selection_page
+from jaxdual.served_model import dysco_model
 from models import load_config
 
 _PROG = "python -m jaxdual.selections"
@@ -92,12 +94,13 @@ def _run(options: argparse.Namespace) -> int:
     params = _params(options)
     folder, name = find_model(config)
     model = load_config(folder)
-    DyscoModel(name, model.num_layers, model.num_heads).resolved(params, 1, None)  # before weights are read
+    profile = None if config.dysco_profile is None else read_profile(config.dysco_profile)
+    asked = DyscoModel(name, model.num_layers, model.num_heads, profile=profile)
+    asked.resolved(params, 1, None)  # before weights are read
     llm = LLM.from_config(config)
     prompt = _tokenized(llm, text, options)
     info = llm.info
-    asked = DyscoModel(info.served_model_name, info.num_layers, info.num_heads, info.dysco_refusal)
-    dysco = asked.resolved(params, len(prompt.tokens), prompt.opening)
+    dysco = dysco_model(info).resolved(params, len(prompt.tokens), prompt.opening)
     sampling = SamplingParams(max_tokens=options.max_tokens, temperature=0, dysco=params)
     (request,) = llm.generate(prompt, sampling)
     llm.close()

@@ -174,6 +174,18 @@ def test_prefix_caches_hold_nothing_that_was_raised() -> None:
     assert longer.outputs[0].token_ids == want.outputs[0].token_ids
 
 
+def test_without_tail_and_observation_only_generated_tokens_are_raised() -> None:
+    """Also where the last token of the prompt is computed by itself, since all before it were cached."""
+    case = "qwen3_hybrid"
+    llm = LLM(FIXTURES / case, **SETTINGS)
+    prompt = {"prompt_token_ids": prompt_of(case)["prompt_token_ids"][:33]}
+    outputs = [llm.generate([prompt], params_of(case, observe=0, tail=0))[0] for _ in range(2)]
+    assert [output.num_cached_tokens for output in outputs] == [0, 32]
+    for output in outputs:
+        assert output.outputs[0].token_ids == outputs[0].outputs[0].token_ids
+        assert [step.position for step in output.outputs[0].selection or ()] == list(range(33, 33 + 11))
+
+
 def test_an_engine_in_a_process_of_its_own() -> None:
     case = "llama_topk"
 
@@ -192,7 +204,7 @@ def test_requests_that_cannot_be_decoded_so_are_refused() -> None:
     for dysco, message in (
         (DyscoParams(), "no profile for the model 'llama_topk': give heads"),
         (DyscoParams(profile="mine"), "profile='mine' must be a file, or one of llama-3.1-8b, mixtral-8x7b"),
-        (DyscoParams(profile="qwen3-8b"), r"heads=\[21, 31\] must be below \[5, 8\]"),
+        (DyscoParams(profile="qwen3-8b"), "profile='qwen3-8b' is of a model of 36 layers with 32 heads each, and this"),
         (DyscoParams(profile=str(FIXTURES / case / "config.json")), "is not a profile: KeyError: 'num_layers'"),
         (DyscoParams(profile="./nowhere.json"), "can't be read"),
         (DyscoParams(heads=[(5, 0)]), r"heads=\[5, 0\] must be below \[5, 8\]"),

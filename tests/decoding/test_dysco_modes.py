@@ -107,12 +107,36 @@ def test_tokens_of_modes_differ_from_the_authors_own() -> None:
     assert different >= {"lag", "lag_fresh"}
 
 
+def test_a_tail_is_never_longer_than_the_prompt_nor_than_a_chunk_may_be() -> None:
+    case = "llama_topk"
+    llm = LLM(FIXTURES / case, **SETTINGS)
+    prompt = prompt_of(case)["prompt_token_ids"]
+
+    def asked(tail: int) -> SamplingParams:
+        dysco = dysco_of(case, mode="tail_chunk", tail=tail, return_selection=False)
+        return SamplingParams(max_tokens=3, temperature=0, dysco=dysco)
+
+    short = llm.generate([{"prompt_token_ids": prompt[:9]}] * 2, [asked(2**31 - 1), asked(9)])
+    assert short[0].outputs[0].token_ids == short[1].outputs[0].token_ids
+    (output,) = llm.generate([{"prompt_token_ids": prompt}], asked(63))
+    assert len(output.outputs[0].token_ids) == 3
+    for tail in (64, 2**31 - 1):
+        with pytest.raises(ValueError, match="must be below 64 for mode='tail_chunk'"):
+            llm.generate([{"prompt_token_ids": prompt}], asked(tail))
+
+
 def test_parameters_of_modes_are_checked() -> None:
     heads = [(0, 0)]
     for settings, message in (
         ({"mode": "fast"}, "mode='fast' must be one of exact, tail_chunk, lag, split, lag_fresh, refresh"),
         ({"mode": "lag", "static": True}, "static and mode='lag' exclude each other"),
         ({"mode": "refresh", "refresh_every": 1}, "refresh_every=1 must be a whole number of at least 2"),
+        ({"observe": 65}, "observe=65 must be a whole number of at least 0 and at most 64"),
+        ({"top_k": 2**31}, "top_k=2147483648 must be a whole number of at least 1"),
+        ({"tail": 10**26}, "must be a whole number of at least 0"),
+        ({"template_sequences": [[10**26]]}, "must be a whole number of at least 0"),
+        ({"template_sequences": [[1]] * 257}, "257 template_sequences; at most 256 are possible"),
+        ({"template_sequences": [[1] * 257]}, "a template sequence of 257 tokens; at most 256 are one"),
     ):
         with pytest.raises(ValueError, match=message):
             DyscoParams(heads=heads, **settings)  # type: ignore[arg-type]

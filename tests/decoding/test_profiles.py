@@ -44,6 +44,9 @@ def test_shipped_profiles_are_those_of_the_authors() -> None:
     assert profile_of("Qwen/Qwen3-8B-Base") is None
 
 
+USUAL: dict[str, Any] = {"max_tokens": None, "top_p": 0.9, "top_k": 5, "strength": 2.0}
+
+
 @pytest.mark.parametrize(
     ("prompt_length", "limits"),
     [(1, (None, 5, 3.0)), (100, (None, 5, 3.0)), (101, (0.9, None, 1.5)), (9999, (0.9, None, 1.5))],
@@ -56,11 +59,11 @@ def test_what_is_left_open_is_the_profile_s_at_the_prompt_s_length(
     model = DyscoModel("any", 4, 2)
     found = model.resolved(DyscoParams(profile=str(path)), prompt_length, 7)
     assert (found.top_p, found.top_k, found.strength) == limits
-    assert (found.heads, found.template_sequences, found.tail) == (((3, 1), (0, 0)), ((7, 8),), 7)
+    assert (found.heads, found.template_sequences, found.tail) == (((3, 1), (0, 0)), ((7, 8),), min(7, prompt_length))
     chosen = DyscoParams(profile=str(path), top_p=0.5, top_k=None, strength=4, tail=3, template_sequences=[])
     found = model.resolved(chosen, prompt_length, 7)
     assert (found.top_p, found.top_k, found.strength) == (0.5, None, 4)
-    assert (found.template_sequences, found.tail) == ((), 3)
+    assert (found.template_sequences, found.tail) == ((), min(3, prompt_length))
 
 
 @pytest.mark.parametrize(
@@ -78,6 +81,17 @@ def test_limits_that_a_profile_and_parameters_leave_out_together_are_refused(
         model.resolved(DyscoParams(profile=str(path), **chosen), prompt_length, 7)
     found = model.resolved(DyscoParams(profile=str(path), **chosen | {"top_k": 3}), prompt_length, 7)
     assert found.top_k == 3
+
+
+def test_profiles_of_other_models_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "profile.json"
+    path.write_text(json.dumps(GOOD | {"fingerprint": "ab"}))
+    params = DyscoParams(profile=str(path))
+    with pytest.raises(ValueError, match="is of a model of 4 layers with 2 heads each, and this one has 5 with 2"):
+        DyscoModel("any", 5, 2).resolved(params, 10, 2)
+    with pytest.raises(ValueError, match="was made of other weights, or of another number type"):
+        DyscoModel("any", 4, 2, fingerprint="cd").resolved(params, 10, 2)
+    DyscoModel("any", 4, 2, fingerprint="ab").resolved(params, 10, 2)
 
 
 def test_without_a_profile_limits_are_the_usual_ones() -> None:
@@ -100,6 +114,9 @@ def test_without_a_profile_limits_are_the_usual_ones() -> None:
         ({"num_heads": True}, "True must be a whole number"),
         ({"limits": []}, "limits must not be empty"),
         ({"limits": [{"max_tokens": 1}]}, "KeyError: 'top_p'"),
+        ({"limits": [USUAL | {"strength": 0.0}]}, "strength=0.0 must be above 0"),
+        ({"limits": [USUAL | {"strength": float("nan")}]}, "strength=nan must be above 0"),
+        ({"limits": [USUAL | {"top_p": 7}]}, "top_p=7.0 must be above 0 and at most 1"),
         ({"template_sequences": [[-1]]}, "-1 must be a whole number"),
     ],
 )
