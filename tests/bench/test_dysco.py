@@ -8,36 +8,46 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench import dysco
-from bench.dysco_agreement import MODES, divergence, jaccard, same_until
+from bench import dysco, dysco_agreement, dysco_steps
+from bench.dysco_agreement import divergence, jaccard, same_until
 from bench.dysco_cost import Sizes
-from bench.dysco_steps import arms_of
 
 SIZES = Sizes(
     layers=4, heads=2, kv_heads=1, head_dim=8, layer_weights=400, head_weights=100, weight_bytes=4, kv_bytes=4
 )
 
 
+@pytest.fixture
+def few_modes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each mode is another program to compile."""
+    modes = {mode: dysco_agreement.MODES[mode] for mode in ("exact", "tail_chunk", "static", "vanilla")}
+    for module in (dysco, dysco_agreement):
+        monkeypatch.setattr(module, "MODES", modes)
+    monkeypatch.setattr(dysco_steps, "MODES", ("exact", "static"))
+    monkeypatch.setattr(dysco, "_FIRST_TOKENS", {"vanilla": None, "exact": {}})
+
+
+@pytest.mark.usefixtures("few_modes", "shared_programs")
 def test_a_run_reports_steps_first_tokens_and_agreement(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file, page = tmp_path / "report.json", tmp_path / "tables.md"
-    sizes = ["--context", "112", "--sequences", "1", "4", "--turns", "2", "--first-tokens", "1"]
+    sizes = ["--context", "112", "--sequences", "2", "--turns", "2", "--first-tokens", "1"]
     amount = ["--prompts", "2", "--tokens", "6", "--top-k", "8", "--heads", "[[1, 0], [2, 3]]"]
     model = ["--model", "models/shipped/small"]
     assert dysco.main([*model, *sizes, *amount, "--json", str(file), "--markdown", str(page)]) == 0
     report = json.loads(file.read_text())
-    for of_batch, sequences in zip(report["steps"], (1, 4), strict=True):
-        assert of_batch["sequences"] == sequences
-        assert list(of_batch["arms"]) == [arm.name for arm in arms_of(sequences)]
-        assert all(arm["ms"] > 0 for arm in of_batch["arms"].values())
-        assert of_batch["arms"]["exact"]["byte_ratio"] > 1
-    assert list(report["steps"][1]["without_first_pass"]) == ["exact", "exact, 2 of 4", "exact, 1 of 4"]
+    (of_batch,) = report["steps"]
+    assert of_batch["sequences"] == 2
+    assert list(of_batch["arms"]) == [arm.name for arm in dysco_steps.arms_of(2)]
+    assert all(arm["ms"] > 0 for arm in of_batch["arms"].values())
+    assert of_batch["arms"]["exact"]["byte_ratio"] > 1
+    assert list(of_batch["without_first_pass"]) == ["exact", "exact, 1 of 2"]
     assert report["first_token"]["vanilla"]["more_ms"][0] == 0
-    assert list(report["agreement"]) == [mode for mode in MODES if mode != "exact"]
+    assert list(report["agreement"]) == [mode for mode in dysco.MODES if mode != "exact"]
     vanilla = report["agreement"]["vanilla"]
     assert vanilla["divergence_by_vanilla"] == [1.0, 1.0, 1.0]
     assert vanilla["divergence"][0] > report["agreement"]["tail_chunk"]["divergence"][0] >= 0
     assert 0 <= report["agreement"]["static"]["jaccard"][0] < report["agreement"]["tail_chunk"]["jaccard"][0] <= 1
-    assert "| exact, 2 of 4 |" in page.read_text()
+    assert "| exact, 1 of 2 |" in page.read_text()
     told = capsys.readouterr().out
     assert dysco.main(["--from-json", str(file)]) == 0
     assert capsys.readouterr().out == told
@@ -45,7 +55,9 @@ def test_a_run_reports_steps_first_tokens_and_agreement(tmp_path: Path, capsys: 
 
 def test_ratios_are_of_pairs() -> None:
     vanilla = np.array([1.0, 10.0, 100.0])
-    seconds = {arm.name: (0.5 if arm.peek_only else 2.0) * vanilla for arm in arms_of(4)} | {"vanilla": vanilla}
+    seconds = {arm.name: (0.5 if arm.peek_only else 2.0) * vanilla for arm in dysco_steps.arms_of(4)} | {
+        "vanilla": vanilla
+    }
     figures = dysco.step_figures(seconds, SIZES, 4, 20, last_layer=1, heads=2)
     assert figures["arms"]["exact"]["ratio"] == [2.0, 2.0, 2.0]
     assert figures["arms"]["exact"]["by_bytes"] == pytest.approx(2 / figures["arms"]["exact"]["byte_ratio"])
