@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--first-tokens", type=int, default=20, help="prompts of which each kind's is timed")
     parser.add_argument("--prompts", type=int, default=64, help="over which modes are compared")
     parser.add_argument("--tokens", type=int, default=48, help="decoded of each")
-    parser.add_argument("--quick", action="store_true", help="few of everything, in about two minutes")
+    parser.add_argument("--quick", action="store_true", help="few of everything, in about four minutes")
     parser.add_argument("--markdown", metavar="FILE", help="where the tables go, as a document has them")
     parser.add_argument("--from-json", metavar="FILE", help="measures nothing: tables of this report")
     parser.add_argument("--json", metavar="FILE")
