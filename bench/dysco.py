@@ -67,7 +67,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             report = json.load(file)
     else:
         report = _measured(options)
-        write_json(options.json, report)
     tables = _tables(report)
     for title, columns, rows in tables:
         print(f"{title}\n\n{table(columns, rows)}\n")
@@ -95,6 +94,7 @@ def _measured(options: argparse.Namespace) -> dict[str, Any]:
         seconds = measure_steps(steps, sequences, options.turns)
         found = step_figures(seconds, sizes, sequences, options.context, last_layer, len(heads))
         report["steps"].append({"sequences": sequences} | found)
+        write_json(options.json, report)
     llm.close()
 
     llm = _engine(options, 1, enable_prefix_caching=False)
@@ -108,6 +108,7 @@ def _measured(options: argparse.Namespace) -> dict[str, Any]:
         }
         for kind, seconds in first.items()
     }
+    write_json(options.json, report)
     llm.close()
 
     llm = _engine(options, len(MODES))
@@ -125,6 +126,7 @@ def _measured(options: argparse.Namespace) -> dict[str, Any]:
         if mode != "exact"
     }
     report |= {"prompts": len(given), "tokens": options.tokens, "prompt_length": options.context - _ROOM}
+    write_json(options.json, report)
     llm.close()
     return report
 
