@@ -159,14 +159,18 @@ def measure_steps(steps: Steps, sequences: int, turns: int, seed: int = 0) -> Ma
 def measure_first_tokens(
     llm: LLM, prompts: Sequence[Sequence[int]], params: Mapping[str, DyscoParams | None]
 ) -> dict[str, np.ndarray]:
-    """Seconds from a request to its first token, of each kind of parameters, alone on an engine without prefix cache.
+    """Seconds from a request to its first token, of each kind of parameters, alone on an engine.
+
+    The prefix cache has the prompt up to the last block with a token of its own: what all kinds compute alike would
+    hide what differs.
 
     Args:
-      prompts: one for each turn, in which all kinds compute it; the first is not counted.
+      prompts: one for each turn, in which all kinds compute its end; the first is not counted.
     """
     kinds, order = list(params), np.random.default_rng(0)
     seconds = np.empty((len(kinds), len(prompts)))
     for turn, prompt in enumerate(prompts):
+        llm.generate([{"prompt_token_ids": list(prompt)}], SamplingParams(max_tokens=1))
         for at in order.permutation(len(kinds)):
             sampling = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True, dysco=params[kinds[at]])
             start = time.perf_counter()
