@@ -84,11 +84,9 @@ class DyscoPrograms:
         routing = Routing(experts, positions >= 0, router_counts)
         below, behind = list[_Part](), list[_Part]()
         if peeked is not None:
-            few, lengths, few_tables = programs.on_ranks(at_rows, peeked.row, (tokens, positions + 1, tables))
-            watched = Watched(peeked.weights, layers[0])
-            arenas, attention = self._peek(model, arenas, few, lengths, few_tables, watched, experts)
-            turn = partial(choose_in_turn, each=each)
-            state, chosen[0], key_bias = programs.on_ranks(turn, state, peeked, attention, lengths)
+            arenas, state, chosen[0], key_bias = self._chosen(
+                model, arenas, tokens, positions, tables, state, peeked, layers[0], each, experts
+            )
             below.append((peeked.row, key_bias))
         behind += below
         x, rope = model.embed(tokens), model.rope(jnp.maximum(positions, 0))
@@ -112,6 +110,29 @@ class DyscoPrograms:
             x, arenas = model.layer(layer, x, rope, attend, arenas, mix)
         last = programs.on_ranks(lambda x: x.reshape(-1, each, x.shape[1])[:, -1], x)
         return arenas, last, programs.counted(routing), state, programs.for_host(tuple(chosen))
+
+    def _chosen(
+        self,
+        model: Any,
+        arenas: Arenas,
+        tokens: Int32[Array, " seqs"],
+        positions: Int32[Array, " seqs"],
+        tables: tuple[GroupTable, ...],
+        state: DyscoState,
+        peeked: DyscoRows,
+        layers: tuple[int, ...],
+        each: int,
+        experts: Any,
+    ) -> tuple[Arenas, DyscoState, Chosen, KeyBias]:
+        """The first pass: what peeked rows select, and what it adds to their scores in the second."""
+        programs = self._programs
+        few, lengths, few_tables = programs.on_ranks(at_rows, peeked.row, (tokens, positions + 1, tables))
+        watched = Watched(peeked.weights, layers)
+        arenas, attention = self._peek(model, arenas, few, lengths, few_tables, watched, experts)
+        state, chosen, key_bias = programs.on_ranks(
+            partial(choose_in_turn, each=each), state, peeked, attention, lengths
+        )
+        return arenas, state, chosen, key_bias
 
     def _raised(
         self,

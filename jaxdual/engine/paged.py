@@ -21,8 +21,8 @@ Arenas = tuple[Float[Array, "_ page_size kv_heads head_dim"], ...]  # one of eac
 Attend = Callable[..., tuple[Array, Arenas]]
 
 # Told of a layer's attention: layer, queries, its group's arena, row ids of the keys, lengths, and sums of each query's
-# scores, where they are known.
-Look = Callable[[int, Array, Array, Array, Array, Array | None], None]
+# scores, where they are known. Gives the arena back, for those who write to it once it was looked at.
+Look = Callable[[int, Array, Array, Array, Array, Array | None], Array]
 
 # Jitted within the step that they are part of, so that layers share one trace.
 _prefill_attention = jax.jit(prefill_attention, static_argnames="window")
@@ -85,7 +85,7 @@ class GroupPrefill:
         k: Float[Array, "tokens kv_heads head_dim"],
         v: Float[Array, "tokens kv_heads head_dim"],
         arena: Arena,
-        look: Callable[..., None] | None = None,
+        look: Callable[..., Array] | None = None,
         looked: int = 0,
     ) -> tuple[Float[Array, "tokens q_heads head_dim"], Arena]:
         """Arguments as of `Attend`, but for these.
@@ -101,7 +101,7 @@ class GroupPrefill:
             offsets = jnp.arange(looked, dtype=jnp.int32)
             lengths = jnp.where(offsets < self._counts[:, None], self._begins[:, None] + offsets + 1, 0)
             first = chunks[:, :looked].reshape(-1, *q.shape[1:])
-            look(first, arena, jnp.repeat(rows, looked, axis=0), lengths.reshape(-1), None)
+            arena = look(first, arena, jnp.repeat(rows, looked, axis=0), lengths.reshape(-1), None)
         out = _prefill_attention(
             chunks,
             arena,
@@ -208,7 +208,7 @@ def decode_attend(
         if look is None:
             return attended, _replaced(arenas, group, arena)
         out, lse = attended
-        look(layer, q, arena, rows, lengths, lse)
+        arena = look(layer, q, arena, rows, lengths, lse)
         return out, _replaced(arenas, group, arena)
 
     return attend

@@ -43,17 +43,22 @@ class Watched:
         table: Int32[Array, "seqs width"],
         lengths: Int32[Array, " seqs"],
         lse: Float32[Array, "seqs heads"] | None,
-    ) -> None:
+    ) -> Array:
         """See `paged.Look`."""
         weights = self.of(layer)
         if weights is None:
-            return
+            return arena
         if self.rows is not None:
             q, table, lengths = at_rows(self.rows, (q, table, lengths))
             lse = None if lse is None else at_rows(self.rows, lse)
         if lse is None or self.is_biased:
             _, lse = decode_attention(q, arena, arena, table, lengths, v_page_table=table + 1, return_lse=True)
-        self.note(retrieval_scores(q, arena, table, lengths, lse, weights))
+        # The layer behind writes into the arena. Unless it does so after it was read here, XLA copies the whole arena.
+        attention, arena = jax.lax.optimization_barrier(
+            (retrieval_scores(q, arena, table, lengths, lse, weights), arena)
+        )
+        self.note(attention)
+        return arena
 
     def note(self, attention: Array) -> None:
         """Takes what a layer's heads look at; where they lie on several devices, a part of each on the second axis."""

@@ -41,6 +41,8 @@ def prefill_attention(
     slots = jnp.arange(page_size, dtype=jnp.int32)
     ends = jnp.where(counts > 0, starts + counts, 0)
     pages = -(-jnp.max(ends, initial=0) // page_size)
+    # For all pages at once: layers share it.
+    bias = None if key_bias is None else key_bias.at(jnp.arange(keys.keys, dtype=jnp.int32))
 
     def page(state: _State) -> _State:
         block, top, total, out = state
@@ -55,8 +57,9 @@ def prefill_attention(
         v = jnp.where(written[:, :, None, None], _page(values, block), 0).astype(q.dtype)
         scores = jnp.einsum("shqd,skhd->shqk", grouped, k, precision=precision, preferred_element_type=jnp.float32)
         scores = scores.reshape(seqs, kv_heads, group, chunk, page_size) * jnp.float32(scale)
-        if key_bias is not None:
-            scores += key_bias.at(positions)[:, None, None, None, :]
+        if bias is not None:
+            of_page = jax.lax.dynamic_slice_in_dim(bias, block * page_size, page_size, axis=1)
+            scores += of_page[:, None, None, None, :]
         scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
         scores = scores.reshape(seqs, kv_heads, group * chunk, page_size)
         higher = jnp.maximum(top, jnp.max(scores, axis=-1, keepdims=True))
