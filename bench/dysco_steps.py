@@ -16,7 +16,7 @@ from jaxdual.decoding.dysco import Mode
 from jaxdual.engine.dysco_programs import DyscoPrograms
 from jaxdual.engine.dysco_slots import DyscoSlots, SlotDysco
 from jaxdual.engine.runner import Runner
-from jaxdual.scheduling.batch import Row, StepPlan
+from jaxdual.scheduling.plan import Row, StepPlan
 
 MODES = ("exact", "lag", "split", "lag_fresh", "refresh", "static")
 TURN = 4  # steps, one after the other; "refresh" looks anew at one of as many
