@@ -213,7 +213,8 @@ class LLM(ServedModel):
         return self._front.num_unfinished
 
     def warmup(self, report: Callable[[str, float], None] = lambda name, seconds: None) -> None:
-        """Compiles every program in every padded shape; afterwards no request compiles anything.
+        """Compiles every program in every padded shape; afterwards no request compiles anything, but those that DySCO
+        decodes with heads in other layers than those of `dysco_profile`, or in another mode than "exact".
 
         Without it, programs compile when a request first needs them.
 

@@ -110,7 +110,7 @@ class AsyncLLM(ServedModel):
             raise NotServingError(str(error)) from None
 
     async def warmed_up(self) -> None:
-        """Waits until all padded shapes are compiled: from then on no request compiles anything."""
+        """Waits until all padded shapes are compiled; see `LLM.warmup`."""
         await self._engine.warmed_up()
 
     async def drain(self, seconds: float) -> None:

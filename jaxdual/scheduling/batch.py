@@ -251,6 +251,7 @@ class BatchScheduler:
         sequence.computed += 1
         sequence.pending += samples
         step.budget -= 1
+        self.stats.prefill_tokens += not samples
 
     def _preempt(self, step: _Plan, victim: SequenceState) -> None:
         if step.rows and step.rows[-1].seq_id == victim.seq_id:
@@ -258,6 +259,7 @@ class BatchScheduler:
             row = step.rows.pop()
             victim.computed -= 1
             victim.pending -= row.samples
+            self.stats.prefill_tokens -= not row.samples
             step.budget += 1
         step.preempted.append(victim.seq_id)
         if self.limits.preemption == "swap" and self._kv.swap_out(victim.seq_id, victim.computed):

@@ -51,7 +51,8 @@ def test_recorded_runs_are_handed_from_a_prefill_to_a_decode_engine(tmp_path: Pa
             stats = await llm.stats()
             assert stats.handed_over_tokens == observed
             assert stats.engines["prefill 0"].computed_prompt_tokens == observed
-            assert stats.engines["decode 1"].computed_prompt_tokens == of_case["C"] - 1, "those that are watched"
+            watched = of_case["prompt_length"] - 1 - observed  # the last one's row gives the first token
+            assert stats.engines["decode 1"].computed_prompt_tokens == watched
             assert stats.generation_tokens == of_case["new_tokens"]
             for _ in range(2):
                 work = (
