@@ -35,6 +35,10 @@ _MAX_SEQUENCES = 256  # of a template, and tokens of one
 _PLAIN_TAIL = 2  # tokens, of a prompt that no template has made
 
 
+class DyscoError(ValueError):
+    """Parameters that a model can't be decoded by."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DyscoParams:
     """How a request is decoded by DySCO.
@@ -192,8 +196,14 @@ class DyscoModel:
             has made it.
 
         Raises:
-          ValueError: they can't be used here.
+          DyscoError: they can't be used here.
         """
+        try:
+            return self._resolved(params, prompt_length, opening)
+        except ValueError as error:
+            raise DyscoError(str(error)) from None
+
+    def _resolved(self, params: DyscoParams, prompt_length: int, opening: int | None) -> Dysco:
         if self.refusal:
             raise ValueError(f"dysco: {self.refusal}")
         profile = self._profile(params)

@@ -14,6 +14,7 @@ import msgspec
 from starlette.types import Message, Receive, Scope, Send
 
 from jaxdual.async_api import AsyncLLM
+from jaxdual.decoding.dysco import DyscoError
 from jaxdual.errors import PromptTooLongError
 from jaxdual.front import TokenizedPrompt
 from jaxdual.openai_protocol import ChatRequest, CompletionRequest, ProtocolError
@@ -132,6 +133,8 @@ class GenerationEndpoint:
         except PromptTooLongError as error:
             param = "messages" if isinstance(request, ChatRequest) else "prompt"
             raise ProtocolError(str(error), param, "context_length_exceeded") from None
+        except DyscoError as error:
+            raise ProtocolError(str(error), "dysco") from None
         except ValueError as error:
             param = "messages" if isinstance(request, ChatRequest) else "prompt"
             raise ProtocolError(str(error), param if isinstance(error, TokenizerError) else None) from None
