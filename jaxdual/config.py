@@ -87,6 +87,8 @@ class EngineConfig:
       dysco_profile: heads and limits of the requests that are decoded by DySCO and name neither: a profile that ships
         with jaxdual, or a file; what it needs is compiled with all else, while otherwise the first such request waits
         for it. None for the profile of the model's name.
+      dysco_requests: what requests may ask of DySCO: "any" heads, profile and mode; only what `dysco_profile` has
+        "compiled", so that none keeps others waiting for a compiler; or "none".
       dispatch_policy: which of the data and expert parallel ranks gets a request: "rr" in turn; "vllm_counts" the one
         with the fewest requests; "gimbal" Algorithm 1 of arXiv 2602.21626 as printed, "gimbal_relaxed" with its load
         rule also below saturation; "score" the best sum of cached prefix, load and KV memory.
@@ -141,6 +143,7 @@ class EngineConfig:
     expert_window: int = 1000
     router_statistics: Literal["off", "activations", "transitions"] | None = None
     dysco_profile: str | None = None
+    dysco_requests: Literal["any", "compiled", "none"] = "any"
     dispatch_policy: Literal["rr", "vllm_counts", "gimbal", "gimbal_relaxed", "score"] = "vllm_counts"
     theta_kv: float = 0.9
     theta_diff: float = 0.10
@@ -252,6 +255,9 @@ class EngineConfig:
             pinned or self.expert_placement in ("eplb", "metro"),
             'expert_placement="eplb", "metro", "edr" or "edr_column"',
         )
+        self._refuse_unused("dysco_profile", self.dysco_requests != "none", 'dysco_requests other than "none"')
+        if self.dysco_requests == "compiled" and self.dysco_profile is None:
+            raise ConfigError("dysco_requests='compiled' needs dysco_profile")
         self._refuse_unused("expert_anchor", pinned, 'expert_placement="edr" or "edr_column"')
         if self.expert_placement != "linear" and self.expert_parallel_size == 1:
             raise ConfigError(f"expert_placement={self.expert_placement!r} needs expert_parallel_size above 1")

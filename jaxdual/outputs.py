@@ -155,6 +155,7 @@ class EngineInfo:
       num_heads: query heads of a layer.
       dysco_refusal: why requests can't be decoded by DySCO; "" where they can.
       dysco_profile: of requests that name none, that of `EngineConfig.dysco_profile`.
+      dysco_only_compiled: whether they may ask for nothing else.
     """
 
     model_folder: str
@@ -175,6 +176,7 @@ class EngineInfo:
     num_heads: int = 0
     dysco_refusal: str = ""
     dysco_profile: DyscoProfile | None = None
+    dysco_only_compiled: bool = False
 
     @property
     def system_fingerprint(self) -> str:

@@ -60,6 +60,7 @@ def dysco_model(info: EngineInfo) -> DyscoModel:
         info.dysco_refusal,
         info.dysco_profile,
         info.fingerprint,
+        info.dysco_only_compiled,
     )
 
 

@@ -179,6 +179,7 @@ class DyscoModel:
       refusal: why none is decoded so; "" where they can be.
       profile: of requests that give neither heads nor a profile; None for the one of the model's name.
       fingerprint: of its weights and number type; "" where it is not known.
+      only_compiled: whether requests may ask for nothing but what is compiled for `profile`.
     """
 
     name: str
@@ -187,6 +188,7 @@ class DyscoModel:
     refusal: str = ""
     profile: DyscoProfile | None = None
     fingerprint: str = ""
+    only_compiled: bool = False
 
     def resolved(self, params: DyscoParams, prompt_length: int, opening: int | None) -> Dysco:
         """What parameters mean for a prompt.
@@ -206,6 +208,8 @@ class DyscoModel:
     def _resolved(self, params: DyscoParams, prompt_length: int, opening: int | None) -> Dysco:
         if self.refusal:
             raise ValueError(f"dysco: {self.refusal}")
+        if self.only_compiled:
+            _check_compiled(params)
         profile = self._profile(params)
         limits = Limits() if profile is None else profile.limits_of(prompt_length)
         heads = _heads(params.heads or ()) if profile is None else profile.heads
@@ -270,6 +274,16 @@ class DyscoModel:
                 f"retrieval heads, or a profile: a file, or one of {', '.join(shipped_names())}"
             )
         return found
+
+
+def _check_compiled(params: DyscoParams) -> None:
+    """Raises `ValueError` if parameters need other programs than those that an engine compiles for its profile."""
+    wanted = {"heads": None, "profile": None, "mode": "exact", "static": False}
+    for name, value in wanted.items():
+        if getattr(params, name) != value:
+            raise ValueError(f"dysco: {name} can't be chosen here: only what is compiled for the engine's own profile")
+    if params.observe > DEFAULT_OBSERVE + 1:
+        raise ValueError(f"dysco: observe={params.observe} must be at most {DEFAULT_OBSERVE + 1} here")
 
 
 def first_raised(prompt_length: int, tail: int, observe: int) -> int:

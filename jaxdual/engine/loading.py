@@ -172,7 +172,7 @@ def _load_model(
         raise ConfigError(
             f"{folder}: {len(eos_token_ids)} end-of-sequence tokens; at most {MAX_STOP_TOKENS} are supported"
         )
-    refusal = _dysco_refusal(layout)
+    refusal = _dysco_refusal(layout) or ("requests are not decoded so here" if config.dysco_requests == "none" else "")
     dysco_profile = _dysco_profile(config, model_config, refusal, identity.hex())
     if others is not None:
         others.agree("dysco_profile", hashlib.blake2b(repr(dysco_profile).encode()).digest())
@@ -195,6 +195,7 @@ def _load_model(
         num_heads=model_config.num_heads,
         dysco_refusal=refusal,
         dysco_profile=dysco_profile,
+        dysco_only_compiled=config.dysco_requests == "compiled",
     )
     return LoadedModel(
         model,

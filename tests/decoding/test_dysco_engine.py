@@ -260,7 +260,8 @@ def test_with_a_profile_nothing_is_compiled_after_warm_up(tmp_path: Path, sizes:
     }
     path = tmp_path / "heads.json"
     path.write_text(json.dumps(profile))
-    dysco = {"dysco_profile": str(path), "preemption_mode": "swap", "host_cache_bytes": 1 << 20}
+    dysco = {"dysco_profile": str(path), "dysco_requests": "compiled"}
+    dysco |= {"preemption_mode": "swap", "host_cache_bytes": 1 << 20}
     llm = LLM(FIXTURES / case, **SETTINGS | {"max_num_batched_tokens": 32}, **sizes, **dysco, num_kv_blocks=32)
     llm.warmup()
     open_ones = {"heads": None, "top_p": "auto", "top_k": "auto", "strength": "auto", "template_sequences": None}
@@ -271,6 +272,15 @@ def test_with_a_profile_nothing_is_compiled_after_warm_up(tmp_path: Path, sizes:
             outputs = llm.generate(prompts, [*[VANILLA] * count, *[asked] * count])
             for output in outputs[count:]:
                 assert_recorded(case, output.outputs[0])
+        for refused in (
+            DyscoParams(heads=[(1, 1)]),
+            DyscoParams(profile=str(path)),
+            DyscoParams(mode="lag"),
+            DyscoParams(static=True),
+            DyscoParams(observe=10),
+        ):
+            with pytest.raises(ValueError, match="here"):
+                llm.generate([prompt_of(case)], SamplingParams(dysco=refused))
     assert counter.compilations == 0
 
 
@@ -281,5 +291,9 @@ def test_profiles_that_do_not_fit_are_told_while_loading(tmp_path: Path) -> None
     ):
         with pytest.raises(ConfigError, match=message):
             LLM(FIXTURES / "llama_topk", **SETTINGS, dysco_profile=name)
+    with pytest.raises(ConfigError, match="dysco_requests='compiled' needs dysco_profile"):
+        LLM(FIXTURES / "llama_topk", **SETTINGS, dysco_requests="compiled")
+    with pytest.raises(ConfigError, match="dysco_profile"):
+        LLM(FIXTURES / "llama_topk", **SETTINGS, dysco_requests="none", dysco_profile="qwen3-8b")
     with pytest.raises(ConfigError, match="dysco_profile='qwen3-8b': the model has layers that don't see all tokens"):
         LLM(folder("mistral_mixed"), **SETTINGS, dysco_profile="qwen3-8b")
