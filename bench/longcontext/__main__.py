@@ -2,9 +2,9 @@
 
 Path walking, multi-key needles and MRCR-like chats, made from a seed, are answered greedily: as always ("vanilla"),
 with all attention logits divided by one temperature ("uniform"), by DySCO with retrieval heads ("dysco"), with 32
-tokens selected at most ("dysco_32"), with as many other heads ("random", in five draws) and with one selection for good
-("static"), and in its cheaper modes, by their names. Means and differences to vanilla come with 95 % bootstrap intervals over items. Without `--model` it is the
-retrieval model that ships, in its own words.
+tokens selected at most ("dysco_32"), with as many other heads ("random", in five draws) and with one selection for
+good ("static"), and in its cheaper modes, by their names. Means and differences to vanilla come with 95 % bootstrap
+intervals over items. Without `--model` it is the retrieval model that ships, in its own words.
 """
 
 from __future__ import annotations
