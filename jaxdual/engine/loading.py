@@ -174,7 +174,7 @@ def _load_model(
         )
     refusal = _dysco_refusal(layout) or ("requests are not decoded so here" if config.dysco_requests == "none" else "")
     dysco_profile = _dysco_profile(config, model_config, refusal, identity.hex())
-    if others is not None:
+    if others is not None and dysco_profile is not None:
         others.agree("dysco_profile", hashlib.blake2b(repr(dysco_profile).encode()).digest())
     info = EngineInfo(
         model_folder=str(folder),

@@ -72,7 +72,7 @@ def logits_on_mesh(programs: MeshPrograms, layout: KVLayout, ranks: int, tokens:
     )
     x = programs.on_host(x).reshape(ranks, LENGTH, -1).copy()
     x[:, -1] = programs.on_host(last)
-    head = jax.jit(lambda leaves, x: programs._model(leaves).head(x))
+    head = jax.jit(lambda leaves, x: programs.model(leaves).head(x))
     return programs.on_host(head(programs.leaves, x.reshape(ranks * LENGTH, -1))).reshape(ranks, LENGTH, -1)
 
 
