@@ -157,7 +157,7 @@ def alone() -> Iterator[LLM]:
 def computed(alone: LLM, prompt: Sequence[int]) -> tuple[np.ndarray, int]:
     """Blocks of a prompt as an engine by itself computes them, and its next token."""
     (output,) = alone.generate([{"prompt_token_ids": list(prompt)}], SamplingParams(max_tokens=1, temperature=0.0))
-    model, layout = alone._engine.runner.programs, alone._engine.runner.layout
+    model, layout = alone._engine.runner.device.programs, alone._engine.runner.device.layout
     # By one forward pass in an arena of its own.
     pages = layout.pages_for(len(prompt))
     width = layout.pages_for(MODEL_LEN)
