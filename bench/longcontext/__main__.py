@@ -13,7 +13,6 @@ import argparse
 import gc
 import itertools
 import json
-import math
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -32,6 +31,7 @@ from bench.longcontext.tasks import TASKS
 from bench.longcontext.uniform import scaled_copy
 from bench.report import header, write_json
 from jaxdual import LLM
+from jaxdual.arguments import above_0, whole
 from jaxdual.decoding.profiles import read_profile
 from jaxdual.model_folder import shipped_model
 from models import load_config, resolve
@@ -70,8 +70,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--lengths", type=_lengths, default=list(_LENGTHS), metavar="N,N", help="of prompts, in tokens; 512,1024,2048"
     )
-    parser.add_argument("--count", type=_whole, metavar="N", help=f"items of a task at a length; {_COUNT}")
-    parser.add_argument("--seed", type=_whole, default=0, metavar="N", help="of items and draws")
+    parser.add_argument("--count", type=whole(0), metavar="N", help=f"items of a task at a length; {_COUNT}")
+    parser.add_argument("--seed", type=whole(0), default=0, metavar="N", help="of items and draws")
     parser.add_argument(
         "--arms",
         type=_names({arm.name: arm for arm in ARMS}),
@@ -81,14 +81,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--heads", type=_heads, metavar="JSON", help="retrieval heads, as [[layer, head], ...]")
     parser.add_argument("--profile", metavar="NAME", help="a profile that has them; by default they are detected")
     parser.add_argument(
-        "--top", type=_whole, metavar="N", help=f"heads that are taken of those detected; {_TOP}, without --model 2"
+        "--top", type=whole(0), metavar="N", help=f"heads that are taken of those detected; {_TOP}, without --model 2"
     )
-    parser.add_argument("--strength", type=_above_0, help="of DySCO, in all arms that have it; default as DyscoParams")
-    parser.add_argument("--top-k", type=_whole, help="likewise")
-    parser.add_argument("--top-p", type=_above_0, help="likewise")
-    parser.add_argument("--temperature", type=_above_0, default=0.95, help='of the arm "uniform"; 0.95')
+    parser.add_argument("--strength", type=above_0, help="of DySCO, in all arms that have it; default as DyscoParams")
+    parser.add_argument("--top-k", type=whole(0), help="likewise")
+    parser.add_argument("--top-p", type=above_0, help="likewise")
+    parser.add_argument("--temperature", type=above_0, default=0.95, help='of the arm "uniform"; 0.95')
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
-    parser.add_argument("--max-num-seqs", type=_whole, default=16, metavar="N", help="requests at once; 16")
+    parser.add_argument("--max-num-seqs", type=whole(0), default=16, metavar="N", help="requests at once; 16")
     parser.add_argument("--chat-template-kwargs", type=json.loads, default={}, metavar="JSON")
     parser.add_argument("--no-times", action="store_true", help="replies alone")
     parser.add_argument("--quick", action="store_true", help=f"{_QUICK_COUNT} items of each, to see that it works")
@@ -247,23 +247,7 @@ def _names(known: Any) -> Any:
 
 
 def _lengths(text: str) -> list[int]:
-    return sorted({_whole(part) for part in text.split(",")})
-
-
-def _whole(text: str) -> int:
-    if not text.strip().isdecimal() or (int(text) < 1 and text.strip() != "0"):
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number")
-    return int(text)
-
-
-def _above_0(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a number above 0")
-    return value
+    return sorted({whole(0)(part) for part in text.split(",")})
 
 
 def _heads(text: str) -> list[tuple[int, int]]:

@@ -112,8 +112,8 @@ def test_what_one_engine_computed_the_next_one_reads(stored: Callable[[str], Sto
         assert output.num_cached_tokens == (len(prompt) - 1) // BLOCK * BLOCK
     stats = second.stats()
     assert stats.store_cache_hits == sum((len(prompt) - 1) // BLOCK * BLOCK for prompt in prompts)
-    # More than the rest only where a sequence had to give way, as often as steps and reads happen to meet.
-    assert stats.computed_prompt_tokens < stats.store_cache_hits / (2 if stats.preemptions else 4)
+    # More than the rest only where a sequence had to give way.
+    assert stats.computed_prompt_tokens < stats.store_cache_hits / 4
     # A conversation goes on from the stored answer.
     answers = [list(output.outputs[0].token_ids) for output in pair.check(second, prompts)]
     talk = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
