@@ -71,12 +71,12 @@ async def complete_all(llm: AsyncLLM, prompts: Sequence[list[int]], params: Samp
 
 
 async def settled(llm: AsyncLLM) -> None:
-    """Nothing runs, every page is available, and all accounting agrees."""
+    """Every engine is there, nothing runs, every page is available, and all accounting agrees."""
     end = time.monotonic() + DEADLINE
     while (
         (stats := await llm.stats()).num_running
         or stats.num_waiting
-        or any(one.kv_blocks_available < one.kv_blocks for one in stats.engines.values())
+        or any(not one.kv_blocks or one.kv_blocks_available < one.kv_blocks for one in stats.engines.values())
         or stats.kv_staging_blocks_used
     ):
         assert time.monotonic() < end, stats
