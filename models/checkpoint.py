@@ -55,8 +55,8 @@ def load(model: str | Path, dtype: str = "auto", sharding: ShardingRule | None =
         if dtype == "auto":
             dtype = "float32" if jax.default_backend() == "cpu" else files.dtype(sources["embedding"].names[0])
 
-        def read(path: str, shape: tuple[int, ...], target: Sharding) -> jax.Array:
-            return _read_parameter(files, sources[path], shape, jnp.dtype(dtype), target)
+        def read(path: str, shape: tuple[int, ...], dtype: np.dtype, target: Sharding) -> jax.Array:
+            return _read_parameter(files, sources[path], shape, dtype, target)
 
         return _fill(config, dtype, sharding, read)
 
@@ -105,12 +105,12 @@ def _fill(
     config: ModelConfig,
     dtype: str,
     sharding: ShardingRule | None,
-    read: Callable[[str, tuple[int, ...], Sharding], jax.Array],
+    read: Callable[[str, tuple[int, ...], np.dtype, Sharding], jax.Array],
 ) -> Decoder:
     graphdef, state = nnx.split(abstract(config, dtype))
     targets = target_shardings(state, sharding)
     state = jax.tree_util.tree_map_with_path(
-        lambda path, leaf, target: read(parameter_path(path), leaf.shape, target), state, targets
+        lambda path, leaf, target: read(parameter_path(path), leaf.shape, leaf.dtype, target), state, targets
     )
     model: Decoder = nnx.merge(graphdef, state)
     return model
@@ -148,7 +148,7 @@ def save(model: Decoder, folder: str | Path, dtype: str = "bfloat16", max_file_b
     Args:
       model: what to write.
       folder: made if missing; files of the same names are replaced.
-      dtype: stored type, "float32", "bfloat16" or "float16".
+      dtype: stored type, "float32", "bfloat16" or "float16", but for parameters that are always wide.
       max_file_bytes: size of one file; more than one come with an index.
 
     Raises:
@@ -158,11 +158,10 @@ def save(model: Decoder, folder: str | Path, dtype: str = "bfloat16", max_file_b
     config_json = to_hf(model.config) | {"torch_dtype": dtype}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    itemsize = jnp.dtype(dtype).itemsize
     shards: list[list[_StoredTensor]] = [[]]
     used = total = 0
-    for tensor in _stored_tensors(model):
-        size = math.prod(tensor.shape) * itemsize
+    for tensor in _stored_tensors(model, dtype):
+        size = tensor.nbytes
         if shards[-1] and used + size > max_file_bytes:
             shards.append([])
             used = 0
@@ -173,7 +172,7 @@ def save(model: Decoder, folder: str | Path, dtype: str = "bfloat16", max_file_b
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         file = WEIGHTS_FILE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-        save_file({tensor.name: tensor.read(dtype) for tensor in shard}, folder / file, metadata={"format": "pt"})
+        save_file({tensor.name: tensor.read() for tensor in shard}, folder / file, metadata={"format": "pt"})
         weight_map |= {tensor.name: file for tensor in shard}
     if len(shards) > 1:
         write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
@@ -191,20 +190,20 @@ def write_json(file: Path, value: object) -> None:
 class _StoredTensor:
     """One tensor of the file format: a parameter or one of its stack, transposed back when read."""
 
-    def __init__(self, name: str, value: jax.Array, source: TensorSource, place: int) -> None:
-        self.name = name
+    def __init__(self, name: str, value: jax.Array, source: TensorSource, place: int, dtype: str) -> None:
+        self.name, self._dtype = name, jnp.dtype("float32" if source.wide else dtype)
         self._value, self._source, self._place = value, source, place
         shape = value.shape[1:] if source.stacked else value.shape
-        self.shape = shape[::-1] if source.transpose else shape
+        self.nbytes = math.prod(shape) * self._dtype.itemsize
 
-    def read(self, dtype: str) -> np.ndarray:
+    def read(self) -> np.ndarray:
         value = np.asarray(self._value[self._place] if self._source.stacked else self._value)
-        return np.ascontiguousarray(value.T if self._source.transpose else value, dtype=jnp.dtype(dtype))
+        return np.ascontiguousarray(value.T if self._source.transpose else value, dtype=self._dtype)
 
 
-def _stored_tensors(model: Decoder) -> Iterator[_StoredTensor]:
+def _stored_tensors(model: Decoder, dtype: str) -> Iterator[_StoredTensor]:
     sources = parameter_tensors(model.config)
     for path, value in jax.tree_util.tree_leaves_with_path(nnx.state(model)):
         source = sources[parameter_path(path)]
         for place, name in enumerate(source.names):
-            yield _StoredTensor(name, value, source, place)
+            yield _StoredTensor(name, value, source, place, dtype)

@@ -3,7 +3,11 @@
 import math
 from dataclasses import dataclass
 
+from pallas_kernels.pseudo_heads import MASKS, Mask, tokens_in_sight
+
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+IHA_ROPES = ("virtual", "token", "scaled", "none")
+IHA_COLLAPSES = ("global", "per_head")
 
 # Far beyond any model; a corrupt configuration is refused before it makes anything large.
 MAX_COUNT = 10_000
@@ -105,6 +109,40 @@ class MoEConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class IHAConfig:
+    """Interleaved Head Attention (Duvvuri et al. 2026): which layers have it, and in which form.
+
+    Args:
+      pseudo_heads: P, pseudo queries, keys and values of each query head.
+      layers: that have it, in order; the others have plain attention.
+      mask: "flat": causal over the virtual sequence of `tokens * P` pseudo tokens; "token": pseudo tokens of one token
+        see the same. See `pallas_kernels.pseudo_heads.PseudoHeads`, also for what a window means.
+      rope: position of pseudo head p of token n: "virtual" `n * P + p`, "token" n, "scaled" `n + p / P`, "none" without
+        rotary positions.
+      collapse: how the P outputs of each head become one again: "global" mixes those of all heads, "per_head" only its
+        own.
+
+    Raises:
+      ValueError: a field outside its range.
+    """
+
+    pseudo_heads: int
+    layers: tuple[int, ...]
+    mask: Mask = "flat"
+    rope: str = "virtual"
+    collapse: str = "global"
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.pseudo_heads <= MAX_COUNT:
+            raise ValueError(f"iha_pseudo_heads is {self.pseudo_heads}; it must be 1 to {MAX_COUNT}")
+        if not self.layers or list(self.layers) != sorted(set(self.layers)):
+            raise ValueError(f"iha_layers is {list(self.layers)}; numbers of layers in order are expected")
+        for name, known in (("mask", MASKS), ("rope", IHA_ROPES), ("collapse", IHA_COLLAPSES)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"iha_{name} is {getattr(self, name)!r}; known: {', '.join(known)}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
     """One decoder-only language model.
 
@@ -124,6 +162,7 @@ class ModelConfig:
       layer_windows: sliding window of each layer in tokens, None for full attention; empty is full in every layer. With
         window W, the query at position p sees the keys at positions j with `p - W < j <= p`.
       moe: mixture of experts, or None for a dense model.
+      iha: Interleaved Head Attention in some layers, or None for plain attention in all.
       bos_token_id: first token of a text, if the model has one.
       eos_token_ids: tokens that end a text.
 
@@ -149,6 +188,7 @@ class ModelConfig:
     qk_norm: bool = False
     layer_windows: tuple[int | None, ...] = ()
     moe: MoEConfig | None = None
+    iha: IHAConfig | None = None
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
 
@@ -176,6 +216,8 @@ class ModelConfig:
             outside = [i for i in self.moe.mlp_only_layers if not 0 <= i < self.num_layers]
             if outside:
                 raise ValueError(f"mlp_only_layers names {outside[0]}; layers are 0 to {self.num_layers - 1}")
+        if self.iha is not None and not 0 <= self.iha.layers[0] <= self.iha.layers[-1] < self.num_layers:
+            raise ValueError(f"iha_layers is {list(self.iha.layers)}; layers are 0 to {self.num_layers - 1}")
         for token in (*self.eos_token_ids, *(() if self.bos_token_id is None else (self.bos_token_id,))):
             if token < 0:
                 raise ValueError(f"bos_token_id or eos_token_id is {token}; it must be at least 0")
@@ -183,6 +225,20 @@ class ModelConfig:
     def window_of(self, layer: int) -> int | None:
         """Sliding window of layer `layer` (from 0) in tokens, or None for full attention."""
         return self.layer_windows[layer] if self.layer_windows else None
+
+    def has_iha(self, layer: int) -> bool:
+        """Whether layer `layer` (from 0) has Interleaved Head Attention."""
+        return self.iha is not None and layer in self.iha.layers
+
+    def tokens_in_sight(self, layer: int) -> int | None:
+        """Tokens whose keys and values a query of layer `layer` may need, its own included; None for all before it.
+
+        It is the window, but for pseudo heads under the flat mask, which reach a token further.
+        """
+        window = self.window_of(layer)
+        if self.iha is None or layer not in self.iha.layers:
+            return window
+        return tokens_in_sight(window, self.iha.pseudo_heads, self.iha.mask)
 
     @property
     def sparse_layers(self) -> tuple[int, ...]:

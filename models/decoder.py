@@ -16,7 +16,7 @@ from models.config import ModelConfig
 from models.families import family_of
 from models.layers import Attend, Linear, Mix, RMSNorm, matmul_precision, random_weights
 from models.moe import MoE
-from models.rope import Rope, rope_table
+from models.rope import Rope, exact_rope_table, rope_table
 
 
 class Decoder(nnx.Module):
@@ -53,7 +53,13 @@ class Decoder(nnx.Module):
 
     def rope(self, positions: Int[Array, "T"]) -> Rope:
         """Cosine and sine tables `[T, head_dim / 2]` float32 for `layer`, at positions counted from 0."""
-        return rope_table(self.config.rope, self.config.head_dim, positions)
+        config, head_dim = self.config, self.config.head_dim
+        rope = rope_table(config.rope, head_dim, positions)
+        if config.iha is None or config.iha.rope != "virtual":
+            return rope
+        pseudo = config.iha.pseudo_heads
+        most = config.max_position_embeddings * pseudo
+        return rope._replace(virtual=exact_rope_table(config.rope, head_dim, positions * pseudo, most))
 
     def layer(
         self, index: int, x: Float[Array, "T D"], rope: Rope, attend: Attend, cache: Any, mix: Mix | None = None
@@ -65,7 +71,8 @@ class Decoder(nnx.Module):
           x: residual stream before the layer, `[T, hidden]`.
           rope: from `rope`.
           attend: `(layer, q [T Hq d], k [T Hkv d], v [T Hkv d], cache) -> (out [T Hq d], cache)`; it writes k and v
-            into the cache and attends over it.
+            into the cache and attends over it. Of a layer with pseudo heads it gets their `PseudoHeads` as well, behind
+            the cache, and q and out are `[T Hq P d]`.
           cache: any pytree, handed to `attend` and back.
           mix: `(layer, mlp, x [T D]) -> out [T D]`, in place of `mlp(x)`: for experts that lie on other devices, or
             are counted; None for the MLP itself.

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from flax import nnx
 from jax.typing import DTypeLike
 
-from models import llama, mistral, mixtral, qwen2, qwen3, qwen3_moe
+from models import jaxdual_iha, llama, mistral, mixtral, qwen2, qwen3, qwen3_moe
 from models.config import ModelConfig
 from models.config_reader import HARMLESS, ConfigReader, read_json
 from models.errors import ModelError
@@ -44,6 +44,13 @@ class Family:
 
 FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
+        "jaxdual_iha": Family(
+            "JaxdualIHAForCausalLM",
+            jaxdual_iha.read,
+            jaxdual_iha.write,
+            jaxdual_iha.build_layer,
+            jaxdual_iha.layer_tensors,
+        ),
         "llama": Family("LlamaForCausalLM", llama.read, llama.write, llama.build_layer, llama.layer_tensors),
         "mistral": Family(
             "MistralForCausalLM", mistral.read, mistral.write, mistral.build_layer, mistral.layer_tensors

@@ -16,11 +16,13 @@ from jaxtyping import Array, Float
 
 from models.config import ModelConfig
 from models.rope import Rope, rotate
+from pallas_kernels.pseudo_heads import PseudoHeads
 
 # Attention of one layer over the caller's cache: (q [T Hq d], k [T Hkv d], v [T Hkv d], cache) -> (out [T Hq d], cache)
-type LayerAttend = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
+# A layer with pseudo heads hands its `PseudoHeads` behind the cache; q and out are then [T Hq P d].
+type LayerAttend = Callable[..., tuple[jax.Array, Any]]
 # The same for any layer, its index (from 0) first.
-type Attend = Callable[[int, jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
+type Attend = Callable[..., tuple[jax.Array, Any]]
 # MLP of one layer as the caller computes it: (mlp, x [T D]) -> out [T D]
 type LayerMix = Callable[[nnx.Module, jax.Array], jax.Array]
 # The same for any layer, its index (from 0) first.
@@ -90,10 +92,22 @@ class Attention(nnx.Module):
         self, x: Float[Array, "T D"], rope: Rope
     ) -> tuple[Float[Array, "T Hq d"], Float[Array, "T Hkv d"], Float[Array, "T Hkv d"]]:
         """Rotated queries, rotated keys, and values of every token."""
+        q, k, v = self._heads(x)
+        return rotate(q, rope), rotate(k, rope), v
+
+    def pseudo_heads(self) -> PseudoHeads | None:
+        """What the attention makes pseudo keys and values of, in a layer that has them."""
+        return None
+
+    def output(self, out: Float[Array, "T Hq d"]) -> Float[Array, "T D"]:
+        """What the attention adds to the residual stream."""
+        return self.o(out.reshape(out.shape[0], -1))
+
+    def _heads(self, x: Float[Array, "T D"]) -> tuple[jax.Array, jax.Array, jax.Array]:
         q, k, v = (linear(x).reshape(x.shape[0], -1, self.head_dim) for linear in (self.q, self.k, self.v))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        return rotate(q, rope), rotate(k, rope), v
+        return q, k, v
 
 
 class MLP(nnx.Module):
@@ -117,9 +131,17 @@ class DecoderLayer(nnx.Module):
     halves are traced once.
     """
 
-    def __init__(self, config: ModelConfig, mlp: nnx.Module, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        mlp: nnx.Module,
+        *,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+        attention: Attention | None = None,
+    ) -> None:
         self.attention_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
-        self.attention = Attention(config, dtype=dtype, rngs=rngs)
+        self.attention = Attention(config, dtype=dtype, rngs=rngs) if attention is None else attention
         self.mlp_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
         self.mlp = mlp
 
@@ -131,7 +153,8 @@ class DecoderLayer(nnx.Module):
         Without `mix`, the layer applies its MLP itself.
         """
         q, k, v = _before_attention(self, x, rope)
-        out, cache = attend(q, k, v, cache)
+        pseudo = self.attention.pseudo_heads()
+        out, cache = attend(q, k, v, cache) if pseudo is None else attend(q, k, v, cache, pseudo)
         if mix is None:
             return _after_attention(self, x, out), cache
         x, normed = _between(self, x, out)
@@ -145,12 +168,14 @@ class DecoderLayer(nnx.Module):
 @jax.jit
 def _before_attention(
     layer: DecoderLayer, x: Float[Array, "T D"], rope: Rope
-) -> tuple[Float[Array, "T Hq d"], Float[Array, "T Hkv d"], Float[Array, "T Hkv d"]]:
+) -> tuple[Float[Array, "T Hq *P d"], Float[Array, "T Hkv d"], Float[Array, "T Hkv d"]]:
     return layer.attention.project(layer.attention_norm(x), rope)
 
 
 @jax.jit
-def _after_attention(layer: DecoderLayer, x: Float[Array, "T D"], out: Float[Array, "T Hq d"]) -> Float[Array, "T D"]:
+def _after_attention(
+    layer: DecoderLayer, x: Float[Array, "T D"], out: Float[Array, "T Hq *P d"]
+) -> Float[Array, "T D"]:
     x, normed = _between(layer, x, out)
     mixed: jax.Array = x + layer.mlp(normed)
     return mixed
@@ -158,8 +183,8 @@ def _after_attention(layer: DecoderLayer, x: Float[Array, "T D"], out: Float[Arr
 
 @jax.jit
 def _between(
-    layer: DecoderLayer, x: Float[Array, "T D"], out: Float[Array, "T Hq d"]
+    layer: DecoderLayer, x: Float[Array, "T D"], out: Float[Array, "T Hq *P d"]
 ) -> tuple[Float[Array, "T D"], Float[Array, "T D"]]:
     """The residual stream after the attention, and what the MLP makes of it."""
-    x = x + layer.attention.o(out.reshape(x.shape[0], -1))
+    x = x + layer.attention.output(out)
     return x, layer.mlp_norm(x)

@@ -1,34 +1,50 @@
 """Rotary position embedding (Su et al., 2021) and its stretched forms: linear, llama3, YaRN (Peng et al., 2023)."""
 
 import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32, Int
+from jaxtyping import Array, Float, Float32, Float64, Int
 
 from models.config import RopeConfig
 
-# Cosine and sine, each [T, head_dim / 2] float32.
-type Rope = tuple[jax.Array, jax.Array]
+_FINE = 1024  # positions of the fine table that a position is composed of
+
+
+class Rope(NamedTuple):
+    """Cosine and sine of the angles of some tokens.
+
+    Attributes:
+      cos, sin: `[T, head_dim / 2]` float32.
+      virtual: the same at the tokens' places in the virtual sequence of their pseudo heads; None for models without.
+    """
+
+    cos: Float[Array, "T half"]
+    sin: Float[Array, "T half"]
+    virtual: "Rope | None" = None
 
 
 def frequencies(config: RopeConfig, head_dim: int) -> Float32[np.ndarray, "half"]:
+    """`exact_frequencies`, rounded once."""
+    return exact_frequencies(config, head_dim).astype(np.float32)
+
+
+def exact_frequencies(config: RopeConfig, head_dim: int) -> Float64[np.ndarray, "half"]:
     """Angle per position of each rotated pair, in radians.
 
     Args:
       config: which form, and its settings.
       head_dim: width of a head; `head_dim / 2` pairs.
-
-    Returns:
-      `[head_dim / 2]`, computed in float64 and rounded once.
     """
     exponents = np.arange(0, head_dim, 2, dtype=np.float64) / head_dim
     plain = config.theta**-exponents
     if config.type == "default":
-        return plain.astype(np.float32)
+        return plain
     if config.type == "linear":
-        return (plain / config.factor).astype(np.float32)
+        return plain / config.factor
     original = config.original_max_position_embeddings or 0
     kept: np.ndarray
     if config.type == "llama3":
@@ -44,7 +60,8 @@ def frequencies(config: RopeConfig, head_dim: int) -> Float32[np.ndarray, "half"
         # A ramp of no width would divide by zero.
         kept = 1.0 - (np.arange(head_dim // 2) - low) / (high - low if high != low else 0.001)
     share = np.clip(kept, 0.0, 1.0)
-    return (plain * share + plain / config.factor * (1.0 - share)).astype(np.float32)
+    mixed: np.ndarray = plain * share + plain / config.factor * (1.0 - share)
+    return mixed
 
 
 def _pair_with_turns(config: RopeConfig, head_dim: int, original: int, turns: float) -> float:
@@ -70,21 +87,50 @@ def rope_table(config: RopeConfig, head_dim: int, positions: Int[Array, "T"]) ->
       positions: `[T]`, from 0.
 
     Returns:
-      cos and sin, each `[T, head_dim / 2]` float32, the attention factor included.
+      Cosine and sine, the attention factor included.
     """
     angles = positions.astype(jnp.float32)[:, None] * frequencies(config, head_dim)[None, :]
     factor = attention_factor(config)
-    return jnp.cos(angles) * factor, jnp.sin(angles) * factor
+    return Rope(jnp.cos(angles) * factor, jnp.sin(angles) * factor)
+
+
+def exact_rope_table(config: RopeConfig, head_dim: int, positions: Int[Array, "T"], most: int) -> Rope:
+    """`rope_table` for long ranges of positions, from tables that were made in float64.
+
+    A float32 product of position and frequency is off by 0.005 rad at position 160,000; here an angle is put together
+    from a multiple of `_FINE` positions and the rest, each exact to float32.
+
+    Args:
+      config, head_dim, positions: as of `rope_table`.
+      most: positions are below this.
+    """
+    coarse = angles_at(config, head_dim, np.arange(-(-most // _FINE)) * _FINE)
+    fine = angles_at(config, head_dim, np.arange(min(most, _FINE)))
+    factor = attention_factor(config)
+    high, low = positions // _FINE, positions % _FINE
+    composed = turned(Rope(coarse.cos[high], coarse.sin[high]), Rope(fine.cos[low], fine.sin[low]))
+    return Rope(composed.cos * factor, composed.sin * factor)
+
+
+def angles_at(config: RopeConfig, head_dim: int, positions: Sequence[float] | np.ndarray) -> Rope:
+    """Cosine and sine `[positions, head_dim / 2]` float32 at positions known now, without the attention factor."""
+    angles = np.asarray(positions, np.float64)[:, None] * exact_frequencies(config, head_dim)
+    return Rope(jnp.asarray(np.cos(angles), jnp.float32), jnp.asarray(np.sin(angles), jnp.float32))
+
+
+def turned(rope: Rope, by: Rope) -> Rope:
+    """Tables of the sums of angles; their shapes broadcast."""
+    return Rope(rope.cos * by.cos - rope.sin * by.sin, rope.sin * by.cos + rope.cos * by.sin)
 
 
 def rotate(x: Float[Array, "T H d"], rope: Rope) -> Float[Array, "T H d"]:
-    """Rotate each pair `(x[i], x[i + d/2])` of every head by its angle, in float32.
+    """Rotate each pair `(x[i], x[i + d/2])` of every head by its angle, in float32 or wider.
 
     Args:
       x: `[T, heads, head_dim]`.
       rope: cos and sin from `rope_table`, each `[T, head_dim / 2]`.
     """
-    cos, sin = (table[:, None, :] for table in rope)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = (table[:, None, :] for table in rope[:2])
+    first, second = jnp.split(x.astype(jnp.promote_types(x.dtype, jnp.float32)), 2, axis=-1)
     rotated: jax.Array = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x.dtype)

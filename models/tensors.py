@@ -14,11 +14,13 @@ class TensorSource:
       names: one tensor, or one for each index of the parameter's leading axis if `stacked`.
       transpose: a tensor holds `[out, in]`, the parameter `[in, out]`.
       stacked: the parameter is a stack of tensors (experts).
+      wide: stored in float32, whatever the type of the others.
     """
 
     names: tuple[str, ...]
     transpose: bool = False
     stacked: bool = False
+    wide: bool = False
 
 
 def model_tensors(config: ModelConfig) -> dict[str, TensorSource]:

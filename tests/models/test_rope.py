@@ -78,7 +78,7 @@ def test_yarn_frequencies_of_qwen3(fast: float, slow: float) -> None:
 def test_yarn_scales_cos_and_sin() -> None:
     config = RopeConfig(type="yarn", theta=1e6, factor=4.0, original_max_position_embeddings=32768)
     assert attention_factor(config) == pytest.approx(0.1 * math.log(4) + 1)
-    cos, sin = rope_table(config, HEAD_DIM, jnp.array([0, 7]))
+    cos, sin, _ = rope_table(config, HEAD_DIM, jnp.array([0, 7]))
     np.testing.assert_allclose(cos**2 + sin**2, attention_factor(config) ** 2, rtol=1e-5)
     assert attention_factor(RopeConfig()) == 1.0
 
