@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 
 from pallas_kernels.decode_attention import decode_attention
-from pallas_kernels.iha_decode import iha_decode, xla
+from pallas_kernels.decode_attention import xla as xla_attention
+from pallas_kernels.iha_decode import iha_decode, mix, xla
 from pallas_kernels.iha_decode.absorbed import absorbed_is_cheaper
+from pallas_kernels.iha_prefill import virtual
 from pallas_kernels.paged import Pages
 from pallas_kernels.pseudo_heads import PseudoHeads
 from tests.pallas_kernels.iha_battery import check_decode, mixing
@@ -143,6 +145,28 @@ def test_xla_takes_the_form_with_fewer_operations() -> None:
     assert absorbed_is_cheaper(20, 1)
     assert absorbed_is_cheaper(2, 20)
     assert not absorbed_is_cheaper(8, 2)
+
+
+by_virtual_sequences = _form(partial(mix.iha_decode, xla_attention.decode_attention))
+
+
+@pytest.mark.parametrize(("window", "pseudo_heads"), [(None, 2), (None, 3), (1, 2), (2, 3), (3, 4), (100, 2), (3, 1)])
+@pytest.mark.parametrize("mask", ["flat", "token"])
+def test_pseudo_pages_give_the_same(mask: str, window: int | None, pseudo_heads: int) -> None:
+    options = {"mask": mask, "window": window, "pseudo_heads": pseudo_heads} | LAYOUT
+    check_decode(by_virtual_sequences, pseudo_heads, LENGTHS, **options)
+
+
+@pytest.mark.parametrize("mask", ["flat", "token"])
+def test_pseudo_pages_of_some_heads_at_a_time(mask: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(virtual, "group_sizes", lambda *_: (1, 2))
+    jax.clear_caches()  # of programs that were traced with other groups
+    check_decode(by_virtual_sequences, 5, LENGTHS, mask=mask, window=3, **LAYOUT)
+    jax.clear_caches()
+
+
+def test_pseudo_pages_keep_tables_that_leave_pages_out() -> None:
+    check_decode(by_virtual_sequences, 9, [13], window=5, left_out=1, spare=0, **LAYOUT)
 
 
 QUERIES = jnp.zeros((2, 4, 3, 8))
