@@ -55,10 +55,10 @@ def iha_decode(
         (bfloat16 or float16 throughout, `head_dim` a multiple of 16 up to 128), a split-KV kernel that reads raw keys
         and values (`page_size` 8, 16, 32 or a multiple of 64, up to 64 key/value heads), or, beyond that and where a
         model of the cost says so, `decode_attention`'s kernel over pseudo keys and values, made for as many heads and
-        sequences at a time as some 256 MiB hold, at least one of each; "cudnn": any NVIDIA GPU with cuDNN (16 bits), over pseudo keys
-        and values, without a window but of one token; "xla": a page of each sequence at a time, by raw or
-        by pseudo keys and values, whichever takes fewer operations; "reference": gathers the pages and makes all pseudo
-        keys and values, in float32 or wider where `q` is, the only one that can be differentiated.
+        sequences at a time as some 256 MiB hold, at least one of each; "cudnn": any NVIDIA GPU with cuDNN (16 bits, no
+        window), likewise; "xla": a page of each sequence at a time, by raw or by pseudo keys and values, whichever
+        takes fewer operations; "reference": gathers the pages and makes all pseudo keys and values, the only one that
+        can be differentiated. Both compute in float32, or in float64 where `q` is of that.
 
     Returns:
       Pseudo outputs `[batch, q_heads, pseudo, head_dim]`.

@@ -78,9 +78,9 @@ def iha_decode(
     if batch == 0:
         raise NotImplementedError("no queries")
     fits = Tiling.fits(TILE, keys.page_size) and keys.kv_heads <= _MAX_SOURCES
-    rows = _rows(q, pseudo)
-    if not fits or not absorbed_is_faster(rows.blocks * _ROWS, q_heads, keys.kv_heads, count):
+    if not fits or not absorbed_is_faster(q_heads, keys.kv_heads, count):
         return mix.mosaic(q, keys, values, lengths, pseudo, scale=scale)
+    rows = _rows(q, pseudo)
     config = tuning.choose(
         "iha_decode",
         Config(),
@@ -165,6 +165,7 @@ def _attend(
     # wgmma wants one swizzle of all its operands: the widest that cuts a row of a head evenly.
     columns = math.gcd(head_dim, 64)
     value_parts = [pl.ds(at, columns) for at in range(0, head_dim, columns)]
+    tile_shape = (_ROWS, TILE)
     by_row = plgpu.Layout.WGMMA.reduce(1)
     arguments = {
         "q": rows.q,
@@ -254,21 +255,21 @@ def _attend(
                         plgpu.wgmma(scores_ref, smem["q"], smem["k"].at[slot].transpose((1, 0)))
                         return scores_ref[...]
 
-                    part = pl.run_scoped(product, plgpu.ACC((_ROWS, TILE), jnp.float32))
+                    part = pl.run_scoped(product, plgpu.ACC(tile_shape, jnp.float32))
                     load_ahead("k", smem, slot, step, there)
-                    return scores + part * of_row("alpha_k", head, (_ROWS, TILE))
+                    return scores + part * of_row("alpha_k", head, tile_shape)
 
-                none = plgpu.layout_cast(jnp.zeros((_ROWS, TILE), jnp.float32), plgpu.Layout.WGMMA)
+                none = plgpu.layout_cast(jnp.zeros(tile_shape, jnp.float32), plgpu.Layout.WGMMA)
                 scores = jax.lax.fori_loop(0, sources, add_scores, none) * (scale * LOG2E)
-                column = plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=plgpu.Layout.WGMMA)
-                ahead = tile * TILE + column - spread(last, scores.shape, 0)  # of the last key in sight
+                column = plgpu.broadcasted_iota(jnp.int32, tile_shape, 1, layout=plgpu.Layout.WGMMA)
+                ahead = tile * TILE + column - spread(last, tile_shape, 0)  # of the last key in sight
                 seen = ahead <= 0
                 if window is not None:
                     seen &= ahead > -window
                 scores = jnp.where(seen, scores, -jnp.inf)
                 higher = jnp.maximum(top, scores.max(axis=1))
                 decay = jnp.exp2(top - higher)
-                weights = jnp.exp2(scores - spread(higher, scores.shape, 0))
+                weights = jnp.exp2(scores - spread(higher, tile_shape, 0))
                 total = total * decay + weights.sum(axis=1)
                 smem["p"][...] = weights.astype(dtype)
                 plgpu.commit_smem()

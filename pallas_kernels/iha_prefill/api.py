@@ -58,7 +58,8 @@ def iha_prefill(
         which are made for as many heads and sequences at a time as some 256 MiB hold, at least one of each; "cudnn":
         any NVIDIA GPU with cuDNN (16 bits), likewise; "xla": a page of each sequence at a time, memory
         `seqs * q_heads * chunk * page_size * pseudo**2` scores; "reference": gathers the pages and makes all pseudo
-        keys and values, in float32 or wider where `q` is, the only one that can be differentiated.
+        keys and values, the only one that can be differentiated. Both compute in float32, or in float64 where `q` is of
+        that.
 
     Returns:
       Pseudo outputs `[seqs, chunk, q_heads, pseudo, head_dim]`.

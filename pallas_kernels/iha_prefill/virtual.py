@@ -5,7 +5,7 @@ its window `window * P` places: what prefill and decode attention do already. So
 that mixed in its loop would read and mix the keys again for every block of queries, where a chunk mixes them once here.
 
 What that costs is memory and traffic: pseudo keys and values are `P * q_heads / kv_heads` times the raw ones, are
-written once and read by the kernel. They are made for some heads of some sequences at a time, within `_GROUP_BYTES`.
+written once and read by the kernel. They are made for some heads of some sequences at a time, within `GROUP_BYTES`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pallas_kernels.pseudo_heads import PseudoHeads
 type Attention = Callable[..., tuple[jax.Array, jax.Array]]
 
 PAGE_SIZE = 128  # of the virtual sequences: one that all kernels of attention take, whatever the raw pages are
-_GROUP_BYTES = 256 * 2**20
+GROUP_BYTES = 256 * 2**20
 
 
 def mosaic(
@@ -207,7 +207,7 @@ def in_groups(
 
 
 def group_sizes(
-    seqs: int, q_heads: int, numbers: int, kv_heads: int, count: int, itemsize: int, limit: int = _GROUP_BYTES
+    seqs: int, q_heads: int, numbers: int, kv_heads: int, count: int, itemsize: int, limit: int = GROUP_BYTES
 ) -> tuple[int, int]:
     """Sequences and heads of a call: divisors, the most that keep what is made for it within `limit` bytes.
 

@@ -14,8 +14,8 @@ import pytest
 
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.decode_attention import xla as xla_attention
-from pallas_kernels.iha_decode import iha_decode, mix, xla
-from pallas_kernels.iha_decode.absorbed import absorbed_is_cheaper
+from pallas_kernels.iha_decode import arg_specs, iha_decode, mix, xla
+from pallas_kernels.iha_decode.absorbed import absorbed_is_cheaper, absorbed_is_faster
 from pallas_kernels.iha_prefill import virtual
 from pallas_kernels.paged import Pages
 from pallas_kernels.pseudo_heads import PseudoHeads
@@ -225,3 +225,33 @@ def test_the_reference_has_gradients() -> None:
     gradient = jax.jit(jax.grad(total))(jnp.asarray(c.rng.normal(size=(2, 4, 2)), jnp.float32))
     assert np.isfinite(gradient).all()
     assert np.abs(gradient).max() > 0.1
+
+
+@pytest.mark.parametrize("implementation", ["auto", "reference"])
+def test_an_empty_batch_gives_an_empty_result(implementation: str) -> None:
+    empty = {name: FITTING[name][:0] for name in ("q", "page_table", "lengths")}
+    assert iha_decode(**FITTING | empty, implementation=implementation).shape == (0, 4, 3, 8)
+
+
+def test_only_gpus_make_pseudo_pages_first() -> None:
+    for implementation in ("mosaic", "cudnn"):
+        with pytest.raises(NotImplementedError, match="needs an NVIDIA GPU"):
+            iha_decode(**FITTING, implementation=implementation)
+
+
+def test_a_hopper_reads_raw_keys_where_that_is_less_work() -> None:
+    for heads, count in ((8, 2), (8, 4), (16, 2), (16, 4), (20, 2), (20, 4), (32, 1)):
+        assert absorbed_is_faster(heads, heads, count)
+    assert absorbed_is_faster(32, 8, 4)  # pseudo keys of a key/value head are four times as many
+    assert not absorbed_is_faster(16, 16, 16)
+    assert not absorbed_is_faster(20, 20, 20)
+
+
+def test_specs_are_what_they_count() -> None:
+    spec = arg_specs.Spec(batch=2, context=40, q_heads=4, kv_heads=2, head_dim=8, pseudo_heads=3, page_size=8, window=9)
+    arguments = spec.make(jax.random.key(0))
+    assert compiled(**arguments).shape == arguments["q"].shape
+    assert spec.bytes_moved == 2 * 2 * 9 * 2 * 8 * 2
+    # Of each key in sight and pair of a query head's pseudo heads, two products with the numbers of both source heads,
+    # or of a pseudo key and value made of both, and two products with each.
+    assert spec.flops == 2 * 9 * 4 * min(3 * 3 * 2 * (2 * 8) * 2, 3 * 2 * (2 * 8) * 2 + 3 * 3 * (2 * 8) * 2)

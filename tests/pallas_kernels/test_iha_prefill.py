@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.iha_decode import iha_decode
-from pallas_kernels.iha_prefill import iha_prefill, virtual
+from pallas_kernels.iha_prefill import arg_specs, iha_prefill, virtual
 from pallas_kernels.paged import Pages
 from pallas_kernels.prefill_attention import prefill_attention
 from pallas_kernels.prefill_attention import xla as xla_attention
@@ -199,3 +199,29 @@ FITTING: dict[str, Any] = {
 def test_wrong_arguments_are_refused(changed: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         iha_prefill(**FITTING | changed)
+
+
+@pytest.mark.parametrize("implementation", ["auto", "reference"])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_no_queries_give_an_empty_result(axis: int, implementation: str) -> None:
+    empty: dict[str, Any] = {"q": FITTING["q"][:, :0]}
+    if axis == 0:
+        empty = {name: FITTING[name][:0] for name in ("q", "page_table", "starts", "counts")}
+    assert iha_prefill(**FITTING | empty, implementation=implementation).shape == empty["q"].shape
+
+
+def test_only_gpus_make_pseudo_pages_first() -> None:
+    for implementation in ("mosaic", "cudnn"):
+        with pytest.raises(NotImplementedError, match="needs an NVIDIA GPU"):
+            iha_prefill(**FITTING, implementation=implementation)
+
+
+def test_specs_are_what_they_count() -> None:
+    spec = arg_specs.Spec(
+        seqs=2, chunk=3, prefix=2, q_heads=4, kv_heads=2, head_dim=8, pseudo_heads=3, page_size=8, window=4
+    )
+    arguments = spec.make(jax.random.key(0))
+    assert compiled(**arguments).shape == arguments["q"].shape
+    assert spec.bytes_moved == 2 * (2 * 5 * 2 + 2 * 3 * 4 * 3) * 8 * 2
+    seen = 3 + 4 + 4
+    assert spec.flops == 2 * 4 * 3 * (seen * 3 * (2 * 8) * 2 + 5 * 2 * (2 * 8) * 2)

@@ -23,8 +23,10 @@ def check(*arguments, multiprocessors=1, **options):
         check_decode(functools.partial(compiled, implementation="mosaic"), *arguments, **layout)
 
 
-@pytest.mark.parametrize("window", [None, 1, 2, 66])
-@pytest.mark.parametrize(("mask", "pseudo_heads"), [("flat", 2), ("token", 3)])
+@pytest.mark.parametrize(
+    ("mask", "window", "pseudo_heads"),
+    [("flat", None, 2), ("flat", 1, 3), ("flat", 66, 2), ("token", None, 3), ("token", 2, 2)],
+)
 def test_masks_and_windows(mask, pseudo_heads, window):
     check(1, [70, 1, 0, 2, 64], mask=mask, window=window, pseudo_heads=pseudo_heads, group=1)
 
@@ -34,7 +36,6 @@ def test_masks_and_windows(mask, pseudo_heads, window):
     [
         (1, 1, 1),  # one row of 8
         (1, 4, 3),  # 48 rows, of which 36 are real
-        (2, 2, 4),  # 64 rows
         (3, 2, 4),  # 96 rows in two blocks, the second not full
         (8, 1, 4),  # 128 rows
     ],
@@ -49,7 +50,7 @@ def test_pages_of_all_sizes(page_size):
     check(0, [67, 1], page_size=page_size, window=65)
 
 
-@pytest.mark.parametrize("head_dim", [32, 64, 80, 128])
+@pytest.mark.parametrize("head_dim", [64, 80, 128])
 def test_head_sizes(head_dim):
     check(head_dim, [66], head_dim=head_dim, group=1, window=2, scale=0.05)
 
@@ -80,7 +81,7 @@ def test_every_form_that_tuning_tries(config):
     assert [operation for operation, _ in chosen_for] == ["iha_decode"]
 
 
-@pytest.mark.parametrize(("window", "mask"), [(None, "flat"), (1, "flat"), (3, "flat"), (3, "token")])
+@pytest.mark.parametrize(("window", "mask"), [(1, "flat"), (3, "flat"), (3, "token")])
 def test_pseudo_pages_where_the_pages_are_too_small_for_the_kernel(window, mask):
     with tuning.trying(None) as chosen_for:
         check(3, [37, 1, 0, 5], page_size=4, window=window, mask=mask, pseudo_heads=2, group=1)

@@ -27,9 +27,7 @@ def check(*arguments, **options):
         check_prefill(attention, *arguments, **layout)
 
 
-@pytest.mark.parametrize(
-    ("mask", "window", "pseudo_heads"), [("flat", None, 2), ("flat", 3, 3), ("flat", 1, 2), ("token", 5, 2)]
-)
+@pytest.mark.parametrize(("mask", "window", "pseudo_heads"), [("flat", None, 2), ("flat", 3, 3), ("token", 5, 2)])
 def test_masks_and_windows(mask, window, pseudo_heads):
     check(1, [0, 40, 3], [20, 3, 0], chunk=20, mask=mask, window=window, pseudo_heads=pseudo_heads)
 
