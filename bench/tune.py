@@ -48,7 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         report = json.loads(options.adopt.read_text())
         keep(report["device"], report["forms"])
         return 0
-    chosen = in_turns(operations(), options.op, lambda name: any(part in name for part in options.spec or [""]))
+    named = in_turns(operations(), options.op, lambda name: any(part in name for part in options.spec or [""]))
+    chosen = [one for one in named if one[2].candidates]
     if not chosen:
         print("no workload of that name", file=sys.stderr)
         return 2

@@ -23,6 +23,20 @@ def turned_back(
     return jnp.concatenate(turned, axis=-1).astype(wide)
 
 
+_OPERATIONS_A_BYTE = 100  # that an H200 can do while it reads: half of 989 TFLOP/s over 4.8 TB/s
+
+
+def absorbed_is_faster(q_heads: int, kv_heads: int, count: int) -> bool:
+    """Whether a Hopper should read raw keys and values rather than make pseudo ones first and read those.
+
+    By a model, not by measurements. Both in units of reading the raw ones once: absorbed, `q_heads * count**2` queries
+    multiply all of them, an operation a byte each; made, pseudo keys and values of `count` pseudo heads are written and
+    read.
+    """
+    absorbed = max(1.0, q_heads * count**2 / _OPERATIONS_A_BYTE)
+    return absorbed <= 1 + 2 * count * q_heads / kv_heads
+
+
 def absorbed_is_cheaper(kv_heads: int, count: int) -> bool:
     """Whether XLA has less to multiply for a decoded token by reading raw keys and values than by mixing them.
 

@@ -7,11 +7,13 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import dispatch
 from pallas_kernels.checks import check_array
-from pallas_kernels.iha_decode import reference, xla
+from pallas_kernels.iha_decode import mix, mosaic, reference, xla
 from pallas_kernels.paged import Pages, check_pages, checked_scale
 from pallas_kernels.pseudo_heads import PseudoHeads, check_pseudo_heads
 
 _IMPLEMENTATIONS = {
+    "mosaic": mosaic.iha_decode,
+    "cudnn": mix.cudnn,
     "xla": xla.iha_decode,
     "reference": reference.iha_decode,
 }
@@ -49,9 +51,14 @@ def iha_decode(
         (`pseudo.tokens_in_sight`) if `lengths` are counted from the first page that it has.
       v_page_table: row ids of the values; the same as those of the keys if left out.
       scale: factor of the scores, static: a finite number of Python or NumPy; `1 / sqrt(head_dim)` if left out.
-      implementation: "auto": the first of the following that can; "xla": a page of each sequence at a time, by raw or
-        by pseudo keys and values, whichever takes fewer operations; "reference": gathers the pages and makes all pseudo
-        keys and values, in float32 or wider where `q` is, the only one that can be differentiated.
+      implementation: "auto": the first of the following that can; "mosaic": for GPUs of compute capability 9.0
+        (bfloat16 or float16 throughout, `head_dim` a multiple of 16 up to 128), a split-KV kernel that reads raw keys
+        and values (`page_size` 8, 16, 32 or a multiple of 64, up to 64 key/value heads), or, beyond that and where a
+        model of the cost says so, `decode_attention`'s kernel over pseudo keys and values, made for as many heads and
+        sequences at a time as some 256 MiB hold, at least one of each; "cudnn": any NVIDIA GPU with cuDNN (16 bits, no
+        window), likewise; "xla": a page of each sequence at a time, by raw or by pseudo keys and values, whichever
+        takes fewer operations; "reference": gathers the pages and makes all pseudo keys and values, the only one that
+        can be differentiated. Both compute in float32, or in float64 where `q` is of that.
 
     Returns:
       Pseudo outputs `[batch, q_heads, pseudo, head_dim]`.

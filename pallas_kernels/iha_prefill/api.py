@@ -7,11 +7,13 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import dispatch
 from pallas_kernels.checks import check_array
-from pallas_kernels.iha_prefill import reference, xla
+from pallas_kernels.iha_prefill import reference, virtual, xla
 from pallas_kernels.paged import Pages, check_pages, checked_scale
 from pallas_kernels.pseudo_heads import PseudoHeads, check_pseudo_heads
 
 _IMPLEMENTATIONS = {
+    "mosaic": virtual.mosaic,
+    "cudnn": virtual.cudnn,
     "xla": xla.iha_prefill,
     "reference": reference.iha_prefill,
 }
@@ -51,9 +53,13 @@ def iha_prefill(
         (`pseudo.tokens_in_sight`) if `starts` are counted from the first page that it has.
       v_page_table: row ids of the values; the same as those of the keys if left out.
       scale: factor of the scores, static: a finite number of Python or NumPy; `1 / sqrt(head_dim)` if left out.
-      implementation: "auto": the first of the following that can; "xla": a page of each sequence at a time, memory
+      implementation: "auto": the first of the following that can; "mosaic": `prefill_attention`'s kernel for GPUs of
+        compute capability 9.0 (bfloat16 or float16, `head_dim` a multiple of 16 up to 128) over pseudo keys and values,
+        which are made for as many heads and sequences at a time as some 256 MiB hold, at least one of each; "cudnn":
+        any NVIDIA GPU with cuDNN (16 bits), likewise; "xla": a page of each sequence at a time, memory
         `seqs * q_heads * chunk * page_size * pseudo**2` scores; "reference": gathers the pages and makes all pseudo
-        keys and values, in float32 or wider where `q` is, the only one that can be differentiated.
+        keys and values, the only one that can be differentiated. Both compute in float32, or in float64 where `q` is of
+        that.
 
     Returns:
       Pseudo outputs `[seqs, chunk, q_heads, pseudo, head_dim]`.

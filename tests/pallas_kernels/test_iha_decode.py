@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 
 from pallas_kernels.decode_attention import decode_attention
-from pallas_kernels.iha_decode import iha_decode, xla
-from pallas_kernels.iha_decode.absorbed import absorbed_is_cheaper
+from pallas_kernels.decode_attention import xla as xla_attention
+from pallas_kernels.iha_decode import arg_specs, iha_decode, mix, xla
+from pallas_kernels.iha_decode.absorbed import absorbed_is_cheaper, absorbed_is_faster
+from pallas_kernels.iha_prefill import virtual
 from pallas_kernels.paged import Pages
 from pallas_kernels.pseudo_heads import PseudoHeads
 from tests.pallas_kernels.iha_battery import check_decode, mixing
@@ -145,6 +147,28 @@ def test_xla_takes_the_form_with_fewer_operations() -> None:
     assert not absorbed_is_cheaper(8, 2)
 
 
+by_virtual_sequences = _form(partial(mix.iha_decode, xla_attention.decode_attention))
+
+
+@pytest.mark.parametrize(("window", "pseudo_heads"), [(None, 2), (None, 3), (1, 2), (2, 3), (3, 4), (100, 2), (3, 1)])
+@pytest.mark.parametrize("mask", ["flat", "token"])
+def test_pseudo_pages_give_the_same(mask: str, window: int | None, pseudo_heads: int) -> None:
+    options = {"mask": mask, "window": window, "pseudo_heads": pseudo_heads} | LAYOUT
+    check_decode(by_virtual_sequences, pseudo_heads, LENGTHS, **options)
+
+
+@pytest.mark.parametrize("mask", ["flat", "token"])
+def test_pseudo_pages_of_some_heads_at_a_time(mask: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(virtual, "group_sizes", lambda *_: (1, 2))
+    jax.clear_caches()  # of programs that were traced with other groups
+    check_decode(by_virtual_sequences, 5, LENGTHS, mask=mask, window=3, **LAYOUT)
+    jax.clear_caches()
+
+
+def test_pseudo_pages_keep_tables_that_leave_pages_out() -> None:
+    check_decode(by_virtual_sequences, 9, [13], window=5, left_out=1, spare=0, **LAYOUT)
+
+
 QUERIES = jnp.zeros((2, 4, 3, 8))
 PSEUDO = mixing(0, 2, 4, 3, 8).pseudo(jnp.float32)
 FITTING: dict[str, Any] = {
@@ -201,3 +225,33 @@ def test_the_reference_has_gradients() -> None:
     gradient = jax.jit(jax.grad(total))(jnp.asarray(c.rng.normal(size=(2, 4, 2)), jnp.float32))
     assert np.isfinite(gradient).all()
     assert np.abs(gradient).max() > 0.1
+
+
+@pytest.mark.parametrize("implementation", ["auto", "reference"])
+def test_an_empty_batch_gives_an_empty_result(implementation: str) -> None:
+    empty = {name: FITTING[name][:0] for name in ("q", "page_table", "lengths")}
+    assert iha_decode(**FITTING | empty, implementation=implementation).shape == (0, 4, 3, 8)
+
+
+def test_only_gpus_make_pseudo_pages_first() -> None:
+    for implementation in ("mosaic", "cudnn"):
+        with pytest.raises(NotImplementedError, match="needs an NVIDIA GPU"):
+            iha_decode(**FITTING, implementation=implementation)
+
+
+def test_a_hopper_reads_raw_keys_where_that_is_less_work() -> None:
+    for heads, count in ((8, 2), (8, 4), (16, 2), (16, 4), (20, 2), (20, 4), (32, 1)):
+        assert absorbed_is_faster(heads, heads, count)
+    assert absorbed_is_faster(32, 8, 4)  # pseudo keys of a key/value head are four times as many
+    assert not absorbed_is_faster(16, 16, 16)
+    assert not absorbed_is_faster(20, 20, 20)
+
+
+def test_specs_are_what_they_count() -> None:
+    spec = arg_specs.Spec(batch=2, context=40, q_heads=4, kv_heads=2, head_dim=8, pseudo_heads=3, page_size=8, window=9)
+    arguments = spec.make(jax.random.key(0))
+    assert compiled(**arguments).shape == arguments["q"].shape
+    assert spec.bytes_moved == 2 * 2 * 9 * 2 * 8 * 2
+    # Of each key in sight and pair of a query head's pseudo heads, two products with the numbers of both source heads,
+    # or of a pseudo key and value made of both, and two products with each.
+    assert spec.flops == 2 * 9 * 4 * min(3 * 3 * 2 * (2 * 8) * 2, 3 * 2 * (2 * 8) * 2 + 3 * 3 * (2 * 8) * 2)

@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 
 from pallas_kernels.iha_decode import iha_decode
-from pallas_kernels.iha_prefill import iha_prefill
+from pallas_kernels.iha_prefill import arg_specs, iha_prefill, virtual
+from pallas_kernels.paged import Pages
 from pallas_kernels.prefill_attention import prefill_attention
+from pallas_kernels.prefill_attention import xla as xla_attention
 from pallas_kernels.pseudo_heads import PseudoHeads
 from tests.pallas_kernels.iha_battery import check_prefill, mixing
 from tests.pallas_kernels.paged_battery import case
@@ -127,6 +129,48 @@ def test_numbers_that_fit_no_table_are_brought_into_bounds(jitted: Attention) ->
     assert not np.asarray(beyond)[:, 2:].any()
 
 
+@partial(jax.jit, static_argnames="scale")
+def by_virtual_sequences(
+    q: Any, k_pages: Any, v_pages: Any, page_table: Any, v_page_table: Any, starts: Any, counts: Any, **others: Any
+) -> Any:
+    """The form of GPUs, whose kernel XLA stands in for."""
+    keys, values = Pages(k_pages, page_table), Pages(v_pages, v_page_table)
+    return virtual.iha_prefill(xla_attention.prefill_attention, q, keys, values, starts, counts, **others)
+
+
+@pytest.mark.parametrize(("window", "pseudo_heads"), [(None, 2), (None, 3), (1, 2), (2, 3), (3, 4), (100, 2), (3, 1)])
+@pytest.mark.parametrize("mask", ["flat", "token"])
+def test_a_virtual_sequence_gives_the_same(mask: str, window: int | None, pseudo_heads: int) -> None:
+    options = {"mask": mask, "window": window, "pseudo_heads": pseudo_heads} | LAYOUT
+    check_prefill(by_virtual_sequences, pseudo_heads, STARTS, COUNTS, chunk=5, group=1, **options)
+
+
+@pytest.mark.parametrize("mask", ["flat", "token"])
+def test_a_virtual_sequence_of_some_heads_at_a_time(mask: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(virtual, "group_sizes", lambda *_: (1, 2))
+    jax.clear_caches()  # of programs that were traced with other groups
+    check_prefill(by_virtual_sequences, 5, STARTS, COUNTS, chunk=5, group=2, mask=mask, window=3, **LAYOUT)
+    jax.clear_caches()
+
+
+def test_a_virtual_sequence_keeps_tables_that_leave_pages_out() -> None:
+    check_prefill(by_virtual_sequences, 9, [12], [3], chunk=3, window=5, left_out=1, spare=0, **LAYOUT)
+
+
+def test_groups_are_the_most_that_fit() -> None:
+    # A key of 8 numbers of 2 bytes: 64 bytes of each raw or pseudo head.
+    assert virtual.group_sizes(6, 4, 8, 2, 2, 2, limit=6 * (2 + 8) * 64) == (6, 4)
+    assert virtual.group_sizes(6, 4, 8, 2, 2, 2, limit=6 * (2 + 8) * 64 - 1) == (6, 2)
+    assert virtual.group_sizes(6, 4, 8, 2, 2, 2, limit=6 * (2 + 2) * 64) == (6, 1)
+    assert virtual.group_sizes(6, 4, 8, 2, 2, 2, limit=5 * (2 + 2) * 64) == (3, 2)
+    assert virtual.group_sizes(6, 4, 8, 2, 2, 2, limit=3) == (1, 1)
+
+
+def test_no_large_window_overflows() -> None:
+    assert virtual.window_of(2**31 - 1, 4, 4000) is None
+    assert virtual.window_of(999, 4, 4000) == 3996
+
+
 FITTING: dict[str, Any] = {
     "q": jnp.zeros((2, 5, 4, 3, 8)),
     "k_pages": jnp.zeros((4, 4, 2, 8)),
@@ -155,3 +199,29 @@ FITTING: dict[str, Any] = {
 def test_wrong_arguments_are_refused(changed: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         iha_prefill(**FITTING | changed)
+
+
+@pytest.mark.parametrize("implementation", ["auto", "reference"])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_no_queries_give_an_empty_result(axis: int, implementation: str) -> None:
+    empty: dict[str, Any] = {"q": FITTING["q"][:, :0]}
+    if axis == 0:
+        empty = {name: FITTING[name][:0] for name in ("q", "page_table", "starts", "counts")}
+    assert iha_prefill(**FITTING | empty, implementation=implementation).shape == empty["q"].shape
+
+
+def test_only_gpus_make_pseudo_pages_first() -> None:
+    for implementation in ("mosaic", "cudnn"):
+        with pytest.raises(NotImplementedError, match="needs an NVIDIA GPU"):
+            iha_prefill(**FITTING, implementation=implementation)
+
+
+def test_specs_are_what_they_count() -> None:
+    spec = arg_specs.Spec(
+        seqs=2, chunk=3, prefix=2, q_heads=4, kv_heads=2, head_dim=8, pseudo_heads=3, page_size=8, window=4
+    )
+    arguments = spec.make(jax.random.key(0))
+    assert compiled(**arguments).shape == arguments["q"].shape
+    assert spec.bytes_moved == 2 * (2 * 5 * 2 + 2 * 3 * 4 * 3) * 8 * 2
+    seen = 3 + 4 + 4
+    assert spec.flops == 2 * 4 * 3 * (seen * 3 * (2 * 8) * 2 + 5 * 2 * (2 * 8) * 2)
