@@ -52,7 +52,8 @@ class Case(NamedTuple):
         work as there are experts: its "xla" stands in, which tests compare with loops in float64. That of the block
         moves and of retrieval scores is their "xla".
       tolerance: the error that may be, as `bench.kernels.error_of` has it. Rounding to bfloat16, of weights and
-        results, stays below 0.015; that of pseudo keys came to 0.042, of the smallest workload on a CPU. What is exact has none.
+        results, stays below 0.015; that of pseudo keys came to 0.042, of the smallest workload on a CPU. What is exact
+        has none.
       exact: results are copies: nothing may differ.
       donated: the argument that is written in place.
       candidates: forms of the Mosaic kernel that are tried beside its default; empty where it is another operation's.
