@@ -45,9 +45,7 @@ def arms() -> dict[str, ModelConfig]:
     return {
         BASE: _model("qwen3"),
         "global_local": _model("qwen3", layer_windows=local),
-        "iha": _model(
-            "jaxdual_iha", layer_windows=windows, iha=IHAConfig(pseudo_heads=PSEUDO_HEADS, layers=layers)
-        ),
+        "iha": _model("jaxdual_iha", layer_windows=windows, iha=IHAConfig(pseudo_heads=PSEUDO_HEADS, layers=layers)),
         "iha_lite": _model("jaxdual_iha", iha=everywhere),
     }
 
@@ -170,14 +168,27 @@ def _results(
         "curves": {name: [one["curve"] for one in runs] for name, runs in found.items()},
         "verdict": {
             "equal_operations": [judged(row["arm"], BASE, row["difference"], "nats/token") for row in others],
-            "equal_tokens": [judged(row["arm"], BASE, row["difference_at_common_step"], "nats/token") for row in others],
+            "equal_tokens": [
+                judged(row["arm"], BASE, row["difference_at_common_step"], "nats/token") for row in others
+            ],
         },
     }
 
 
 def lines(results: dict[str, Any]) -> str:
     """The results as text."""
-    head = ("arm", "parameters", "MFLOP/token", "steps", "held out", "to mha", "low", "high", "at common step", "to mha")
+    head = (
+        "arm",
+        "parameters",
+        "MFLOP/token",
+        "steps",
+        "held out",
+        "to mha",
+        "low",
+        "high",
+        "at common step",
+        "to mha",
+    )
     rows = [
         (
             row["arm"],

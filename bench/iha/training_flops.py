@@ -11,8 +11,8 @@ Per token of a sequence of `length` tokens, forward:
 Training takes three times as many: gradients need two products for each one. Norms, rotations, softmax, the embedding's
 look-up and the optimiser are left out; the optimiser's work is the same in each step of all arms.
 
-Attention is counted twice over: "seen" has just the pairs that the mask lets through, which is what arms are matched by;
-"executed" has all pairs of `models.training.attention`'s blocks, and four passes, as it computes scores again.
+Attention is counted in two ways: by the pairs that the mask lets through, which is what arms are matched by; and as
+executed, with all pairs of the blocks of `models.training.attention` and four passes, as it computes scores again.
 """
 
 from __future__ import annotations

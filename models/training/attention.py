@@ -93,7 +93,11 @@ def _attention(
 
 
 def _one_group(
-    queries: Float[Array, "G L d"], keys: Float[Array, "L d"], values: Float[Array, "L d"], window: int | None, span: int
+    queries: Float[Array, "G L d"],
+    keys: Float[Array, "L d"],
+    values: Float[Array, "L d"],
+    window: int | None,
+    span: int,
 ) -> Float[Array, "G L d"]:
     group, length, head_dim = queries.shape
     precision = matmul_precision(queries.dtype)

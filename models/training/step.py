@@ -41,7 +41,7 @@ def with_parameters(config: ModelConfig, parameters: Mapping[str, jax.Array]) ->
 def optimizer(recipe: Recipe, parameters: Parameters) -> optax.GradientTransformation:
     """Muon for the matrices inside the layers, AdamW for embedding and norms, after clipping; at learning rate 1.
 
-    Mixing and collapse weights of Interleaved Head Attention, if there are any, have an Adam of their own without decay.
+    Mixing and collapse weights of Interleaved Head Attention have an Adam of their own without decay.
     """
     groups = {name: "mixing" if is_mixing(name) else "rest" for name in parameters}
     rest = optax.contrib.muon(
