@@ -69,7 +69,9 @@ def upcycled(base: Decoder, iha: IHAConfig, *, select: str = "mean", noise: floa
         "alpha_v": initial_mixing(kv_heads, heads, pseudo),
         "collapse_weights": initial_collapse(heads, pseudo, iha.collapse, _selected(select, pseudo)),
     }
-    kept = {parameter_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(nnx.state(base))}
+    kept: dict[str, jax.Array] = {
+        parameter_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(nnx.state(base))
+    }
     rng = np.random.default_rng(seed)
 
     def value(path: tuple[Any, ...], _leaf: Any) -> jax.Array:

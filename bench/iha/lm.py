@@ -79,8 +79,9 @@ def run(
     budget = steps_of(configs, steps)
     common = min(budget.values())
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in configs}
+    stream = WindowStream(text.entries, text.train, seed=0)
     for seed in range(seeds):
-        data = WindowStream(text.entries, text.train, seed)
+        data = stream.reseeded(seed)
         shared = parameters_of(models.init(configs[BASE], seed=seed))
         for name, config in configs.items():
             one = trained(

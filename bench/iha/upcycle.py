@@ -70,8 +70,9 @@ def run(
     before = _loss(base, text)
     gaps = start_gaps(base, text, before, tell=tell)
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in (CONTROL, *STARTS)}
+    stream = WindowStream(text.entries, text.train, _FIRST_SEED)
     for seed in range(seeds):
-        data = WindowStream(text.entries, text.train, _FIRST_SEED + seed)
+        data = stream.reseeded(_FIRST_SEED + seed)
         for name, runs in found.items():
             model = base if name == CONTROL else _start(base, *STARTS[name], seed=seed)
             first = _loss(model, text)

@@ -87,7 +87,7 @@ def _attention(
     def one(group: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
         return _one_group(*group, window=window, span=span)
 
-    out = jax.lax.map(one, (queries, keys, values))
+    out: jax.Array = jax.lax.map(one, (queries, keys, values))
     out = out.reshape(batch, groups, heads // groups, length, head_dim).transpose(0, 3, 1, 2, 4)
     return out.reshape(tokens, heads, head_dim)
 

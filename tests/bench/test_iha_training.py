@@ -1,0 +1,78 @@
+"""What the measurements of training count and claim."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from bench.iha import lm
+from bench.iha.paired import difference, judged, summary
+from bench.iha.training_flops import forward, pairs, training, training_executed
+from models import ModelConfig
+from models.config import IHAConfig
+from tests.models.iha_oracle import visible
+
+
+@pytest.mark.parametrize("window", [None, 1, 3])
+@pytest.mark.parametrize("mask", ["flat", "token"])
+def test_pairs_are_those_that_the_mask_lets_through(mask: str, window: int | None) -> None:
+    length, pseudo = 7, 3
+    config = ModelConfig(
+        family="jaxdual_iha",
+        vocab_size=8,
+        hidden_size=8,
+        intermediate_size=8,
+        num_layers=2,
+        num_heads=2,
+        num_kv_heads=2,
+        head_dim=4,
+        layer_windows=(window, window),
+        iha=IHAConfig(pseudo_heads=pseudo, layers=(0,), mask=mask),  # type: ignore[arg-type]
+    )
+    places = list(itertools.product(range(length), range(pseudo)))
+    counted = sum(visible(query, key, pseudo, mask, window) for query in places for key in places)
+    assert pairs(config, 0, length) == counted
+    plain = sum(m <= n and (window is None or n - m < window) for n in range(length) for m in range(length))
+    assert pairs(config, 1, length) == plain
+    assert pairs(config, 0, length, executed=True) >= counted
+
+
+def test_operations_are_the_products_of_the_weights_and_the_attention() -> None:
+    config = lm.arms()["mha"]
+    parts = forward(config, lm.LENGTH)
+    matrices = 5 * (4 * 128 * 128 + 3 * 128 * 384)
+    assert parts["projections"] + parts["feed_forward"] == 2 * matrices
+    assert parts["head"] == 2 * 128 * config.vocab_size
+    # Each query sees half of the sequence and half a key more; scores and their products with values.
+    assert parts["attention"] == 5 * 4 * 128 * (lm.LENGTH + 1) / 2
+    assert training(config, lm.LENGTH) == 3 * sum(parts.values()) < training_executed(config, lm.LENGTH)
+    # Four layers mix four heads into twice two, three times, and back.
+    assert forward(lm.arms()["iha"], lm.LENGTH)["mixing"] == 4 * 4 * (2 * 4 * 4 * 2 * 32)
+
+
+def test_arms_follow_the_schedule_and_get_equal_operations() -> None:
+    configs = lm.arms()
+    assert configs["iha"].layer_windows == (32, 32, 32, 32, None)
+    assert configs["iha"].iha is not None
+    assert configs["iha"].iha.layers == (0, 1, 2, 3)
+    assert configs["global_local"].layer_windows == (16, 16, 16, 16, None)
+    assert configs["iha_lite"].layer_windows == configs["mha"].layer_windows == ()
+    steps = lm.steps_of(configs, 1000)
+    assert steps["mha"] == 1000
+    for name, config in configs.items():
+        one = training(config, lm.LENGTH)
+        assert abs(steps[name] * one - 1000 * training(configs["mha"], lm.LENGTH)) <= one / 2
+
+
+def test_a_verdict_claims_no_more_than_its_interval() -> None:
+    base = [5.0, 5.2, 5.1]
+    assert "no difference shown" in judged("iha", "mha", difference([5.1, 5.1, 5.2], base), "nats")
+    assert judged("iha", "mha", difference([4.9, 5.1, 5.0], base), "nats").startswith("iha is better than mha")
+    assert judged("iha", "mha", difference([5.3, 5.5, 5.41], base), "nats").startswith("iha is worse than mha")
+    found = summary([1.0, 2.0, 3.0])
+    # Student's quantile with two degrees of freedom is 4.3027.
+    np.testing.assert_allclose(found["interval"], [2 - 4.3027 / 3**0.5, 2 + 4.3027 / 3**0.5], rtol=1e-4)
+    with pytest.raises(ValueError, match="at least two"):
+        summary([1.0])
