@@ -33,7 +33,7 @@ LENGTH = 256
 # What 512 are of the paper's 8,192 tokens.
 LOCAL_WINDOW = LENGTH * 512 // 8192
 PSEUDO_HEADS = 2
-BASE = "mha"
+BASE, LOCAL = "mha", "global_local"
 RECIPE = Recipe(tokens_per_step=1024, length=LENGTH, long_length=LENGTH, long_fraction=0.0, peak_rate=1e-2)
 
 
@@ -44,7 +44,7 @@ def arms() -> dict[str, ModelConfig]:
     everywhere = IHAConfig(pseudo_heads=1, layers=tuple(range(LAYERS)))
     return {
         BASE: _model("qwen3"),
-        "global_local": _model("qwen3", layer_windows=local),
+        LOCAL: _model("qwen3", layer_windows=local),
         "iha": _model("jaxdual_iha", layer_windows=windows, iha=IHAConfig(pseudo_heads=PSEUDO_HEADS, layers=layers)),
         "iha_lite": _model("jaxdual_iha", iha=everywhere),
     }
@@ -161,19 +161,19 @@ def _results(
         }
         for name, config in configs.items()
     ]
-    others = [row for row in rows if row["arm"] != BASE]
     return {
         "baselines": text.baselines(),
         "common_step": common,
         "rows": rows,
         "curves": {name: [one["curve"] for one in runs] for name, runs in found.items()},
-        "verdict": {
-            "equal_operations": [judged(row["arm"], BASE, row["difference"], "nats/token") for row in others],
-            "equal_tokens": [
-                judged(row["arm"], BASE, row["difference_at_common_step"], "nats/token") for row in others
-            ],
-        },
+        "verdict": {"equal_operations": _verdicts(ends), "equal_tokens": _verdicts(at_common)},
     }
+
+
+def _verdicts(losses: dict[str, list[float]]) -> list[str]:
+    """On every arm beside the base, and on IHA beside the other model with windows: what mixing adds to them."""
+    compared = [(name, BASE) for name in losses if name != BASE] + [("iha", LOCAL)]
+    return [judged(name, base, difference(losses[name], losses[base]), "nats/token") for name, base in compared]
 
 
 def lines(results: dict[str, Any]) -> str:

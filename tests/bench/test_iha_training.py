@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,8 +12,11 @@ import pytest
 from bench.iha import lm
 from bench.iha.paired import difference, judged, summary
 from bench.iha.training_flops import forward, pairs, training, training_executed
+from bench.iha.training_runs import SHIPPED, Text
 from models import ModelConfig
 from models.config import IHAConfig
+from models.iha import is_mixing
+from models.training import tokenizer
 from tests.models.iha_oracle import visible
 
 
@@ -76,3 +81,43 @@ def test_a_verdict_claims_no_more_than_its_interval() -> None:
     np.testing.assert_allclose(found["interval"], [2 - 4.3027 / 3**0.5, 2 + 4.3027 / 3**0.5], rtol=1e-4)
     with pytest.raises(ValueError, match="at least two"):
         summary([1.0])
+
+
+def test_arms_of_a_seed_begin_alike_and_see_the_same_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the training itself replaced by losses that the arm and the seed say."""
+    text = Text(tokenizer.load(SHIPPED / "small"), {"a.py": "x = 1\n" * 400}, np.ones((1, 257), np.int32), 0.5)
+    begun: list[tuple[ModelConfig, dict[str, Any], Any]] = []
+    loss = {"qwen3": 5.0, "jaxdual_iha": 4.0}
+
+    def trained(
+        config: ModelConfig, _recipe: Any, steps: int, data: Any, _heldout: Any, initial: Any, **more: Any
+    ) -> Any:
+        begun.append((config, initial, data))
+        seed = (len(begun) - 1) // 4
+        points = sorted({*more["measured_at"], steps})
+        return {"curve": [(step, loss[config.family] + seed) for step in points], "steps": steps, "cpu_seconds": 1.0}
+
+    monkeypatch.setattr(Text, "read", lambda *_: text)
+    monkeypatch.setattr(lm, "trained", trained)
+    found = lm.run(seeds=2, steps=100, tell=lambda _: None)
+    json.dumps(found)
+    for first in (0, 4):
+        _, shared, data = begun[first]
+        for _, initial, also in begun[first : first + 4]:
+            assert also is data
+            for name, value in initial.items():
+                assert is_mixing(name) or (value == shared[name]).all()
+    assert (begun[0][1]["embedding"] != begun[4][1]["embedding"]).any()
+    rows = {row["arm"]: row for row in found["rows"]}
+    assert rows["iha"]["difference"]["values"] == [-1.0, -1.0]
+    assert rows["global_local"]["loss"]["mean"] == 5.5
+    assert found["common_step"] == min(row["steps"] for row in rows.values()) < 100
+    verdicts = found["verdict"]["equal_operations"]
+    assert [verdict.partition(":")[0] for verdict in verdicts] == [
+        "global_local and mha",
+        "iha is better than mha",
+        "iha_lite is better than mha",
+        "iha is better than global_local",
+    ]
+    assert found["baselines"]["uniform"] == pytest.approx(np.log(4096))
+    assert "no difference shown" in lm.lines(found)
