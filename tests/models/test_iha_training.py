@@ -21,7 +21,7 @@ from pallas_kernels.pseudo_heads import PseudoHeads
 
 type Attention = Callable[..., tuple[jax.Array, Any]]
 
-BATCH, LENGTH, HEADS, KV_HEADS, HEAD_DIM = 2, 45, 4, 2, 8
+BATCH, LENGTH, HEADS, KV_HEADS, HEAD_DIM = 2, 66, 4, 2, 8
 
 
 def out_and_gradients(attention: Attention, *arrays: jax.Array) -> list[jax.Array]:
