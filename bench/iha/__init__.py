@@ -1,0 +1,1 @@
+"""Measurements of Interleaved Head Attention."""
