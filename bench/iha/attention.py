@@ -57,7 +57,7 @@ class Mixing(nnx.Module):
 
     @classmethod
     def initial(cls, heads: int, pseudo_heads: int, noise: float, rng: np.random.Generator) -> Mixing:
-        """Copies of heads, with noise on them, and the mean of their outputs.
+        """Copies of heads and the mean of their outputs, with noise on all weights.
 
         Without noise, as neither positions nor a mask tell the copies apart, all of them would stay alike for good.
 
@@ -67,8 +67,8 @@ class Mixing(nnx.Module):
           rng: of the noise.
         """
         own = initial_mixing(heads, heads, pseudo_heads)
-        alphas = [own + noise * rng.standard_normal(own.shape).astype(np.float32) for _ in range(3)]
-        return cls(*alphas, initial_collapse(heads, pseudo_heads, "global"))
+        mean = initial_collapse(heads, pseudo_heads, "global")
+        return cls(*(one + noise * rng.standard_normal(one.shape).astype(np.float32) for one in (own, own, own, mean)))
 
     def __call__(
         self,

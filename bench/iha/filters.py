@@ -2,6 +2,7 @@
 
 Attention is linear, scores come from a token's place alone and values from its content alone. Each head of plain
 attention is then one matrix of places, so that H heads give H powers and leave `1 - H / k` of the target's square.
+What is learned depends on the start: an arm of its own starts from scores that are large.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from flax import nnx
 from bench.iha.attention import Mixing, attend
 from bench.iha.results import Curves, Result, Setting, Summary, Table
 from bench.iha.training import num_parameters, train
+from models.layers import INIT_STDDEV
 
 TOKENS, WIDTH, POWERS = 16, 2, 4  # N, d, k
 STEPS, CHUNK, BATCH, LEARNING_RATE, NOISE = 3000, 100, 16, 3e-3, 0.3
@@ -26,14 +28,21 @@ _TEST = 512
 
 @dataclass(frozen=True, slots=True)
 class Arm:
-    """A model; `pseudo_heads` is 0 for plain attention."""
+    """A model.
+
+    Attributes:
+      heads, pseudo_heads: H and P; P is 0 for plain attention.
+      spread: standard deviation of the weights of queries and keys at the start.
+    """
 
     heads: int
     pseudo_heads: int = 0
+    spread: float = INIT_STDDEV
 
     @property
     def name(self) -> str:
-        return f"IHA H=P={self.heads}" if self.pseudo_heads else f"MHA H={self.heads}"
+        start = "" if self.spread == INIT_STDDEV else f", start {self.spread:.2g}"
+        return (f"IHA H=P={self.heads}" if self.pseudo_heads else f"MHA H={self.heads}") + start
 
     @property
     def floor(self) -> float | None:
@@ -41,7 +50,7 @@ class Arm:
         return None if self.pseudo_heads else 1 - self.heads / POWERS
 
 
-ARMS = (Arm(1), Arm(2), Arm(4), Arm(2, 2))
+ARMS = (Arm(1), Arm(2), Arm(4), Arm(2, 2), Arm(2, 2, TOKENS**-0.5))
 
 
 class FilterBank(nnx.Module):
@@ -59,8 +68,8 @@ class FilterBank(nnx.Module):
         def weights(*shape: int, spread: float) -> nnx.Param:
             return nnx.Param(jnp.asarray(spread * rng.standard_normal(shape), jnp.float32))
 
-        self.q = weights(inputs, arm.heads, TOKENS, spread=TOKENS**-0.5)
-        self.k = weights(inputs, arm.heads, TOKENS, spread=TOKENS**-0.5)
+        self.q = weights(inputs, arm.heads, TOKENS, spread=arm.spread)
+        self.k = weights(inputs, arm.heads, TOKENS, spread=arm.spread)
         self.v = weights(inputs, arm.heads, wide, spread=WIDTH**-0.5)
         self.mixing = Mixing.initial(arm.heads, arm.pseudo_heads, NOISE, rng) if arm.pseudo_heads else None
 
@@ -126,9 +135,10 @@ def experiment(setting: Setting) -> Result:
         print(f"  {arm.name}: {errors[arm].span('{:.2e}')}", flush=True)
     two, interleaved = errors[Arm(2)], errors[Arm(2, 2)]
     holds = abs(two.lowest - 0.5) <= 0.01 and abs(two.highest - 0.5) <= 0.01 and interleaved.highest < 1e-6
+    expected = "as expected" if holds else "NOT as expected (0.50 +- 0.01, and below 1e-6)"
     verdict = (
-        f"{'as expected' if holds else 'NOT as expected (0.50 +- 0.01 and below 1e-6)'}: with two heads, plain attention "
-        f"stays at {two.span('{:.3f}')} and IHA is at {interleaved.span('{:.1e}')} of the target's square"
+        f"{expected}: with two heads, plain attention stays at {two.span('{:.3f}')} and IHA is at "
+        f"{interleaved.span('{:.1e}')} of the target's square"
     )
     rows.append(["nothing but zeros", 0, None, "1.00e+00", ""])
     shown = Table(
