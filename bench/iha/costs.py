@@ -102,7 +102,7 @@ def _costs(config: ModelConfig) -> dict[str, Any]:
         "mixing, MFLOP/token": mixing_flops(config) / 1e6,
         "cached tokens": cache_tokens(config, CONTEXT),
         "cache, KiB/token": cache_bytes(config, CONTEXT) / CONTEXT / 1024,
-        "were it mixed": cache_bytes(config, CONTEXT, pseudo=True) / CONTEXT / 1024,
+        "if kept mixed": cache_bytes(config, CONTEXT, pseudo=True) / CONTEXT / 1024,
     }
 
 
