@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ import numpy as np
 import optax
 
 from bench.iha.encoder import Encoder, EncoderConfig
-from bench.iha.results import Curves, Result, Setting, Summary, Table
+from bench.iha.results import Curves, Result, Setting, Summary, Table, compared
 from bench.iha.training import num_parameters, shuffled, train
 
 _IGNORED = 2  # the symbol of padding
@@ -165,26 +166,15 @@ def learn(config: EncoderConfig, protocol: Protocol, rate: float, seed: int, dat
         for _ in range(protocol.epochs):
             yield shuffled((learned_from.symbols, learned_from.wanted), protocol.batch, rng)
 
-    def loss(model: Encoder, batch: tuple[jax.Array, jax.Array]) -> jax.Array:
-        symbols, wanted = batch
-        counted = symbols != _IGNORED
-        losses = optax.sigmoid_binary_cross_entropy(model(symbols.astype(int), counted)[..., 0], wanted)
-        return jnp.sum(losses * counted) / jnp.sum(counted)
-
-    @jax.jit
-    def right(model: Encoder, symbols: jax.Array, wanted: jax.Array) -> jax.Array:
-        counted = symbols != _IGNORED
-        return jnp.sum(((model(symbols.astype(int), counted)[..., 0] > 0) == wanted) & counted)
-
     def accuracy(on: Data) -> float:
         parts = range(0, len(on.symbols), _EVALUATED)
         found = sum(
-            int(right(model, on.symbols[at : at + _EVALUATED], on.wanted[at : at + _EVALUATED])) for at in parts
+            int(_right(model, on.symbols[at : at + _EVALUATED], on.wanted[at : at + _EVALUATED])) for at in parts
         )
         return found / int(on.valid.sum())
 
     found, best = Learned(), (-1.0, 0)
-    for epoch, _ in enumerate(train(model, loss, optax.adam(rate), epochs()), 1):
+    for epoch, _ in enumerate(train(model, _loss, _optimizer(rate), epochs()), 1):
         reached = accuracy(valid if protocol.valid else test)
         found.curve.append((float(epoch), reached))
         if not protocol.valid:
@@ -194,6 +184,25 @@ def learn(config: EncoderConfig, protocol: Protocol, rate: float, seed: int, dat
         elif epoch - best[1] >= protocol.patience:
             break
     return found
+
+
+@cache
+def _optimizer(rate: float) -> optax.GradientTransformation:
+    return optax.adam(rate)
+
+
+def _loss(model: Encoder, batch: tuple[jax.Array, jax.Array]) -> jax.Array:
+    symbols, wanted = batch
+    counted = symbols != _IGNORED
+    losses = optax.sigmoid_binary_cross_entropy(model(symbols.astype(int), counted)[..., 0], wanted)
+    return jnp.sum(losses * counted) / jnp.sum(counted)
+
+
+@jax.jit
+def _right(model: Encoder, symbols: jax.Array, wanted: jax.Array) -> jax.Array:
+    """Entries that are right."""
+    counted = symbols != _IGNORED
+    return jnp.sum(((model(symbols.astype(int), counted)[..., 0] > 0) == wanted) & counted)
 
 
 def experiment(setting: Setting) -> Result:
@@ -257,9 +266,7 @@ def _compared(
         rows.append([iha, parameters[iha], rate, Summary.of(values[iha]).text(), ahead.text("{:+.4f}")])
         best = max(Summary.of(one).mean for one in values.values())
         above |= best > known
-        behind = ahead.interval is not None and ahead.interval[1] < 0
-        seen = "IHA is ahead" if ahead.above_zero else "IHA is behind" if behind else "no separation was seen"
-        parts.append(f"{task.name}, rate {rate}: {seen} ({ahead.text('{:+.4f}')})")
+        parts.append(f"{task.name}, rate {rate}: IHA {compared(ahead)} MHA ({ahead.text('{:+.4f}')})")
         if best <= known:
             parts.append(f"no model is above what degrees alone tell ({known:.3f}), so none has learned to compose")
     rows += [[name, None, None, Summary.of(values).text(), ""] for name, values in trivial.items()]

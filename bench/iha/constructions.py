@@ -39,7 +39,7 @@ def witness(sign: float, seed: int, *, heads: int = 2, head_dim: int = 4, tokens
     mixing = Mixing(signed, signed, np.stack([eye, sign * eye], axis=-1), np.stack([eye, 0 * eye], axis=-1))
 
     def projected(row: np.ndarray) -> list[jax.Array]:
-        return [jnp.einsum("nd,dhe->nhe", jnp.tile(row, (tokens, 1)), weights) for weights in projections]
+        return [jnp.asarray(np.einsum("nd,dhe->nhe", np.tile(row, (tokens, 1)), one)) for one in projections]
 
     def gap(layer: Any) -> float:
         return float(jnp.abs(layer(*projected(x + y)) - layer(*projected(x)) - layer(*projected(y))).max())
@@ -84,8 +84,9 @@ def power_attention(a: np.ndarray, heads: int, values: np.ndarray, *, hard: bool
         q[width:, m] = np.linalg.matrix_power(a, m * heads) * (_COLD if hard else 1)
         k[width:, m] = np.linalg.matrix_power(a, m).T
         v[:width, m, m] = np.eye(width) * (heads if hard else 1)
-    projected = (jnp.einsum("nd,dhe->nhe", inputs, w.reshape(*w.shape[:2], -1)) for w in (q, k, v))
-    out = one_hot_mixing(heads)(*projected, linear=not hard)
+    projected = (np.einsum("nd,dhe->nhe", inputs, w.reshape(*w.shape[:2], -1)) for w in (q, k, v))
+    layer = jax.jit(Mixing.__call__, static_argnames="linear")
+    out = layer(one_hot_mixing(heads), *projected, linear=not hard)
     return np.asarray(out).reshape(tokens, heads**2, width)
 
 

@@ -1,19 +1,23 @@
-"""CPM-3, learned: counts of pairs, by one bidirectional layer of plain or Interleaved Head Attention."""
+"""CPM-3, learned: counts of pairs, by one bidirectional layer of plain or Interleaved Head Attention.
+
+How often each symbol occurs tells every count, so that a head that weighs all tokens alike brings an MLP what it needs.
+No order of tokens has to be kept, as in the construction; the task is no proof that pseudo heads are needed.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
 from bench.iha.cpm3_task import check_coefficients, counts_of
 from bench.iha.encoder import Encoder, EncoderConfig
-from bench.iha.results import Curves, Result, Setting, Summary, Table
+from bench.iha.results import Curves, Result, Setting, Summary, Table, compared
 from bench.iha.training import num_parameters, shuffled, train
 
 TOKENS, MODULUS, COEFFICIENT = 8, 5, 13  # N, M, G
@@ -80,17 +84,24 @@ def learn(config: EncoderConfig, seed: int, train_data: Data, test_data: Data, s
         for _ in range(size.epochs):
             yield shuffled((train_data.x, train_data.counts), size.batch, rng)
 
-    def loss(model: Encoder, batch: tuple[jax.Array, jax.Array]) -> jax.Array:
-        return optax.softmax_cross_entropy_with_integer_labels(model(batch[0]), batch[1]).mean()
+    found = []
+    for epoch, _ in enumerate(train(model, _loss, _optimizer(size), epochs()), 1):
+        found.append((float(epoch), float(_exact(model, test_data.x, test_data.counts))))
+    return found
 
-    @jax.jit
-    def exact(model: Encoder) -> jax.Array:
-        return (model(jnp.asarray(test_data.x)).argmax(axis=-1) == test_data.counts).mean()
 
-    steps = size.epochs * (size.train // size.batch)
-    optimizer = optax.adam(optax.cosine_decay_schedule(_LEARNING_RATE, steps))
-    losses = train(model, loss, optimizer, epochs())
-    return [(float(epoch), float(exact(model))) for epoch, _ in enumerate(losses, 1)]
+@cache
+def _optimizer(size: Size) -> optax.GradientTransformation:
+    return optax.adam(optax.cosine_decay_schedule(_LEARNING_RATE, size.epochs * (size.train // size.batch)))
+
+
+def _loss(model: Encoder, batch: tuple[jax.Array, jax.Array]) -> jax.Array:
+    return optax.softmax_cross_entropy_with_integer_labels(model(batch[0]), batch[1]).mean()
+
+
+@jax.jit
+def _exact(model: Encoder, x: jax.Array, counts: jax.Array) -> jax.Array:
+    return (model(x).argmax(axis=-1) == counts).mean()
 
 
 def experiment(setting: Setting) -> Result:
@@ -113,7 +124,7 @@ def run(size: Size, seeds: int) -> Result:
             print(f"  {config.name}, seed {seed}: {curves[config.name][-1][-1][1]:.4f}", flush=True)
     last = {name: [curve[-1][1] for curve in seeds_of] for name, seeds_of in curves.items()}
     parameters = {config.name: num_parameters(Encoder(config, 0)) for config in configs}
-    iha, *plain = last
+    iha, *_ = last
     rows: list[list[object]] = []
     differences = {}
     for name, values in last.items():
@@ -124,10 +135,8 @@ def run(size: Size, seeds: int) -> Result:
     rows += [[name, None, Summary.of(values).text(), ""] for name, values in trivial.items()]
     best = max(max(values) for values in trivial.values())
     learned = min(map(min, last.values())) > best
-    ahead = [name for name in plain if differences[name].above_zero]
-    verdict = (
-        f"{'every' if learned else 'NOT every'} model beats the baselines; IHA with 3 heads is ahead of "
-        f"{' and '.join(ahead) if ahead else 'no plain attention'} by an interval above zero"
+    verdict = f"{'every' if learned else 'NOT every'} model is above the baselines ({best:.3f}); " + "; ".join(
+        f"IHA with 3 heads {compared(one)} {name}" for name, one in differences.items()
     )
     shown = Table(
         f"Exact counts of the test data: N={TOKENS}, M={MODULUS}, G={COEFFICIENT}, {size.train} examples, "

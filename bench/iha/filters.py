@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -114,11 +115,15 @@ def learn(arm: Arm, seed: int, steps: int = STEPS) -> Run:
             yield jax.random.normal(jax.random.fold_in(keys[0], chunk), (CHUNK, BATCH, TOKENS, WIDTH))
 
     model = FilterBank(arm, seed)
-    optimizer = optax.adam(optax.cosine_decay_schedule(LEARNING_RATE, steps))
-    losses = train(model, relative_error, optimizer, data())
+    losses = train(model, relative_error, _optimizer(steps), data())
     curve = [(float(CHUNK * (at + 1)), loss) for at, loss in enumerate(losses)]
     test = jax.random.normal(keys[1], (_TEST, TOKENS, WIDTH))
     return Run(float(jax.jit(relative_error)(model, test)), curve)
+
+
+@cache
+def _optimizer(steps: int) -> optax.GradientTransformation:
+    return optax.adam(optax.cosine_decay_schedule(LEARNING_RATE, steps))
 
 
 def experiment(setting: Setting) -> Result:

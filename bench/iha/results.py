@@ -109,11 +109,6 @@ class Summary:
             interval = (mean - half, mean + half)
         return cls(mean, interval, min(values), max(values))
 
-    @property
-    def above_zero(self) -> bool:
-        """Whether the interval leaves zero below it."""
-        return self.interval is not None and self.interval[0] > 0
-
     def text(self, form: str = "{:.4f}") -> str:
         """Mean and interval."""
         mean = form.format(self.mean)
@@ -122,3 +117,11 @@ class Summary:
     def span(self, form: str = "{:.1e}") -> str:
         """The lowest value to the highest."""
         return f"{form.format(self.lowest)} to {form.format(self.highest)}"
+
+
+def compared(difference: Summary) -> str:
+    """What a difference to something else says, by its interval: for a sentence that goes on with the other's name."""
+    if difference.interval is None:
+        return "has too few seeds to compare with"
+    low, high = difference.interval
+    return "is ahead of" if low > 0 else "is behind" if high < 0 else "shows no separation from"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import jax
@@ -21,27 +22,32 @@ def train(
 
     Args:
       model: whose parameters are trained.
-      loss: of a model on a batch.
+      loss: of a model on a batch. With the same function and the same optimizer, models that differ in nothing but
+        their numbers share one program.
       optimizer: of all parameters.
-      chunks: trees of arrays whose leading axis is that of batches; shapes that come again compile once.
+      chunks: trees of arrays whose leading axis is that of batches.
     """
     graph, parameters = nnx.split(model)
-    state = optimizer.init(parameters)
-
-    @jax.jit
-    def steps(carry: tuple[Any, Any], batches: Any) -> tuple[tuple[Any, Any], jax.Array]:
-        def step(carry: tuple[Any, Any], batch: Any) -> tuple[tuple[Any, Any], jax.Array]:
-            parameters, state = carry
-            value, gradient = jax.value_and_grad(lambda now: loss(nnx.merge(graph, now), batch))(parameters)
-            updates, state = optimizer.update(gradient, state, parameters)
-            return (optax.apply_updates(parameters, updates), state), value
-
-        return jax.lax.scan(step, carry, batches)
-
+    carry = (parameters, optimizer.init(parameters))
     for batches in chunks:
-        (parameters, state), losses = steps((parameters, state), batches)
-        nnx.update(model, parameters)
+        carry, losses = _steps(carry, batches, graph, loss, optimizer)
+        nnx.update(model, carry[0])
         yield float(losses.mean())
+
+
+@partial(jax.jit, static_argnums=(2, 3, 4))
+def _steps(
+    carry: tuple[Any, Any], batches: Any, graph: Any, loss: Callable[..., jax.Array], optimizer: Any
+) -> tuple[tuple[Any, Any], jax.Array]:
+    """Parameters and state after a step on each batch, and the losses."""
+
+    def step(carry: tuple[Any, Any], batch: Any) -> tuple[tuple[Any, Any], jax.Array]:
+        parameters, state = carry
+        value, gradient = jax.value_and_grad(lambda now: loss(nnx.merge(graph, now), batch))(parameters)
+        updates, state = optimizer.update(gradient, state, parameters)
+        return (optax.apply_updates(parameters, updates), state), value
+
+    return jax.lax.scan(step, carry, batches)
 
 
 def shuffled(arrays: Any, batch: int, rng: np.random.Generator) -> Any:

@@ -18,7 +18,7 @@ from bench.iha.attention import Mixing, attend
 from bench.iha.cpm3_task import brute_force, check_coefficients, counts_of, is_symmetric
 from bench.iha.encoder import Encoder, EncoderConfig
 from bench.iha.experiments import EXPERIMENTS
-from bench.iha.results import Curves, Result, Setting, Summary, Table
+from bench.iha.results import Curves, Result, Setting, Summary, Table, compared
 from bench.iha.training import num_parameters
 from models.iha import initial_collapse, initial_mixing
 from tests.models.iha_oracle import collapsed, pseudo_outputs
@@ -57,7 +57,7 @@ def test_copies_stay_copies_without_noise() -> None:
         q, k, v, direction = (jnp.asarray(x) for x in np.random.default_rng(3).normal(size=(4, 5, 4, 6)))
         own, mean = initial_mixing(4, 4, 3), initial_collapse(4, 3, "global")
         mixing = Mixing(*(one + noise * rng.normal(size=one.shape) for one in (own, own, own, mean)))
-        gradient = nnx.grad(lambda layer: jnp.sum(layer(q, k, v) * direction) ** 2)(mixing)
+        gradient = jax.jit(nnx.grad(lambda layer: jnp.sum(layer(q, k, v) * direction) ** 2))(mixing)
         return [
             float((leaf.max(axis=-1) - leaf.min(axis=-1)).max() / jnp.abs(leaf).max())
             for leaf in jax.tree.leaves(gradient)
@@ -112,7 +112,7 @@ def test_powers_are_exact_by_construction(powers: int) -> None:
 def test_cpm3_by_construction_is_brute_force() -> None:
     rng = np.random.default_rng(6)
     with jax.enable_x64(True):
-        for tokens in (2, 5, 8, 9):
+        for tokens in (2, 8):
             x = rng.integers(0, 20, tokens)
             error, counts = constructions.cpm3_construction(x, 5, 13)
             assert error < 1e-12
@@ -162,19 +162,16 @@ def test_counts_of_many_sequences_are_those_of_each() -> None:
     np.testing.assert_array_equal(counts_of(x, 5, 13), [brute_force(row, 5, 13) for row in x])
 
 
-def test_cpm3_is_learned_beside_its_baselines() -> None:
+def test_cpm3_is_learned_beside_its_baselines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpm3, "HEADS", ((3, 3), (3, 0)))
     size = cpm3.Size(train=200, test=100, epochs=1, batch=50)
     result = cpm3.run(size, seeds=2)
     (table,) = result.tables
-    assert [row[0] for row in table.rows] == [
-        "IHA H=3 P=3",
-        "MHA H=3",
-        "MHA H=8",
-        "commonest count",
-        "commonest of the own token",
-    ]
-    # A model of one short epoch hardly beats them, and the verdict says what it sees.
-    assert result.verdict.startswith("every" if result.holds else "NOT every")
+    baselines = ["commonest count", "commonest of the own token"]
+    assert [row[0] for row in table.rows] == ["IHA H=3 P=3", "MHA H=3", *baselines]
+    # After one short epoch neither is above them, and the verdict says so.
+    assert not result.holds
+    assert result.verdict.startswith("NOT every")
 
 
 def test_relations_are_composed_as_by_loops() -> None:
@@ -204,7 +201,7 @@ def test_baselines_of_composition_are_those_of_the_specification() -> None:
 
 
 def test_parameters_of_the_trained_layer_differ_by_the_mixing_weights() -> None:
-    plain = EncoderConfig(symbols=3, positions=64, outputs=1, width=128, inner=512, heads=8)
+    plain = EncoderConfig(symbols=3, positions=4, outputs=1, width=16, inner=16, heads=8)
     iha = dataclasses.replace(plain, pseudo_heads=2)
     assert num_parameters(Encoder(iha, 0)) - num_parameters(Encoder(plain, 0)) == 4 * 8**2 * 2
 
@@ -229,15 +226,17 @@ def test_composition_stops_early_by_valid_examples() -> None:
     (picture,) = result.curves
     assert [len(curve) for curves in picture.lines.values() for curve in curves] == [3] * 4  # the best is the first
     assert not result.holds
-    assert "no separation was seen" in result.verdict
+    assert "shows no separation from MHA" in result.verdict
     assert "none has learned to compose" in result.verdict
 
 
 def test_summaries_have_students_interval() -> None:
     summary = Summary.of([1.0, 2.0, 3.0])
     assert summary.interval == pytest.approx((2 - 4.3027 / 3**0.5, 2 + 4.3027 / 3**0.5), abs=1e-4)
-    assert not summary.above_zero
     assert Summary.of([1.0]).interval is None
+    assert compared(summary) == "shows no separation from"
+    assert compared(Summary.of([1.0, 1.1, 1.2])) == "is ahead of"
+    assert compared(Summary.of([-1.0, -1.1, -1.2])) == "is behind"
 
 
 # The command

@@ -77,7 +77,7 @@ def loss_of(mask: str, rope: str, window: int | None = None) -> Callable[[Weight
 def test_gradients_are_finite_differences(mask: str, window: int | None, form: str) -> None:
     loss = jax.jit(loss_of(mask, "virtual", window))
     weights = weights_of(form, noise=0.3)
-    gradient = jax.grad(loss)(weights)
+    gradient = jax.jit(jax.grad(loss))(weights)
     rng = np.random.default_rng(1)
     step = 1e-6
     for name, value in weights._asdict().items():
@@ -95,27 +95,27 @@ def spread(gradient: jax.Array) -> float:
 
 @pytest.mark.parametrize("rope", ["token", "none"])
 def test_copies_get_equal_gradients_under_the_token_mask(rope: str) -> None:
-    gradient = jax.grad(loss_of("token", rope))(weights_of("per_head"))
+    gradient = jax.jit(jax.grad(loss_of("token", rope)))(weights_of("per_head"))
     assert max(map(spread, gradient)) < 1e-12
     # Under the flat mask the same weights come apart.
-    apart = jax.grad(loss_of("flat", rope))(weights_of("per_head"))
+    apart = jax.jit(jax.grad(loss_of("flat", rope)))(weights_of("per_head"))
     assert min(map(spread, apart)) > 1e-2
 
 
 @pytest.mark.parametrize("rope", ["virtual", "scaled"])
 def test_positions_of_pseudo_heads_tell_copies_apart(rope: str) -> None:
-    gradient = jax.grad(loss_of("token", rope))(weights_of("per_head"))
+    gradient = jax.jit(jax.grad(loss_of("token", rope)))(weights_of("per_head"))
     assert min(map(spread, gradient)) > 1e-2
 
 
 def test_initial_noise_tells_copies_apart() -> None:
-    gradient = jax.grad(loss_of("token", "token"))(weights_of("per_head", noise=INIT_NOISE))
+    gradient = jax.jit(jax.grad(loss_of("token", "token")))(weights_of("per_head", noise=INIT_NOISE))
     assert min(map(spread, gradient)) > 1e-3
 
 
 def test_keys_and_values_stay_tied_where_the_collapse_takes_the_last() -> None:
     weights = weights_of()._replace(collapse=jnp.asarray(initial_collapse(HEADS, PSEUDO, "global", PSEUDO - 1)))
-    gradient = jax.grad(loss_of("flat", "none"))(weights)
+    gradient = jax.jit(jax.grad(loss_of("flat", "none")))(weights)
     assert max(spread(gradient.alpha_k), spread(gradient.alpha_v)) < 1e-12
     assert spread(gradient.alpha_q) > 1e-2
 
