@@ -24,9 +24,13 @@ def draw(curves: Curves, path: Path) -> None:
         middle = np.exp(np.log(values).mean(axis=0)) if curves.log else values.mean(axis=0)
         (line,) = axes.plot(places, middle, label=name)
         axes.fill_between(places, values.min(axis=0), values.max(axis=0), color=line.get_color(), alpha=0.2)
+    names: dict[float, list[str]] = {}
     for name, level in curves.levels.items():
+        names.setdefault(round(level, 3), []).append(name)
+    for level, alike in names.items():
         axes.axhline(level, color="gray", linestyle=":", linewidth=1)
-        axes.annotate(name, (1, level), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
+        place = (1, level)
+        axes.annotate(", ".join(alike), place, xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
     axes.set(title=curves.title, xlabel=curves.x, ylabel=curves.y, yscale="log" if curves.log else "linear")
     axes.legend()
     figure.savefig(path, dpi=80)
