@@ -64,8 +64,7 @@ def test_copies_stay_copies_without_noise() -> None:
         ]
 
     with jax.enable_x64(True):
-        # The collapse is that of float32, whose thirds are no thirds.
-        assert max(spreads(0.0)) < 1e-6
+        assert max(spreads(0.0)) < 1e-12
         assert min(spreads(0.02)) > 1e-3
 
 
