@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from bench.iha.experiments import EXPERIMENTS
-from bench.iha.pictures import draw
+from bench.iha.pictures import check_drawing, draw
 from bench.iha.results import Curves, Result, Setting
 from bench.report import header, write_json
 from jaxdual.arguments import run_command, whole
-from jaxdual.result_files import check_picture
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(options: argparse.Namespace) -> int:
     if options.pictures is not None:
-        check_picture(options.pictures / "curves.png")
+        check_drawing()
         options.pictures.mkdir(parents=True, exist_ok=True)
     setting = Setting(options.seeds, options.full)
     report: dict[str, Any] = header("bench.iha") | {"seeds": setting.seeds, "full": setting.full, "experiments": {}}

@@ -48,7 +48,7 @@ class Affine(nnx.Module):
 
     def __init__(self, inputs: int, outputs: int, rng: np.random.Generator) -> None:
         self.kernel = _normal(rng, (inputs, outputs), inputs**-0.5)
-        self.bias = nnx.Param(jnp.zeros(outputs))
+        self.bias = nnx.Param(jnp.asarray(np.zeros(outputs, np.float32)))
 
     def __call__(self, x: Float[Array, "*rows inputs"]) -> Float[Array, "*rows outputs"]:
         return x @ self.kernel[...] + self.bias[...]

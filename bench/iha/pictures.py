@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,14 @@ import numpy as np
 from bench.iha.results import Curves
 
 
+def check_drawing() -> None:
+    """Raises `ValueError` if pictures cannot be drawn here."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("--pictures needs matplotlib: pip install 'jaxdual[plot]'")
+
+
 def draw(curves: Curves, path: Path) -> None:
-    """Draws each arm's mean over seeds, between its lowest and highest. See `result_files.check_picture`."""
+    """Draws each arm's mean over seeds, between its lowest and highest; `check_drawing` comes first."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -28,7 +28,7 @@ def train(
       chunks: trees of arrays whose leading axis is that of batches.
     """
     graph, parameters = nnx.split(model)
-    carry = (parameters, optimizer.init(parameters))
+    carry = (parameters, jax.jit(optimizer.init)(parameters))
     for batches in chunks:
         carry, losses = _steps(carry, batches, graph, loss, optimizer)
         nnx.update(model, carry[0])
