@@ -1,7 +1,7 @@
 """Decoder models in Flax nnx: configuration, layers, and weights in the Hugging Face layout."""
 
 from models.checkpoint import init, load, save
-from models.config import ModelConfig, MoEConfig, RopeConfig
+from models.config import IHAConfig, ModelConfig, MoEConfig, RopeConfig
 from models.decoder import Decoder
 from models.errors import ModelError
 from models.families import load_config, to_hf
@@ -11,6 +11,7 @@ from models.hub import resolve
 __all__ = [
     "Decoder",
     "GenerationConfig",
+    "IHAConfig",
     "MoEConfig",
     "ModelConfig",
     "ModelError",

@@ -218,6 +218,11 @@ class ModelConfig:
                 raise ValueError(f"mlp_only_layers names {outside[0]}; layers are 0 to {self.num_layers - 1}")
         if self.iha is not None and not 0 <= self.iha.layers[0] <= self.iha.layers[-1] < self.num_layers:
             raise ValueError(f"iha_layers is {list(self.iha.layers)}; layers are 0 to {self.num_layers - 1}")
+        if self.iha is not None and self.max_position_embeddings * self.iha.pseudo_heads > MAX_POSITIONS:
+            raise ValueError(
+                f"max_position_embeddings ({self.max_position_embeddings}) times iha_pseudo_heads "
+                f"({self.iha.pseudo_heads}) must be at most {MAX_POSITIONS}"
+            )
         for token in (*self.eos_token_ids, *(() if self.bos_token_id is None else (self.bos_token_id,))):
             if token < 0:
                 raise ValueError(f"bos_token_id or eos_token_id is {token}; it must be at least 0")

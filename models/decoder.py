@@ -57,9 +57,7 @@ class Decoder(nnx.Module):
         rope = rope_table(config.rope, head_dim, positions)
         if config.iha is None or config.iha.rope != "virtual":
             return rope
-        pseudo = config.iha.pseudo_heads
-        most = config.max_position_embeddings * pseudo
-        return rope._replace(virtual=exact_rope_table(config.rope, head_dim, positions * pseudo, most))
+        return rope._replace(virtual=exact_rope_table(config.rope, head_dim, positions * config.iha.pseudo_heads))
 
     def layer(
         self, index: int, x: Float[Array, "T D"], rope: Rope, attend: Attend, cache: Any, mix: Mix | None = None

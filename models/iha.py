@@ -3,7 +3,8 @@
 Every query head forms P pseudo queries, keys and values of each token, each a learned mixture over all heads. The
 pseudo tokens of a token lie next to each other in a virtual sequence P times as long, on which plain attention runs; a
 learned collapse makes the P outputs of a head one again. What is cached are the keys and values before they are mixed,
-with the key rotated for its token: a model of this kind needs no more cache than its base.
+with the key rotated for its token: a model of this kind needs no more cache than its base. (On several devices that
+share the heads of a model, each keeps those of all heads.)
 """
 
 from __future__ import annotations
@@ -86,12 +87,14 @@ def pseudo_queries(
       rope: of the tokens.
       phase: of the pseudo heads, see `phases`.
     """
-    mixed = mix(q, alpha)
+    # Rounded once, when they are rotated.
+    mixed = mix(q.astype(jnp.promote_types(q.dtype, jnp.float32)), alpha)
     tokens, heads, pseudo, head_dim = mixed.shape
     of_pseudo = turned(Rope(rope.cos[:, None], rope.sin[:, None]), Rope(phase.cos[None], phase.sin[None]))
     rows = mixed.transpose(0, 2, 1, 3).reshape(tokens * pseudo, heads, head_dim)
     of_rows = Rope(of_pseudo.cos.reshape(len(rows), -1), of_pseudo.sin.reshape(len(rows), -1))
-    return rotate(rows, of_rows).reshape(tokens, pseudo, heads, head_dim).transpose(0, 2, 1, 3)
+    rotated = rotate(rows, of_rows).reshape(tokens, pseudo, heads, head_dim).transpose(0, 2, 1, 3)
+    return rotated.astype(q.dtype)
 
 
 def collapse(out: Float[Array, "T H P d"], weights: Float[Array, "*form"]) -> Float[Array, "T H d"]:
@@ -142,9 +145,10 @@ class InterleavedAttention(Attention):
 
     def pseudo_heads(self) -> PseudoHeads:
         phase = phases(self._config, self._iha)
-        return PseudoHeads(
+        pseudo = PseudoHeads(
             self.alpha_k[...], self.alpha_v[...], phase.cos, phase.sin, mask=self._iha.mask, window=self._window
         )
+        return pseudo.within(self._config.max_position_embeddings)
 
     def output(self, out: Float[Array, "T H P d"]) -> Float[Array, "T D"]:
         """Collapse and output projection."""

@@ -11,7 +11,8 @@ from jaxtyping import Array, Float, Float32, Float64, Int
 
 from models.config import RopeConfig
 
-_FINE = 1024  # positions of the fine table that a position is composed of
+# Digits of a position, and how many make up any number of 31 bits.
+_BASE, _DIGITS = 256, 4
 
 
 class Rope(NamedTuple):
@@ -94,21 +95,20 @@ def rope_table(config: RopeConfig, head_dim: int, positions: Int[Array, "T"]) ->
     return Rope(jnp.cos(angles) * factor, jnp.sin(angles) * factor)
 
 
-def exact_rope_table(config: RopeConfig, head_dim: int, positions: Int[Array, "T"], most: int) -> Rope:
+def exact_rope_table(config: RopeConfig, head_dim: int, positions: Int[Array, "T"]) -> Rope:
     """`rope_table` for long ranges of positions, from tables that were made in float64.
 
-    A float32 product of position and frequency is off by 0.005 rad at position 160,000; here an angle is put together
-    from a multiple of `_FINE` positions and the rest, each exact to float32.
-
-    Args:
-      config, head_dim, positions: as of `rope_table`.
-      most: positions are below this.
+    A float32 product of position and frequency is off by 0.005 rad at position 160,000; here an angle is the sum of
+    those of the position's digits, each exact to float32.
     """
-    coarse = angles_at(config, head_dim, np.arange(-(-most // _FINE)) * _FINE)
-    fine = angles_at(config, head_dim, np.arange(min(most, _FINE)))
     factor = attention_factor(config)
-    high, low = positions // _FINE, positions % _FINE
-    composed = turned(Rope(coarse.cos[high], coarse.sin[high]), Rope(fine.cos[low], fine.sin[low]))
+    composed: Rope | None = None
+    for digit in range(_DIGITS):
+        table = angles_at(config, head_dim, np.arange(_BASE) * _BASE**digit)
+        at = positions // _BASE**digit % _BASE
+        part = Rope(table.cos[at], table.sin[at])
+        composed = part if composed is None else turned(composed, part)
+    assert composed is not None
     return Rope(composed.cos * factor, composed.sin * factor)
 
 

@@ -7,7 +7,6 @@ each other (`--rope token --mask token`) or only the last one counts (`--rope to
 """
 
 import argparse
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -35,6 +34,7 @@ from pallas_kernels.pseudo_heads import MASKS
 FAMILIES = ("llama", "mistral", "qwen3")
 ROPES = ("scaled", "token", "virtual")
 SELECTS = ("mean", "last", "first")
+MAX_NOISE = 100.0  # far beyond any use; weights stay finite
 
 # Files that speak of the source's weights.
 _OF_SOURCE = ("README.md", "metrics.json", "config.json")
@@ -57,8 +57,10 @@ def upcycled(base: Decoder, iha: IHAConfig, *, select: str = "mean", noise: floa
     """
     if base.config.family not in FAMILIES:
         raise ModelError(f"model family {base.config.family!r} cannot be upcycled; supported: {', '.join(FAMILIES)}")
-    if not 0 <= noise < math.inf:
-        raise ValueError(f"noise is {noise}; a number from 0 on is expected")
+    if not 0 <= noise <= MAX_NOISE:
+        raise ValueError(f"noise is {noise}; a number from 0 to {MAX_NOISE} is expected")
+    if seed < 0:
+        raise ValueError(f"seed is {seed}; a whole number from 0 on is expected")
     config = replace(base.config, family="jaxdual_iha", iha=iha)
     # Refuses what a checkpoint of the family cannot hold.
     to_hf(config)

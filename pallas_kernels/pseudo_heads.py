@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -67,12 +68,17 @@ class PseudoHeads:
         behind = behind[..., None, None]
         return (behind >= shift) if self.window is None else (behind >= shift) & (behind - shift < self.window)
 
+    def within(self, keys: int) -> PseudoHeads:
+        """The same for sequences of at most `keys` tokens: without a window that none of them outgrows."""
+        far = self.window is not None and self.window >= keys
+        return dataclasses.replace(self, window=None) if far else self
+
     def keys(self, k: Float[Array, "*tokens kv_heads head_dim"]) -> Float[Array, "*tokens q_heads pseudo head_dim"]:
         """Pseudo keys of tokens from their raw ones."""
-        mixed = mix(k, self.alpha_k)
+        # Rounded once, when they are rotated.
+        mixed = mix(k.astype(jnp.promote_types(k.dtype, jnp.float32)), self.alpha_k)
         half = k.shape[-1] // 2
-        wide = jnp.promote_types(mixed.dtype, jnp.float32)
-        first, second = mixed[..., :half].astype(wide), mixed[..., half:].astype(wide)
+        first, second = mixed[..., :half], mixed[..., half:]
         turned = [first * self.cos - second * self.sin, second * self.cos + first * self.sin]
         return jnp.concatenate(turned, axis=-1).astype(k.dtype)
 

@@ -13,6 +13,7 @@ from jaxdual.kv.group import GroupPages
 from jaxdual.kv.layout import KVLayout, most_blocks
 from jaxdual.parallel.exchange import PASS_BYTES
 from models import ModelConfig
+from pallas_kernels.iha_prefill.virtual import GROUP_BYTES
 
 _CPU_KV_BYTES = 1 << 30
 _STAGING_BYTES = 64 << 20  # at least, where a store is configured
@@ -98,7 +99,10 @@ def check_host_memory(
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     on_cpu = jax.default_backend() == "cpu"
     per_sequence = model.vocab_size * SAMPLER_BYTES_PER_TOKEN_ID
-    device = sum(pages.num_pages * layout.full_block_bytes(group) for group, pages in enumerate(memory))
+    tensor = config.tensor_parallel_size  # devices of a rank, all of which this machine plays if it is a CPU
+    device = sum(
+        pages.num_pages * layout.device_block_bytes(group, tensor) * tensor for group, pages in enumerate(memory)
+    )
     host = sum(pages.host_pages * layout.full_block_bytes(group) for group, pages in enumerate(memory))
     staging = sum(pages.staging_pages * layout.full_block_bytes(group) for group, pages in enumerate(memory))
     for need, setting in (
@@ -120,10 +124,21 @@ def _free_device_memory(config: EngineConfig, layout: KVLayout, model: ModelConf
         raise ConfigError("this device does not tell its memory: set kv_cache_memory_bytes or num_kv_blocks")
     logits = config.max_num_seqs * model.vocab_size * 4 * _HIDDEN_COPIES
     streams = config.max_num_batched_tokens * model.hidden_size * layout.itemsize * _HIDDEN_COPIES
-    streams += _expert_bytes(config, layout, model)
+    streams += _expert_bytes(config, layout, model) + _pseudo_bytes(config, layout, model)
     if config.dysco_profile is not None:  # relevance of each slot's tokens, and which are of a template
         streams += (config.max_num_seqs + 1) * layout.pages_for(max_model_len) * layout.page_size * (4 + 1)
     return int(stats["bytes_limit"] * config.gpu_memory_utilization) - int(stats["bytes_in_use"]) - logits - streams
+
+
+def _pseudo_bytes(config: EngineConfig, layout: KVLayout, model: ModelConfig) -> int:
+    """What Interleaved Head Attention needs: pseudo queries and outputs of a step, and pseudo keys and values."""
+    if model.iha is None:
+        return 0
+    heads = model.num_heads * model.iha.pseudo_heads // config.tensor_parallel_size
+    rows = 3 * config.max_num_batched_tokens * heads * model.head_dim * 4  # in float32 while they are mixed
+    # At least those of one head of one sequence are made at a time.
+    one = 2 * config.max_num_batched_tokens * model.iha.pseudo_heads * model.head_dim * layout.itemsize
+    return rows + max(2 * GROUP_BYTES, one)
 
 
 def _expert_bytes(config: EngineConfig, layout: KVLayout, model: ModelConfig) -> int:

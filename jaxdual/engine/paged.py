@@ -104,6 +104,8 @@ class GroupPrefill:
         arena = _write(self._layers, index, arena, self._places, k, v)
         rows = _k_rows(self._layers, index, self._pages)
         chunks = q.reshape(self._counts.shape[0], self._chunk, *q.shape[1:])
+        if pseudo is not None:
+            _refuse_with_pseudo_heads(None, look)
         if look is not None:
             offsets = jnp.arange(looked, dtype=jnp.int32)
             lengths = jnp.where(offsets < self._counts[:, None], self._begins[:, None] + offsets + 1, 0)
@@ -199,6 +201,7 @@ def decode_attend(
         arena = _write(layers, index, arenas[group], places[group], k, v)
         rows, lengths = _k_rows(layers, index, pages[group]), relative[group] + 1
         if pseudo is not None:
+            _refuse_with_pseudo_heads(key_bias, look)
             mixed = _iha_decode(q, arena, arena, rows, lengths, pseudo, v_page_table=rows + 1)
             return mixed, _replaced(arenas, group, arena)
         attended = _decode_attention(
@@ -219,6 +222,11 @@ def decode_attend(
         return out, _replaced(arenas, group, arena)
 
     return attend
+
+
+def _refuse_with_pseudo_heads(key_bias: KeyBias | None, look: Callable[..., Array] | None) -> None:
+    if key_bias is not None or look is not None:
+        raise NotImplementedError("attention of pseudo heads can't be raised or looked at")
 
 
 def _places(

@@ -94,6 +94,8 @@ def _run(options: argparse.Namespace) -> int:
     params = _params(options)
     folder, name = find_model(config)
     model = load_config(folder)
+    if model.iha is not None:
+        raise ConfigError(f"{folder}: the model has Interleaved Head Attention, for which DySCO is not defined")
     profile = None if config.dysco_profile is None else read_profile(config.dysco_profile)
     asked = DyscoModel(name, model.num_layers, model.num_heads, profile=profile)
     asked.resolved(params, 1, None)  # before weights are read

@@ -85,6 +85,6 @@ def iha_decode(
         keys,
         values,
         jnp.clip(lengths, 0, keys.keys),
-        pseudo,
+        pseudo.within(keys.keys),
         scale=scale,
     )

@@ -88,6 +88,6 @@ def iha_prefill(
         values,
         starts,
         jnp.clip(counts, 0, jnp.clip(keys.keys - starts, 0, chunk)),
-        pseudo,
+        pseudo.within(keys.keys),
         scale=scale,
     )

@@ -7,11 +7,13 @@ import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import models
 from jaxdual import LLM, DyscoParams, SamplingParams
 from jaxdual.heads.__main__ import main as heads_command
+from jaxdual.selections.__main__ import main as selections_command
 from tests.engine.models import TieCounter, folder
 from tests.iha_models import KINDS, config_of, reference_logits
 
@@ -90,10 +92,27 @@ def test_a_window_keeps_one_token_more_under_the_flat_mask_alone() -> None:
     assert windows == {"iha": {None, 6}, "iha_token": {11}, "iha_full": {None}}
 
 
-def test_what_needs_plain_attention_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_needs_plain_attention_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     llm = LLM(folder("iha_full"), **SETTINGS)
     params = SamplingParams(max_tokens=4, dysco=DyscoParams(heads=[(0, 0)]))
     with pytest.raises(ValueError, match="Interleaved Head Attention"):
         llm.generate([{"prompt_token_ids": [1, 2, 3]}], params)
+    page = ["--model", str(folder("iha_full")), "--prompt", "x", "--html", str(tmp_path / "page.html")]
+    assert selections_command(page) == 2
+    assert "Interleaved Head Attention" in capsys.readouterr().err
     assert heads_command(["detect", "--model", str(folder("iha_full"))]) == 2
     assert "Interleaved Head Attention" in capsys.readouterr().err
+
+
+def test_a_window_that_nothing_outgrows_is_none(tmp_path: Path) -> None:
+    config = config_of("iha")
+    far = tuple(None if window is None else 2**31 - 1 for window in config.layer_windows)
+    models.save(models.init(dataclasses.replace(config, layer_windows=far)), tmp_path / "far", dtype="float32")
+    models.save(models.init(dataclasses.replace(config, layer_windows=())), tmp_path / "none", dtype="float32")
+    found = [
+        LLM(tmp_path / name, **SETTINGS).generate([{"prompt_token_ids": [5] * 20}], GREEDY) for name in ("far", "none")
+    ]
+    assert found[0][0].outputs[0].token_ids == found[1][0].outputs[0].token_ids
+    tokens = np.arange(30)[None]
+    logits = [np.asarray(models.load(tmp_path / name).logits(tokens)) for name in ("far", "none")]
+    np.testing.assert_array_equal(*logits)

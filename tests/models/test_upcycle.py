@@ -107,7 +107,7 @@ def test_the_command_writes_a_folder_that_loads(
         (str(QWEN3), ["--layers", "1,0"], "numbers of layers in order"),
         (str(QWEN3), ["--pseudo-heads", "0"], "iha_pseudo_heads is 0"),
         (str(QWEN3), ["--noise", "nan"], "noise is nan"),
-        (str(QWEN3), ["--noise", "-1"], "noise is -1.0; a number from 0 on is expected"),
+        (str(QWEN3), ["--noise", "-1"], "noise is -1.0; a number from 0 to 100.0 is expected"),
     ],
 )
 def test_wrong_input_is_one_line_and_exit_code_2(
