@@ -63,6 +63,7 @@ def test_arms_follow_the_schedule_and_get_equal_operations() -> None:
     assert configs["iha"].iha is not None
     assert configs["iha"].iha.layers == (0, 1, 2, 3)
     assert configs["global_local"].layer_windows == (16, 16, 16, 16, None)
+    assert configs["iha_windows"].layer_windows == configs["iha"].layer_windows
     assert configs["iha_lite"].layer_windows == configs["mha"].layer_windows == ()
     steps = lm.steps_of(configs, 1000)
     assert steps["mha"] == 1000
@@ -93,7 +94,7 @@ def test_arms_of_a_seed_begin_alike_and_see_the_same_text(monkeypatch: pytest.Mo
         config: ModelConfig, _recipe: Any, steps: int, data: Any, _heldout: Any, initial: Any, **more: Any
     ) -> Any:
         begun.append((config, initial, data))
-        seed = (len(begun) - 1) // 4
+        seed = (len(begun) - 1) // len(lm.arms())
         points = sorted({*more["measured_at"], steps})
         return {"curve": [(step, loss[config.family] + seed) for step in points], "steps": steps, "cpu_seconds": 1.0}
 
@@ -101,13 +102,13 @@ def test_arms_of_a_seed_begin_alike_and_see_the_same_text(monkeypatch: pytest.Mo
     monkeypatch.setattr(lm, "trained", trained)
     found = lm.run(seeds=2, steps=100, tell=lambda _: None)
     json.dumps(found)
-    for first in (0, 4):
+    for first in (0, 5):
         _, shared, data = begun[first]
-        for _, initial, also in begun[first : first + 4]:
+        for _, initial, also in begun[first : first + 5]:
             assert also is data
             for name, value in initial.items():
                 assert is_mixing(name) or (value == shared[name]).all()
-    assert (begun[0][1]["embedding"] != begun[4][1]["embedding"]).any()
+    assert (begun[0][1]["embedding"] != begun[5][1]["embedding"]).any()
     rows = {row["arm"]: row for row in found["rows"]}
     assert rows["iha"]["difference"]["values"] == [-1.0, -1.0]
     assert rows["global_local"]["loss"]["mean"] == 5.5
@@ -115,9 +116,11 @@ def test_arms_of_a_seed_begin_alike_and_see_the_same_text(monkeypatch: pytest.Mo
     verdicts = found["verdict"]["equal_operations"]
     assert [verdict.partition(":")[0] for verdict in verdicts] == [
         "global_local and mha",
+        "iha_windows and mha",
         "iha is better than mha",
         "iha_lite is better than mha",
         "iha is better than global_local",
+        "iha is better than iha_windows",
     ]
     assert found["baselines"]["uniform"] == pytest.approx(np.log(4096))
     assert "no difference shown" in lm.lines(found)
