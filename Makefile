@@ -47,8 +47,9 @@ $(STAMP): pyproject.toml
 demo: $(STAMP)
 	$(PY) -m jaxdual.offline -i examples/batch.jsonl -o build/demo.jsonl --report build/demo-report.json --overwrite --show
 
+# Two at a time: most of a test's time is one thread's, compiling.
 test: lint
-	$(PY) -m pytest -m "not kernels and not faults and not rdma and not ray"
+	$(PY) -m pytest -n 2 --dist loadfile -m "not kernels and not faults and not rdma and not ray"
 
 test-fast: $(STAMP)
 	$(PY) -m pytest -m "not slow and not kernels and not faults and not rdma and not ray"

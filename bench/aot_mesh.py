@@ -91,7 +91,7 @@ def _trace(mesh: DeviceMesh, step: str) -> Any:
         jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=rule(path, leaf.shape))
         for path, leaf in zip(paths, programs.leaves, strict=True)
     ]
-    arena = jax.ShapeDtypeStruct(layout.arena_shape(ranks * _PAGES), jnp.bfloat16, sharding=programs.arena_sharding)
+    arena = jax.ShapeDtypeStruct(layout.arena_shape(ranks * _PAGES), jnp.bfloat16, sharding=programs.arena_sharding())
     assert config.moe is not None
     experts = config.moe.num_experts
 

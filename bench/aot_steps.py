@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -18,7 +19,8 @@ from jaxdual.engine.paged import GroupTable
 from jaxdual.engine.steps import Programs
 from jaxdual.kv.layout import KVLayout
 from models import Decoder
-from models.config import ModelConfig, RopeConfig
+from models.config import IHAConfig, ModelConfig, RopeConfig
+from models.iha import schedule
 
 _PAGES, _WIDTH, _PAGE_SIZE = 4096, 64, 64
 _LAYER_SLOTS = 3
@@ -57,8 +59,23 @@ class Step(NamedTuple):
     page_bytes: int
 
 
+# Four layers of Interleaved Head Attention behind a window, and a global one.
+_PSEUDO_HEADS = 2
+_WINDOWS, _IHA_LAYERS = schedule(5, 8192, _PSEUDO_HEADS)
+IHA_8B = dataclasses.replace(
+    QWEN3_8B,
+    family="jaxdual_iha",
+    num_layers=5,
+    layer_windows=_WINDOWS,
+    iha=IHAConfig(pseudo_heads=_PSEUDO_HEADS, layers=_IHA_LAYERS),
+)
+
+
 def steps() -> dict[str, Step]:
-    """Decoding of 32 sequences, and of 8 long ones by DySCO; prefill of 4 chunks of 1024 tokens, and a layer of it."""
+    """Decoding of 32 sequences, and of 8 long ones by DySCO; prefill of 4 chunks of 1024 tokens, and a layer of it.
+
+    The same decoding and prefill with Interleaved Head Attention.
+    """
     config = QWEN3_8B
     model = nnx.eval_shape(lambda: Decoder(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
     layout = KVLayout.of_layers(
@@ -108,6 +125,41 @@ def steps() -> dict[str, Step]:
             4096,
             _LAYER_SLOTS,
         ),
+    } | _with_pseudo_heads()
+
+
+def _with_pseudo_heads() -> dict[str, Step]:
+    config, page = IHA_8B, (_PAGE_SIZE, 8, 128)
+    model = nnx.eval_shape(lambda: Decoder(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
+    layout = KVLayout.of_layers(
+        [config.tokens_in_sight(layer) for layer in range(config.num_layers)],
+        kv_heads=8,
+        head_dim=128,
+        page_size=_PAGE_SIZE,
+        dtype="bfloat16",
+        itemsize=2,
+        every_head=_IHA_LAYERS,
+    )
+    programs = Programs(model, layout)
+    arenas = tuple(jax.ShapeDtypeStruct((_PAGES * group.rows_per_page, *page), jnp.bfloat16) for group in layout.groups)
+
+    def ints(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+    def step(trace: Callable[..., Any], batch: dict[str, Any], seqs: int, tokens: int) -> Step:
+        tables = tuple(
+            GroupTable(ints(seqs, _WIDTH), None if group.window is None else ints(seqs)) for group in layout.groups
+        )
+        arguments = {"leaves": programs.leaves, "arenas": arenas, "tables": tables} | batch
+        columns = 4 * config.hidden_size * _PSEUDO_HEADS + 3 * config.intermediate_size
+        largest = max(arena.size for arena in arenas) * 2
+        return Step(trace, arguments, ("arenas",), largest, tokens * columns * 2, largest // _PAGES)
+
+    one_each = {"last_token": ints(_SLOTS)} | dict.fromkeys(("slots", "tokens", "positions"), ints(32))
+    chunks = {"starts": ints(4), "counts": ints(4), "tokens": ints(4, 1024)}
+    return {
+        "decode_32_iha": step(programs.decode.trace, one_each, 32, 32),
+        "prefill_4_times_1024_iha": step(programs.prefill.trace, chunks, 4, 4096),
     }
 
 

@@ -19,6 +19,7 @@ from pallas_kernels.key_bias import KeyBias
 from pallas_kernels.paged import Pages
 
 _MODULE = "jax._src.cudnn.fused_attention_stablehlo"
+_PLATFORMS = ("gpu", "cuda")
 # Of one call: a long prompt over a long context is better read page by page.
 _MAX_MASK_BYTES = 2**30
 
@@ -97,6 +98,12 @@ def prefill_attention(
     return jnp.where(real[:, :, None, None], out, jnp.zeros((), q.dtype)), jnp.where(real[:, :, None], lse, -jnp.inf)
 
 
+def check_device() -> None:
+    """Raises `NotImplementedError` if the program being traced is for no device that cuDNN knows."""
+    if _platform() not in _PLATFORMS:
+        raise NotImplementedError(f"cuDNN can't be used: needs an NVIDIA GPU, not {_platform()}")
+
+
 def _check_scales(keys: Pages, values: Pages) -> None:
     if keys.scales is not None or values.scales is not None:
         raise NotImplementedError("pages with scales")
@@ -144,7 +151,7 @@ def _refusal(
     platform: str, tree: jax.tree_util.PyTreeDef, arrays: tuple[jax.ShapeDtypeStruct, ...], scale: float
 ) -> str | None:
     """Why attention to such arrays can't be compiled; None if it can."""
-    if platform not in ("gpu", "cuda"):
+    if platform not in _PLATFORMS:
         return f"needs an NVIDIA GPU, not {platform}"
     try:
         # What is asked for is a program of its own: the mesh of the one being traced has no part in it.

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.key_bias import WORD, KeyBias
+from pallas_kernels.pseudo_heads import Mask, PseudoHeads
 
 
 def random_pages(
@@ -28,3 +29,15 @@ def random_key_bias(key: jax.Array, seqs: int, keys: int) -> KeyBias:
     """A bias of half of the keys that a page table has room for."""
     bits = jax.random.bits(key, (seqs, -(-keys // WORD)), jnp.uint32)
     return KeyBias(bits, jnp.full((seqs,), 0.7, jnp.float32))
+
+
+def random_pseudo_heads(
+    key: jax.Array, *, kv_heads: int, q_heads: int, count: int, head_dim: int, mask: Mask, window: int | None
+) -> PseudoHeads:
+    """Pseudo heads of all source heads, each rotated by its number as a place in the sequence."""
+    shape = (2, kv_heads, q_heads, count)
+    alpha_k, alpha_v = jax.random.normal(key, shape, jnp.float32) / kv_heads**0.5
+    half = head_dim // 2
+    frequencies = 5e5 ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angles = jnp.arange(count, dtype=jnp.float32)[:, None] * frequencies
+    return PseudoHeads(alpha_k, alpha_v, jnp.cos(angles), jnp.sin(angles), mask=mask, window=window)

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.checks import check_array
 from pallas_kernels.paged import checked_window
@@ -59,6 +59,14 @@ class PseudoHeads:
         """Tokens, its own included, that some pseudo query of a token sees; None for all before it."""
         return tokens_in_sight(self.window, self.count, self.mask)
 
+    def sees(self, behind: Int[Array, "*shape"]) -> Bool[Array, "*shape pseudo pseudo"]:
+        """Whether pseudo query p sees pseudo key p' of the token that lies `behind` tokens before its own."""
+        index = jnp.arange(self.count, dtype=behind.dtype)
+        later = index[None, :] > index[:, None]
+        shift = later.astype(behind.dtype) if self.mask == "flat" else jnp.zeros_like(later, behind.dtype)
+        behind = behind[..., None, None]
+        return (behind >= shift) if self.window is None else (behind >= shift) & (behind - shift < self.window)
+
     def keys(self, k: Float[Array, "*tokens kv_heads head_dim"]) -> Float[Array, "*tokens q_heads pseudo head_dim"]:
         """Pseudo keys of tokens from their raw ones."""
         mixed = mix(k, self.alpha_k)
@@ -93,6 +101,8 @@ def check_pseudo_heads(pseudo: Any, q_heads: int, kv_heads: int, head_dim: int) 
         raise ValueError(f"pseudo must be a PseudoHeads, not a {type(pseudo).__name__}")
     check_array("alpha_k", pseudo.alpha_k, jnp.floating, (kv_heads, q_heads, "pseudo"))
     check_array("alpha_v", pseudo.alpha_v, jnp.floating, pseudo.alpha_k.shape)
+    if head_dim % 2:
+        raise ValueError(f"{head_dim=} must be even: rotations turn pairs")
     if pseudo.count < 1:
         raise ValueError("alpha_k has no pseudo heads")
     check_array("cos", pseudo.cos, jnp.floating, (pseudo.count, head_dim // 2))

@@ -1,1 +1,1 @@
-"""Measurements of Interleaved Head Attention."""
+"""Experiments with Interleaved Head Attention: `python -m bench.iha`."""

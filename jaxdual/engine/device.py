@@ -70,7 +70,9 @@ class Device:
         # Committed to the weights' devices from the start, as what programs return is: else they compile twice.
         self.arenas = tuple(
             jnp.zeros(
-                layout.arena_shape(ranks * pages.num_pages, group), layout.dtype, device=self.programs.arena_sharding
+                layout.arena_shape(ranks * pages.num_pages, group),
+                layout.dtype,
+                device=self.programs.arena_sharding(group),
             )
             for group, pages in enumerate(memory)
         )

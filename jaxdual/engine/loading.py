@@ -166,13 +166,16 @@ def _load_model(
         page_size=config.block_size,
         dtype=dtype.name,
         itemsize=dtype.itemsize,
+        every_head=() if model_config.iha is None else model_config.iha.layers,
     )
     eos_token_ids = generation.eos_token_ids or model_config.eos_token_ids
     if len(eos_token_ids) > MAX_STOP_TOKENS:
         raise ConfigError(
             f"{folder}: {len(eos_token_ids)} end-of-sequence tokens; at most {MAX_STOP_TOKENS} are supported"
         )
-    refusal = _dysco_refusal(layout) or ("requests are not decoded so here" if config.dysco_requests == "none" else "")
+    refusal = _dysco_refusal(layout, model_config) or (
+        "requests are not decoded so here" if config.dysco_requests == "none" else ""
+    )
     dysco_profile = _dysco_profile(config, model_config, refusal, identity.hex())
     if others is not None and dysco_profile is not None:
         others.agree("dysco_profile", hashlib.blake2b(repr(dysco_profile).encode()).digest())
@@ -214,7 +217,9 @@ def _load_model(
     )
 
 
-def _dysco_refusal(layout: KVLayout) -> str:
+def _dysco_refusal(layout: KVLayout, model: ModelConfig) -> str:
+    if model.iha is not None:
+        return "the model has Interleaved Head Attention, for which DySCO is not defined"
     if any(group.window is not None for group in layout.groups):
         return "the model has layers that don't see all tokens"
     return ""
@@ -299,6 +304,6 @@ def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:
 
 
 def _window(model: ModelConfig, layer: int, max_model_len: int) -> int | None:
-    """Window of a layer; one that no sequence outgrows is full attention."""
-    window = model.window_of(layer)
+    """Tokens that a query of a layer needs at most; if no sequence has more, it is full attention."""
+    window = model.tokens_in_sight(layer)
     return None if window is None or window >= max_model_len else window

@@ -47,7 +47,10 @@ def group_pages(
     """
     needed = _sequence_pages(layout, max_model_len, max_chunk)
     sequence_bytes = sum(pages * layout.full_block_bytes(group) for group, pages in enumerate(needed))
-    device_bytes = sequence_bytes // config.tensor_parallel_size  # of a sequence, on each device of its rank
+    # Of a sequence, on each device of its rank.
+    device_bytes = sum(
+        pages * layout.device_block_bytes(group, config.tensor_parallel_size) for group, pages in enumerate(needed)
+    )
     if config.num_kv_blocks is not None:
         source = blocks_setting
         num_pages = [config.num_kv_blocks, *(-(-config.num_kv_blocks * pages // needed[0]) for pages in needed[1:])]
@@ -63,7 +66,7 @@ def group_pages(
         if pages < most:
             raise ConfigError(
                 f"{source} gives {pages} KV pages, but one sequence of {max_model_len} tokens needs "
-                f"{most} ({most * layout.full_block_bytes(group) // config.tensor_parallel_size} bytes): give more "
+                f"{most} ({most * layout.device_block_bytes(group, config.tensor_parallel_size)} bytes): give more "
                 "memory or a smaller max_model_len"
             )
     staging = 0

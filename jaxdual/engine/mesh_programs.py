@@ -32,12 +32,13 @@ from models.moe import MoE
 from models.shapes import parameter_path
 from pallas_kernels.key_bias import KeyBias
 from pallas_kernels.kv_blocks import gather_blocks, scatter_blocks
+from pallas_kernels.pseudo_heads import PseudoHeads
 
 _BY_RANK = PartitionSpec(RANKS)
 _HEADS = PartitionSpec(RANKS, TENSOR, None)
 _QUERY_HEADS = PartitionSpec(RANKS, TENSOR)
 ARENA = PartitionSpec(RANKS, None, TENSOR, None)
-_BLOCKS = PartitionSpec(None, None, None, TENSOR, None)
+_WHOLE_ARENA = PartitionSpec(RANKS, None, None, None)  # of layers whose query heads need all key-value heads
 
 
 class MeshPrograms(Programs):
@@ -57,8 +58,12 @@ class MeshPrograms(Programs):
         self._exchange = ExpertExchange(mesh)
         self._exchanged = jax.jit(self._route_and_exchange)  # within the step: layers share a trace
         self._gathered = jax.jit(lambda results: results, out_shardings=mesh.sharding())
-        self.gather = jax.jit(self._gather, static_argnames="rows_per_block")
-        self.scatter = jax.jit(self._scatter, donate_argnums=0)
+        whole = [group.every_head and mesh.sizes.tensor > 1 for group in layout.groups]
+        self._arenas = tuple(_WHOLE_ARENA if one else ARENA for one in whole)
+        gather = jax.jit(self._gather, static_argnames=("rows_per_block", "spec"))
+        scatter = jax.jit(self._scatter, static_argnames="spec", donate_argnums=0)
+        self.gather = lambda arena, *args, **kwargs: gather(arena, *args, **kwargs, spec=self._spec_of(arena))
+        self.scatter = lambda arena, *args: scatter(arena, *args, spec=self._spec_of(arena))
 
     def _place_experts(self, model: Decoder, placement: Placement | None) -> None:
         self._sparse = model.config.sparse_layers
@@ -105,13 +110,16 @@ class MeshPrograms(Programs):
         for size in move_sizes(self.leaves[places[0]].shape[0]):
             yield f"move experts={size}", partial(move, size)
 
-    @property
-    def arena_sharding(self) -> Sharding:
-        return self._mesh.sharding(*ARENA)
+    def arena_sharding(self, group: int = 0) -> Sharding:
+        return self._mesh.sharding(*self._arenas[group])
 
     @property
     def slot_sharding(self) -> Sharding:
         return self._mesh.sharding(*_BY_RANK)
+
+    def _spec_of(self, arena: jax.Array) -> PartitionSpec:
+        whole = self._mesh.sizes.tensor > 1 and TENSOR not in arena.sharding.spec  # type: ignore[attr-defined]
+        return _WHOLE_ARENA if whole else ARENA
 
     def split(self, tokens: Int32[Array, "*batch"]) -> Int32[Array, "*batch"]:
         split: Array = jax.lax.with_sharding_constraint(tokens, self._mesh.sharding(self._mesh.rules.tokens))
@@ -160,20 +168,27 @@ class MeshPrograms(Programs):
           batch: of all ranks.
         """
 
-        def attend(layer: int, q: Array, k: Array, v: Array, arenas: Arenas) -> tuple[Array, Arenas]:
-            operands = _Operands(q, k, v, arenas)
+        def attend(
+            layer: int, q: Array, k: Array, v: Array, arenas: Arenas, pseudo: PseudoHeads | None = None
+        ) -> tuple[Array, Arenas]:
+            mixing, structure = jax.tree.flatten(pseudo)
+            operands = _Operands(q, k, v, arenas, mixing)
             weights = rows = None
             if watched is not None:
                 weights, rows = watched.of(layer), watched.rows
 
             def on_device(operands: _Operands, weights: Array | None, rows: Any, *batch: Any) -> tuple[Any, ...]:
+                operands = operands._replace(pseudo=jax.tree.unflatten(structure, operands.pseudo))
                 if weights is None or watched is None:
                     return *local(None, *batch)(layer, *operands), None
                 own = Watched(weights[:, None], (layer,), rows, watched.is_biased)
                 out = local(own.look, *batch)(layer, *operands)
                 return *out, own.attention[:, None]
 
-            specs = _Operands(_HEADS, _HEADS, _HEADS, tuple(ARENA for _ in arenas))
+            keys = _HEADS if pseudo is None else _BY_RANK  # each device mixes its heads' from those of all
+            # Mixing weights are split as the query heads, phases not at all.
+            of_mixing = [PartitionSpec(None, TENSOR) if one.ndim == 3 else PartitionSpec() for one in mixing]
+            specs = _Operands(_HEADS, keys, keys, self._arenas, of_mixing)
             out, arenas, attention = self._mesh.on_each(
                 on_device,
                 (specs, _QUERY_HEADS, _BY_RANK, *jax.tree.map(lambda _: _BY_RANK, batch)),
@@ -244,9 +259,15 @@ class MeshPrograms(Programs):
         self,
         arena: Float[Array, "rows page_size kv_heads head_dim"],
         pages: Int32[Array, " blocks"],
+        *,
         rows_per_block: int,
+        spec: PartitionSpec,
     ) -> Array:
-        """Blocks with all heads; those of rank r have its page ids behind those of all ranks before."""
+        """Blocks with all heads; those of rank r have its page ids behind those of all ranks before.
+
+        Args:
+          spec: how the arena is split.
+        """
 
         def local(arena: Array, pages: Array) -> Array:
             own, mine = self._own_pages(arena, pages, rows_per_block)
@@ -254,7 +275,7 @@ class MeshPrograms(Programs):
             summed: Array = jax.lax.psum(jnp.where(mine[:, None, None, None, None], blocks, 0), RANKS)
             return summed
 
-        blocks: Array = self._mesh.on_each(local, (ARENA, PartitionSpec()), _BLOCKS)(arena, pages)
+        blocks: Array = self._mesh.on_each(local, (spec, PartitionSpec()), _block_spec(spec))(arena, pages)
         return blocks
 
     def _scatter(
@@ -262,12 +283,15 @@ class MeshPrograms(Programs):
         arena: Float[Array, "rows page_size kv_heads head_dim"],
         pages: Int32[Array, " blocks"],
         blocks: Float[Array, "blocks rows_per_block page_size kv_heads head_dim"],
+        *,
+        spec: PartitionSpec,
     ) -> Array:
         def local(arena: Array, pages: Array, blocks: Array) -> Array:
             own, _ = self._own_pages(arena, pages, blocks.shape[1])
             return scatter_blocks(arena, own, blocks)
 
-        written: Array = self._mesh.on_each(local, (ARENA, PartitionSpec(), _BLOCKS), ARENA)(arena, pages, blocks)
+        specs = (spec, PartitionSpec(), _block_spec(spec))
+        written: Array = self._mesh.on_each(local, specs, spec)(arena, pages, blocks)
         return written
 
     def _own_pages(self, arena: Array, pages: Array, rows_per_block: int) -> tuple[Array, Array]:
@@ -285,3 +309,9 @@ class _Operands(NamedTuple):
     k: Any
     v: Any
     arenas: Any
+    pseudo: Any
+
+
+def _block_spec(arena: PartitionSpec) -> PartitionSpec:
+    """How blocks of an arena that is split so are."""
+    return PartitionSpec(None, None, None, arena[2], None)

@@ -13,11 +13,14 @@ from jaxtyping import Array, Float, Int32
 
 from jaxdual.kv.layout import ROWS_PER_LAYER, KVLayout
 from pallas_kernels.decode_attention import decode_attention
+from pallas_kernels.iha_decode import iha_decode
+from pallas_kernels.iha_prefill import iha_prefill
 from pallas_kernels.key_bias import KeyBias
 from pallas_kernels.prefill_attention import prefill_attention
+from pallas_kernels.pseudo_heads import PseudoHeads
 
 Arena = Float[Array, "rows page_size kv_heads head_dim"]
-Arenas = tuple[Float[Array, "_ page_size kv_heads head_dim"], ...]  # one of each layer group
+Arenas = tuple[Float[Array, "_ page_size _ head_dim"], ...]  # one of each layer group, with the heads that are here
 Attend = Callable[..., tuple[Array, Arenas]]
 
 # Told of a layer's attention: layer, queries, its group's arena, row ids of the keys, lengths, and sums of each query's
@@ -27,6 +30,8 @@ Look = Callable[[int, Array, Array, Array, Array, Array | None], Array]
 # Jitted within the step that they are part of, so that layers share one trace.
 _prefill_attention = jax.jit(prefill_attention, static_argnames="window")
 _decode_attention = jax.jit(decode_attention, static_argnames=("window", "return_lse"))
+_iha_prefill = jax.jit(iha_prefill)
+_iha_decode = jax.jit(iha_decode)
 
 
 class GroupTable(NamedTuple):
@@ -56,7 +61,7 @@ class GroupPrefill:
       counts: real tokens of each chunk.
       table: of the group.
       chunk: padded tokens of a chunk.
-      window: sliding window of the group's layers.
+      window: sliding window of the group's layers, but for those with pseudo heads, which have their own.
     """
 
     def __init__(
@@ -81,13 +86,15 @@ class GroupPrefill:
     def attend(
         self,
         index: int | Int32[Array, ""],
-        q: Float[Array, "tokens q_heads head_dim"],
+        q: Float[Array, "tokens q_heads *pseudo head_dim"],
         k: Float[Array, "tokens kv_heads head_dim"],
         v: Float[Array, "tokens kv_heads head_dim"],
         arena: Arena,
+        pseudo: PseudoHeads | None = None,
+        *,
         look: Callable[..., Array] | None = None,
         looked: int = 0,
-    ) -> tuple[Float[Array, "tokens q_heads head_dim"], Arena]:
+    ) -> tuple[Float[Array, "tokens q_heads *pseudo head_dim"], Arena]:
         """Arguments as of `Attend`, but for these.
 
         Args:
@@ -102,16 +109,11 @@ class GroupPrefill:
             lengths = jnp.where(offsets < self._counts[:, None], self._begins[:, None] + offsets + 1, 0)
             first = chunks[:, :looked].reshape(-1, *q.shape[1:])
             arena = look(first, arena, jnp.repeat(rows, looked, axis=0), lengths.reshape(-1), None)
-        out = _prefill_attention(
-            chunks,
-            arena,
-            arena,
-            rows,
-            self._begins,
-            self._counts,
-            v_page_table=rows + 1,
-            window=self._window,
-        )
+        paged = (arena, arena, rows, self._begins, self._counts)
+        if pseudo is None:
+            out = _prefill_attention(chunks, *paged, v_page_table=rows + 1, window=self._window)
+        else:
+            out = _iha_prefill(chunks, *paged, pseudo, v_page_table=rows + 1)
         return out.reshape(q.shape), arena
 
 
@@ -145,14 +147,15 @@ def prefill_attend(
 
     def attend(
         layer: int,
-        q: Float[Array, "tokens q_heads head_dim"],
+        q: Float[Array, "tokens q_heads *pseudo head_dim"],
         k: Float[Array, "tokens kv_heads head_dim"],
         v: Float[Array, "tokens kv_heads head_dim"],
         arenas: Arenas,
-    ) -> tuple[Float[Array, "tokens q_heads head_dim"], Arenas]:
+        pseudo: PseudoHeads | None = None,
+    ) -> tuple[Float[Array, "tokens q_heads *pseudo head_dim"], Arenas]:
         group, index = layout.place_of(layer)
         of_layer = None if look is None else partial(look, layer)
-        out, arena = groups[group].attend(index, q, k, v, arenas[group], of_layer, looked)
+        out, arena = groups[group].attend(index, q, k, v, arenas[group], pseudo, look=of_layer, looked=looked)
         return out, _replaced(arenas, group, arena)
 
     return attend
@@ -185,15 +188,19 @@ def decode_attend(
 
     def attend(
         layer: int,
-        q: Float[Array, "seqs q_heads head_dim"],
+        q: Float[Array, "seqs q_heads *pseudo head_dim"],
         k: Float[Array, "seqs kv_heads head_dim"],
         v: Float[Array, "seqs kv_heads head_dim"],
         arenas: Arenas,
-    ) -> tuple[Float[Array, "seqs q_heads head_dim"], Arenas]:
+        pseudo: PseudoHeads | None = None,
+    ) -> tuple[Float[Array, "seqs q_heads *pseudo head_dim"], Arenas]:
         group, index = layout.place_of(layer)
         layers = len(layout.groups[group].layers)
         arena = _write(layers, index, arenas[group], places[group], k, v)
         rows, lengths = _k_rows(layers, index, pages[group]), relative[group] + 1
+        if pseudo is not None:
+            mixed = _iha_decode(q, arena, arena, rows, lengths, pseudo, v_page_table=rows + 1)
+            return mixed, _replaced(arenas, group, arena)
         attended = _decode_attention(
             q,
             arena,

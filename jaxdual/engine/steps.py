@@ -76,19 +76,18 @@ class Programs:
         self.sample = jax.jit(self._sample, donate_argnums=2)
         self.score = jax.jit(self._score)
         self.set_slot = jax.jit(partial(self.on_slot, sampler.set_slot), donate_argnums=0)
-        self.gather = jax.jit(gather_blocks, static_argnames="rows_per_block")
-        self.scatter = jax.jit(scatter_blocks, donate_argnums=0)
+        self.gather: Callable[..., jax.Array] = jax.jit(gather_blocks, static_argnames="rows_per_block")
+        self.scatter: Callable[..., jax.Array] = jax.jit(scatter_blocks, donate_argnums=0)
 
-    @property
-    def arena_sharding(self) -> Sharding:
-        """Where arenas lie."""
-        sharding: Sharding = self.leaves[0].sharding
-        return sharding
+    def arena_sharding(self, group: int = 0) -> Sharding:
+        """Where the arena of a layer group lies."""
+        return self.slot_sharding
 
     @property
     def slot_sharding(self) -> Sharding:
         """Where state lies that has a row for each slot."""
-        return self.arena_sharding
+        sharding: Sharding = self.leaves[0].sharding
+        return sharding
 
     def on_host(self, results: Any) -> Any:
         """Arrays of the device as arrays of the host, whole; waits for them."""

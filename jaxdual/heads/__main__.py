@@ -80,6 +80,8 @@ def _detect(options: argparse.Namespace) -> int:
     _check_files(options)
     folder, name = find_model(EngineConfig(model=options.model))
     config = load_config(folder)
+    if config.iha is not None:
+        raise ConfigError(f"{folder}: the model has Interleaved Head Attention; heads are scored by plain attention")
     layers = _layers(options, config)
     tokenizer = Tokenizer.from_dir(folder)
     items = _items(options)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -35,11 +35,14 @@ class LayerGroup:
 
     Attributes:
       layers: their numbers, in order.
-      window: sliding window in tokens; None for layers that attend to everything.
+      window: tokens that a query may need, its own included: the sliding window, or a little more; None for layers that
+        attend to everything.
+      every_head: each query head needs all key-value heads, so that devices which share a model's heads keep them all.
     """
 
     layers: tuple[int, ...]
     window: int | None = None
+    every_head: bool = False
 
     @property
     def rows_per_page(self) -> int:
@@ -56,7 +59,7 @@ class KVLayout:
     of rows, and a Layer Block a contiguous slice of it.
 
     Attributes:
-      groups: the one with full attention first, if there is one, then by window; every layer is in one of them.
+      groups: those with full attention first, if there are any, then by window; every layer is in one of them.
       kv_heads, head_dim: of the model.
       page_size: tokens a page.
       dtype: name of the element type, such as "float32" or "bfloat16".
@@ -72,13 +75,21 @@ class KVLayout:
 
     @classmethod
     def of_layers(
-        cls, windows: Sequence[int | None], *, kv_heads: int, head_dim: int, page_size: int, dtype: str, itemsize: int
+        cls,
+        windows: Sequence[int | None],
+        *,
+        kv_heads: int,
+        head_dim: int,
+        page_size: int,
+        dtype: str,
+        itemsize: int,
+        every_head: Collection[int] = (),
     ) -> Self:
-        """The layout of a model whose layer `i` has the sliding window `windows[i]`."""
-        sizes = sorted({0 if window is None else window for window in windows})
+        """The layout of a model whose layer `i` has the window `windows[i]`, and needs every head if it is named."""
+        kinds = [(window or 0, i in every_head) for i, window in enumerate(windows)]
         groups = tuple(
-            LayerGroup(tuple(i for i, window in enumerate(windows) if (window or 0) == size), size or None)
-            for size in sizes
+            LayerGroup(tuple(i for i, one in enumerate(kinds) if one == kind), kind[0] or None, kind[1])
+            for kind in sorted(set(kinds))
         )
         return cls(groups, kv_heads, head_dim, page_size, dtype, itemsize)
 
@@ -96,6 +107,10 @@ class KVLayout:
     def full_block_bytes(self, group: int = 0) -> int:
         """Bytes of a page in all layers of a group."""
         return self.groups[group].rows_per_page * self.page_size * self.kv_heads * self.head_dim * self.itemsize
+
+    def device_block_bytes(self, group: int, tensor_devices: int) -> int:
+        """Of those bytes, what each of the devices has that share the model's heads."""
+        return self.full_block_bytes(group) // (1 if self.groups[group].every_head else tensor_devices)
 
     def arena_shape(self, num_pages: int, group: int = 0) -> tuple[int, int, int, int]:
         return (num_pages * self.groups[group].rows_per_page, self.page_size, self.kv_heads, self.head_dim)

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.model_shapes import BASE, LLAMA_8B, QWEN_MOE, SMALL
+from pallas_kernels.model_shapes import BASE, LLAMA_8B, MHA_8, MHA_16, MHA_20, QWEN_MOE, SMALL
 from pallas_kernels.paged_specs import random_key_bias, random_pages
 
 
@@ -92,6 +92,9 @@ SPECS: Mapping[str, Spec] = {
     "llama_3_1_8b_batch_32_context_8k_window_4k": Spec(batch=32, context=8192, window=4096, **LLAMA_8B),
     "qwen3_30b_a3b_batch_32_context_4k": Spec(batch=32, context=4096, **QWEN_MOE),
     "head_dim_256_batch_32_context_4k": Spec(batch=32, context=4096, q_heads=16, kv_heads=8, head_dim=256),
+    "mha_8_heads_batch_8_context_4k": Spec(batch=8, context=4096, **MHA_8),
+    "mha_16_heads_batch_8_context_4k": Spec(batch=8, context=4096, **MHA_16),
+    "mha_20_heads_batch_8_context_4k": Spec(batch=8, context=4096, **MHA_20),
     "base_batch_8_context_1k": Spec(batch=8, context=1024, page_size=16, **BASE),
     "small_batch_8_context_1k": Spec(batch=8, context=1024, page_size=16, **SMALL),
 }

@@ -23,6 +23,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32, Int32
 
 from pallas_kernels import target, tuning
+from pallas_kernels.decode_attention.merge import ROW_BLOCK, merge
 from pallas_kernels.decode_attention.plan import TILE, Plan, plan
 from pallas_kernels.key_bias import KeyBias
 from pallas_kernels.paged import Pages
@@ -30,7 +31,6 @@ from pallas_kernels.paged_tiles import LOG2E, Tiling, bias_log2, spread
 from pallas_kernels.target import swizzled
 
 _ROWS = 64  # queries of one step, wgmma's M: those beyond the group compute what nobody reads
-_ROW_BLOCK = 8  # queries are padded to a multiple of this, the rows of a tile in shared memory
 _FP8_MAX = float(jnp.finfo(jnp.float8_e4m3fn).max)
 
 
@@ -89,14 +89,14 @@ def decode_attention(
         }
         workload["biased"] = key_bias is not None
         config = tuning.choose("decode_attention", Config(), device, **workload)
-    padded = pl.cdiv(group, _ROW_BLOCK) * _ROW_BLOCK
+    padded = pl.cdiv(group, ROW_BLOCK) * ROW_BLOCK
     grouped = jnp.pad(q.reshape(batch, kv_heads, group, head_dim), ((0, 0), (0, 0), (0, padded - group), (0, 0)))
     if scaled:
         grouped = grouped.astype(jnp.float16)
     slots = max(1, device.multiprocessors * config.blocks // kv_heads)
     work = plan(lengths, keys.keys, window, slots)
     parts, lse = _attend(grouped, keys, values, lengths, work, scale, window, key_bias, config)
-    out, lse = _merge(parts, lse, work, q.dtype)
+    out, lse = merge(parts, lse, work, q.dtype)
     return out[:, :, :group].reshape(q.shape), lse[:, :, :group].reshape(batch, q_heads)
 
 
@@ -334,67 +334,3 @@ def _halves(head_dim: int) -> int:
     The sums of all columns would not fit into registers beside the scores; the second block finds the keys in L2.
     """
     return 2 if head_dim > 128 else 1
-
-
-def _merge(
-    parts: Float[Array, "items kv_heads group head_dim"],
-    lse: Float[Array, "items kv_heads group"],
-    work: Plan,
-    dtype: Any,
-) -> tuple[Float[Array, "batch kv_heads group head_dim"], Float[Array, "batch kv_heads group"]]:
-    """Weighs the parts of each sequence by the sums of their weights; a sequence of no items gets 0 and -inf."""
-    _, kv_heads, group, head_dim = parts.shape
-    batch = work.first.shape[0]
-    shape = (_ROW_BLOCK, head_dim)
-
-    def decode_attention_merge(parts_ref, lse_ref, first_ref, count_ref, out_ref, lse_out_ref):  # type: ignore[no-untyped-def]
-        row, head, block = jax.lax.axis_index("row"), jax.lax.axis_index("head"), jax.lax.axis_index("block")
-        first, count = first_ref[row], count_ref[row]
-        rows = pl.ds(block * _ROW_BLOCK, _ROW_BLOCK)
-        layout = plgpu.Layout.WG_STRIDED(shape, vec_size=_vector(shape))
-        at = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=layout)
-
-        def by_row(scalars: list[Any]) -> Any:
-            full = jnp.full(shape, scalars[0], jnp.float32)
-            for i in range(1, _ROW_BLOCK):
-                full = jnp.where(at == i, scalars[i], full)
-            return full
-
-        def sums(item: Any) -> list[Any]:
-            return [lse_ref[item, head, block * _ROW_BLOCK + i] for i in range(_ROW_BLOCK)]
-
-        def highest(i: Any, tops: Any) -> Any:
-            return [jnp.maximum(top, one) for top, one in zip(tops, sums(first + i), strict=True)]
-
-        tops = jax.lax.fori_loop(0, count, highest, [jnp.float32(-jnp.inf)] * _ROW_BLOCK)
-
-        def add(i: Any, carry: Any) -> Any:
-            out, totals = carry
-            weights = [jnp.exp2(one - top) for top, one in zip(tops, sums(first + i), strict=True)]
-            part = plgpu.load(parts_ref.at[first + i, head, rows], layout=layout)
-            return out + part * by_row(weights), [total + weight for total, weight in zip(totals, weights, strict=True)]
-
-        zero = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), layout)
-        out, totals = jax.lax.fori_loop(0, count, add, (zero, [jnp.float32(0)] * _ROW_BLOCK))
-        inverse = [jnp.where(count > 0, 1 / total, 0) for total in totals]
-        out_ref[row, head, rows] = (out * by_row(inverse)).astype(dtype)
-        for i in range(_ROW_BLOCK):
-            lse_out_ref[row, head, block * _ROW_BLOCK + i] = (tops[i] + jnp.log2(totals[i])) / LOG2E
-
-    kernel: Any = plgpu.kernel(
-        decode_attention_merge,
-        out_type=(
-            jax.ShapeDtypeStruct((batch, kv_heads, group, head_dim), dtype),
-            jax.ShapeDtypeStruct((batch, kv_heads, group), jnp.float32),
-        ),
-        grid=(batch, kv_heads, group // _ROW_BLOCK),
-        grid_names=("row", "head", "block"),
-        compiler_params=target.PARAMS,
-    )
-    out, lse = kernel(parts, lse, work.first, work.number)
-    return out, lse
-
-
-def _vector(shape: tuple[int, int]) -> int:
-    """Neighbouring numbers of one thread: 16 bytes of float32, or as many as 128 threads can share out."""
-    return math.gcd(4, math.prod(shape) // 128)

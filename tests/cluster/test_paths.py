@@ -25,10 +25,12 @@ TWO = SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True)
 MODES = ("full", "split", "roundrobin", "layerwise", "basic")
 
 
-def on_paths(store: Path | str, prefill: int, decode: int, *, mode: str = "full", **settings: Any) -> AsyncLLM:
+def on_paths(
+    store: Path | str, prefill: int, decode: int, *, mode: str = "full", name: str = "qwen3", **settings: Any
+) -> AsyncLLM:
     """A cluster with a store."""
     shared = {"kv_store": str(store), "kv_store_capacity_bytes": 1 << 30}
-    config = EngineConfig(model=str(folder("qwen3")), **SETTINGS | shared | settings)
+    config = EngineConfig(model=str(folder(name)), **SETTINGS | shared | settings)
     cluster = ClusterConfig(prefill=prefill, decode=decode, path_mode=mode)  # type: ignore[arg-type]
     return AsyncLLM.from_config(config, cluster=cluster)
 
@@ -40,29 +42,30 @@ def make_prompts(count: int, seed: str) -> list[list[int]]:
 
 
 @pytest.mark.parametrize(
-    ("prefill", "decode", "modes", "settings"),
+    ("name", "prefill", "decode", "modes", "settings"),
     [
-        (1, 1, MODES, {"block_size": 7}),
-        (2, 1, ("full", "split"), {"kv_transport": "tcp"}),
-        (1, 2, ("full", "split"), {"max_num_batched_tokens": 24}),
+        ("qwen3", 1, 1, MODES, {"block_size": 7}),
+        ("qwen3", 2, 1, ("full", "split"), {"kv_transport": "tcp"}),
+        ("qwen3", 1, 2, ("full", "split"), {"max_num_batched_tokens": 24}),
+        ("iha_full", 1, 1, ("full",), {"block_size": 7}),
     ],
 )
 def test_every_mode_gives_the_tokens_of_one_engine(
-    tmp_path: Path, prefill: int, decode: int, modes: Sequence[str], settings: dict[str, Any]
+    tmp_path: Path, name: str, prefill: int, decode: int, modes: Sequence[str], settings: dict[str, Any]
 ) -> None:
     prompts = {mode: make_prompts(6, mode) for mode in modes}
-    want = {mode: [tokens for (tokens,) in alone("qwen3", prompts[mode], GREEDY)] for mode in modes}
+    want = {mode: [tokens for (tokens,) in alone(name, prompts[mode], GREEDY)] for mode in modes}
     # A second turn, which finds the first one stored.
     talks = {
         mode: [[*prompt, *tokens, 5, 6, 7] for prompt, tokens in zip(prompts[mode], want[mode], strict=True)]
         for mode in modes
     }
-    more = {mode: [tokens for (tokens,) in alone("qwen3", talks[mode], GREEDY)] for mode in modes}
+    more = {mode: [tokens for (tokens,) in alone(name, talks[mode], GREEDY)] for mode in modes}
     block = settings.get("block_size", SETTINGS["block_size"])
 
     async def main() -> None:
-        ties = TieCounter("qwen3")
-        async with on_paths(tmp_path, prefill, decode, **settings) as llm:
+        ties = TieCounter(name)
+        async with on_paths(tmp_path, prefill, decode, name=name, **settings) as llm:
             for mode in modes:
                 await llm.use_path_mode(mode)
                 for asked, expected in ((prompts[mode], want[mode]), (talks[mode], more[mode])):

@@ -109,6 +109,7 @@ def children(pid: int, module: str) -> list[int]:
         ("qwen3", 1, 2, {"kv_transport": "tcp"}),
         ("mistral_mixed", 2, 1, {"block_size": 7}),
         ("qwen3", 1, 1, {"prefill_tensor": 2}),
+        ("iha", 1, 1, {"prefill_tensor": 2}),
         ("qwen3", 1, 1, {"prefill_tensor": 1, "tensor_parallel_size": 2}),
     ],
 )

@@ -1,4 +1,4 @@
-"""Models of the engine's tests: parity fixtures, models with windows, and what they should give."""
+"""Models of the engine's tests: parity fixtures, models with windows or pseudo heads, and what they should give."""
 
 from __future__ import annotations
 
@@ -10,20 +10,21 @@ from pathlib import Path
 import numpy as np
 
 import models
-from tests import windowed_models
+from tests import iha_models, windowed_models
 
 FIXTURES = Path(__file__).parent.parent / "fixtures" / "hf"
 
 
 def folder(name: str) -> Path:
-    """Folder of a parity fixture, or of a model with windows, which is made when it is first asked for."""
-    return Path(_made(name).name) if name in windowed_models.KINDS else FIXTURES / name
+    """Folder of a parity fixture, or of a model with windows or pseudo heads, which is made when first asked for."""
+    return Path(_made(name).name) if name in {*windowed_models.KINDS, *iha_models.KINDS} else FIXTURES / name
 
 
 @functools.cache
 def _made(name: str) -> tempfile.TemporaryDirectory[str]:
     place = tempfile.TemporaryDirectory(prefix="jaxdual-test-model-")
-    windowed_models.write(name, Path(place.name))
+    maker = iha_models if name in iha_models.KINDS else windowed_models
+    maker.write(name, Path(place.name))
     return place
 
 

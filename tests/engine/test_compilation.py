@@ -20,8 +20,15 @@ from jaxdual.telemetry import CompileCounter
 from tests.engine.models import folder, load
 
 LAYOUTS = [
-    KVLayout.of_layers(windows, kv_heads=2, head_dim=16, page_size=64, dtype="float32", itemsize=4)
-    for windows in ((None,) * 4, (None, 70, None, 130), (70,) * 4)
+    KVLayout.of_layers(
+        windows, kv_heads=2, head_dim=16, page_size=64, dtype="float32", itemsize=4, every_head=every_head
+    )
+    for windows, every_head in (
+        ((None,) * 4, ()),
+        ((None, 70, None, 130), ()),
+        ((70,) * 4, ()),
+        ((6, 6, None), (0, 1)),
+    )
 ]
 PAGES = 512
 I32 = jnp.int32
@@ -32,7 +39,7 @@ def spec(*shape: int, dtype: object = I32) -> jax.ShapeDtypeStruct:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["qwen3", "mistral_mixed", "mistral"])
+@pytest.mark.parametrize("name", ["qwen3", "mistral_mixed", "mistral", "iha"])
 def test_nothing_compiles_after_warm_up(name: str) -> None:
     """A mixed load: prompts of all lengths, sampling of all kinds, cache hits, preemption by swap, cancellation."""
     llm = LLM(
@@ -99,9 +106,9 @@ def assert_in_place(
         assert not re.findall(rf"f32\[{shape}\]\S* copy\(", compiled.as_text())
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=["full", "full_and_windows", "windows"])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["full", "full_and_windows", "windows", "pseudo_heads"])
 def test_fused_steps_alias_the_arenas_and_copy_no_pool(layout: KVLayout) -> None:
-    programs = Programs(load("qwen3"), layout)
+    programs = Programs(load("qwen3" if layout.num_layers == 4 else "iha"), layout)
     arenas = arenas_of(layout)
     width, rows, chunk = 4, 4, 32
     tables = tables_of(layout, rows, width)

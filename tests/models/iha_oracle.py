@@ -57,18 +57,17 @@ def pseudo_outputs(
     def mixed(x: np.ndarray, alpha: np.ndarray, n: int, h: int, p: int) -> np.ndarray:
         return sum(alpha[m, h, p] * x[n, m] for m in range(alpha.shape[0]))
 
-    out = np.zeros((tokens, heads, pseudo, head_dim))
     places = [(n, p) for n in range(tokens) for p in range(pseudo)]
+    seen = np.array([[visible(query, key, pseudo, mask, window) for key in places] for query in places])
+    out = np.zeros((tokens, heads, pseudo, head_dim))
     for h in range(heads):
-        keys = {(n, p): rotated(mixed(k, alpha_k, n, h, p), position(n, p, pseudo, rope), theta) for n, p in places}
-        values = {(n, p): mixed(v, alpha_v, n, h, p) for n, p in places}
-        for n, p in places:
-            query = rotated(mixed(q, alpha_q, n, h, p), position(n, p, pseudo, rope), theta)
-            seen = [place for place in places if visible((n, p), place, pseudo, mask, window)]
-            scores = np.array([query @ keys[place] for place in seen]) / math.sqrt(head_dim)
-            weights = np.exp(scores - scores.max())
-            weights /= weights.sum()
-            out[n, h, p] = sum(weight * values[place] for weight, place in zip(weights, seen, strict=True))
+        turned = [position(n, p, pseudo, rope) for n, p in places]
+        queries = [rotated(mixed(q, alpha_q, n, h, p), at, theta) for (n, p), at in zip(places, turned, strict=True)]
+        keys = [rotated(mixed(k, alpha_k, n, h, p), at, theta) for (n, p), at in zip(places, turned, strict=True)]
+        values = np.array([mixed(v, alpha_v, n, h, p) for n, p in places])
+        scores = np.where(seen, np.array(queries) @ np.array(keys).T / math.sqrt(head_dim), -np.inf)
+        weights = np.exp(scores - scores.max(1, keepdims=True))
+        out[:, h] = (weights / weights.sum(1, keepdims=True) @ values).reshape(tokens, pseudo, head_dim)
     return out
 
 

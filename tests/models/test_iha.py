@@ -2,18 +2,38 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import json
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
+import models
+from models import RopeConfig
 from models.attention import causal_attention, pseudo_attention
-from models.iha import collapse, initial_collapse, initial_mixing, pseudo_queries
-from models.rope import Rope, rotate
+from models.config import IHAConfig
+from models.families import to_hf
+from models.iha import (
+    collapse,
+    initial_collapse,
+    initial_mixing,
+    is_mixing,
+    num_mixing_parameters,
+    pseudo_queries,
+    schedule,
+)
+from models.rope import Rope, exact_rope_table, rotate
+from models.shapes import parameter_path
 from pallas_kernels.pseudo_heads import PseudoHeads
+from tests.engine.models import folder, load
+from tests.iha_models import KINDS, config_of, reference_logits
 from tests.models.iha_oracle import collapsed, pseudo_outputs, rotated, visible
 
 MASKS, ROPES, WINDOWS = ("flat", "token"), ("virtual", "token", "scaled", "none"), (None, 1, 2, 3)
@@ -206,3 +226,89 @@ def test_the_attention_of_the_library_agrees_under_the_flat_mask(window: int | N
     layer = Layer("flat", window, "virtual", pseudo=2)
     tokens = layer.tokens(9)
     np.testing.assert_allclose(layer.forward(*tokens, library=True), layer.oracle(*tokens), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_logits_of_a_model_are_those_of_the_plain_forward_pass(name: str) -> None:
+    config = config_of(name)
+    tokens = np.random.default_rng(3).integers(0, config.vocab_size, 26)
+    with jax.enable_x64(False):
+        logits = load(name).logits(tokens[None])[0]
+    np.testing.assert_allclose(logits, reference_logits(folder(name), config, tokens), atol=2e-3, rtol=1e-4)
+
+
+def test_mixing_weights_are_counted_and_stay_in_float32(tmp_path: Path) -> None:
+    for name, each in (("iha", 4 * 16 * 2 - 2 * 2 * 4 * 2), ("iha_token", 3 * (16 + 2 * 8) + 12)):
+        config = config_of(name)
+        with jax.enable_x64(False):
+            model = models.init(config, dtype="bfloat16")
+            models.save(model, tmp_path / name, dtype="bfloat16")
+            loaded = models.load(tmp_path / name, dtype="bfloat16")
+        assert loaded.config == config
+        found = jax.tree_util.tree_leaves_with_path(nnx.state(loaded))
+        mixing = {parameter_path(path): leaf for path, leaf in found if is_mixing(parameter_path(path))}
+        assert sum(leaf.size for leaf in mixing.values()) == num_mixing_parameters(config)
+        assert num_mixing_parameters(config) == each * len(config.iha.layers)  # type: ignore[union-attr]
+        assert {leaf.dtype for leaf in mixing.values()} == {jnp.dtype("float32")}
+        assert loaded.embedding[...].dtype == jnp.bfloat16
+        for path, leaf in jax.tree_util.tree_leaves_with_path(nnx.state(model)):
+            if parameter_path(path) in mixing:
+                np.testing.assert_array_equal(mixing[parameter_path(path)], leaf)
+
+
+def test_a_layer_of_as_many_heads_adds_four_heads_squared_pseudo_parameters() -> None:
+    for heads, pseudo, form, wanted in ((20, 20, "global", 32000), (20, 20, "per_head", 24400), (8, 2, "global", 512)):
+        config = dataclasses.replace(
+            config_of("iha_full"),
+            num_heads=heads,
+            num_kv_heads=heads,
+            num_layers=1,
+            iha=IHAConfig(pseudo_heads=pseudo, layers=(0,), collapse=form),
+        )
+        assert num_mixing_parameters(config) == wanted
+
+
+@pytest.mark.parametrize(
+    ("layers", "context", "pseudo", "windows"),
+    [
+        (10, 8192, 2, (1024,) * 4 + (None,) + (1024,) * 4 + (None,)),
+        (6, 8192, 20, (10,) * 4 + (None, None)),
+        (2, 4, 4, (1, None)),
+    ],
+)
+def test_schedule_of_four_local_layers_and_a_global_one(
+    layers: int, context: int, pseudo: int, windows: tuple[int | None, ...]
+) -> None:
+    assert schedule(layers, context, pseudo) == (windows, tuple(i for i, one in enumerate(windows) if one is not None))
+    assert schedule(layers, context, pseudo, iha_global=True) == (windows, tuple(range(layers)))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"iha_pseudo_heads": 0}, "iha_pseudo_heads is 0; it must be 1"),
+        ({"iha_pseudo_heads": None}, "iha_pseudo_heads' is missing"),
+        ({"iha_mask": "none"}, "iha_mask is 'none'; known: flat, token"),
+        ({"iha_rope": "linear"}, "iha_rope is 'linear'; known: virtual, token, scaled, none"),
+        ({"iha_collapse": 3}, "iha_collapse' is 3; a string is expected"),
+        ({"iha_layers": [0, 3]}, r"iha_layers is \[0, 3\]; layers are 0 to 2"),
+        ({"iha_layers": [1, 0]}, "in order are expected"),
+        ({"iha_layers": []}, "in order are expected"),
+        ({"iha_pseudo_keys": 3}, "may change the mathematics"),
+    ],
+)
+def test_wrong_settings_are_refused_by_name(tmp_path: Path, values: dict[str, Any], message: str) -> None:
+    keys = {key: value for key, value in (to_hf(config_of("iha")) | values).items() if value is not None}
+    (tmp_path / "config.json").write_text(json.dumps(keys))
+    with pytest.raises(models.ModelError, match=message):
+        models.load_config(tmp_path)
+
+
+def test_rotary_tables_stay_exact_over_a_million_positions() -> None:
+    config = RopeConfig(theta=500_000.0)
+    positions = np.array([0, 1, 1023, 1024, 163_839, 1_310_719])
+    with jax.enable_x64(False):
+        rope = exact_rope_table(config, 128, jnp.asarray(positions, jnp.int32), 1_310_720)
+    angles = positions[:, None] * 500_000.0 ** (-np.arange(64) / 64)
+    np.testing.assert_allclose(rope.cos, np.cos(angles), atol=3e-7)
+    np.testing.assert_allclose(rope.sin, np.sin(angles), atol=3e-7)

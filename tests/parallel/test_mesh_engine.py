@@ -112,3 +112,34 @@ def test_settings_that_do_not_go_together_are_refused() -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             LLM(FIXTURES / "qwen3_moe", **settings)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("iha", {"data_parallel_size": 2, "tensor_parallel_size": 2}),
+        ("iha_full", {"tensor_parallel_size": 2}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else name_of(value),
+)
+def test_pseudo_heads_of_heads_on_several_devices_give_the_tokens_of_one(name: str, sizes: dict[str, Any]) -> None:
+    """Each device has its own query heads, and the keys and values of all."""
+    settings: dict[str, Any] = {"block_size": 8, "max_num_seqs": 3, "max_num_batched_tokens": 24, "max_model_len": 160}
+    settings |= {"num_kv_blocks": 20, "preemption_mode": "swap", "host_cache_bytes": 1 << 20}
+    rng = random.Random(6)
+    stem = [rng.randrange(96) for _ in range(20)]
+    prompts = [stem[: rng.choice([0, 20])] + [rng.randrange(96) for _ in range(rng.randint(1, 40))] for _ in range(8)]
+    inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
+    params = SamplingParams(max_tokens=50, temperature=0, ignore_eos=True)
+    want = LLM(folder(name), **settings).generate(inputs, params)
+    llm = LLM(folder(name), **settings, **sizes)
+    ties = TieCounter(name)
+    for prompt, alone, output in zip(prompts, want, llm.generate(inputs, params), strict=True):
+        ties.compare(prompt, alone.outputs[0].token_ids, output.outputs[0].token_ids)
+    ties.check()
+    llm.check_integrity()
+    specs = [arena.sharding.spec for arena in llm._engine.runner.device.arenas]
+    whole = [group.every_head for group in llm._engine.runner.device.layout.groups]
+    assert ["tensor" not in spec for spec in specs] == whole
+    assert any(whole)

@@ -55,7 +55,7 @@ def on_mesh(
 
 def logits_on_mesh(programs: MeshPrograms, layout: KVLayout, ranks: int, tokens: np.ndarray) -> np.ndarray:
     """Logits at every position of `tokens`, `[ranks, LENGTH]`: the last by a decode step, the others by prefill."""
-    arena = jnp.zeros(layout.arena_shape(ranks * PAGES), jnp.float32, device=programs.arena_sharding)
+    arena = jnp.zeros(layout.arena_shape(ranks * PAGES), jnp.float32, device=programs.arena_sharding())
     table = (GroupTable(np.tile(np.arange(1, 1 + LENGTH // PAGE, dtype=np.int32), (ranks, 1))),)
     starts, counts = np.zeros(ranks, np.int32), np.full(ranks, LENGTH - 1, np.int32)
     arenas, x, _, _ = programs.prefill(programs.leaves, (arena,), tokens, starts, counts, table, programs.experts)
