@@ -11,7 +11,7 @@ import pytest
 
 from bench.iha import lm
 from bench.iha.paired import difference, judged, summary
-from bench.iha.training_flops import forward, pairs, training, training_executed
+from bench.iha.training_flops import executed_pairs, forward, training, training_executed
 from bench.iha.training_runs import SHIPPED, Text
 from models import ModelConfig
 from models.config import IHAConfig
@@ -22,7 +22,7 @@ from tests.models.iha_oracle import visible
 
 @pytest.mark.parametrize("window", [None, 1, 3])
 @pytest.mark.parametrize("mask", ["flat", "token"])
-def test_pairs_are_those_that_the_mask_lets_through(mask: str, window: int | None) -> None:
+def test_attention_is_counted_by_pairs_that_the_mask_lets_through(mask: str, window: int | None) -> None:
     length, pseudo = 7, 3
     config = ModelConfig(
         family="jaxdual_iha",
@@ -38,10 +38,18 @@ def test_pairs_are_those_that_the_mask_lets_through(mask: str, window: int | Non
     )
     places = list(itertools.product(range(length), range(pseudo)))
     counted = sum(visible(query, key, pseudo, mask, window) for query in places for key in places)
-    assert pairs(config, 0, length) == counted
-    plain = sum(m <= n and (window is None or n - m < window) for n in range(length) for m in range(length))
-    assert pairs(config, 1, length) == plain
-    assert pairs(config, 0, length, executed=True) >= counted
+    counted += sum(m <= n and (window is None or n - m < window) for n in range(length) for m in range(length))
+    assert forward(config, length)["attention"] * length == pytest.approx(4 * 2 * 4 * counted)
+    # A sequence that is one block is computed whole.
+    assert executed_pairs(config, 0, length) == (length * pseudo) ** 2
+    assert executed_pairs(config, 1, length) == length**2
+
+
+def test_blocks_behind_a_window_are_not_counted() -> None:
+    config = lm.arms()["global_local"]
+    # Four blocks of 64 queries; the later ones see 15 keys before their own.
+    assert executed_pairs(config, 0, 256) == 64 * (64 + 3 * 79)
+    assert executed_pairs(config, 4, 256) == 64 * (64 + 128 + 192 + 256)
 
 
 def test_operations_are_the_products_of_the_weights_and_the_attention() -> None:
