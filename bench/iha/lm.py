@@ -33,7 +33,7 @@ LENGTH = 256
 # What 512 are of the paper's 8,192 tokens.
 LOCAL_WINDOW = LENGTH * 512 // 8192
 PSEUDO_HEADS = 2
-BASE, LOCAL = "mha", "global_local"
+BASE, LOCAL, WINDOWS = "mha", "global_local", "iha_windows"
 RECIPE = Recipe(tokens_per_step=1024, length=LENGTH, long_length=LENGTH, long_fraction=0.0, peak_rate=1e-2)
 
 
@@ -45,6 +45,8 @@ def arms() -> dict[str, ModelConfig]:
     return {
         BASE: _model("qwen3"),
         LOCAL: _model("qwen3", layer_windows=local),
+        # Plain attention in the windows of the next arm: what those are worth without mixing.
+        WINDOWS: _model("qwen3", layer_windows=windows),
         "iha": _model("jaxdual_iha", layer_windows=windows, iha=IHAConfig(pseudo_heads=PSEUDO_HEADS, layers=layers)),
         "iha_lite": _model("jaxdual_iha", iha=everywhere),
     }
@@ -171,8 +173,8 @@ def _results(
 
 
 def _verdicts(losses: dict[str, list[float]]) -> list[str]:
-    """On every arm beside the base, and on IHA beside the other model with windows: what mixing adds to them."""
-    compared = [(name, BASE) for name in losses if name != BASE] + [("iha", LOCAL)]
+    """On every arm beside the base, and on IHA beside plain models with windows: what mixing adds to them."""
+    compared = [(name, BASE) for name in losses if name != BASE] + [("iha", LOCAL), ("iha", WINDOWS)]
     return [judged(name, base, difference(losses[name], losses[base]), "nats/token") for name, base in compared]
 
 

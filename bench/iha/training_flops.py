@@ -18,33 +18,25 @@ executed, with all pairs of the blocks of `models.training.attention` and four p
 from __future__ import annotations
 
 from models import ModelConfig
+from models.iha_costs import attention_flops, mixing_flops
 from models.training.attention import block_of, seen
 
 
 def forward(config: ModelConfig, length: int) -> dict[str, float]:
     """Operations of one token by part, forward, averaged over a sequence."""
     heads, kv_heads, head_dim, hidden = config.num_heads, config.num_kv_heads, config.head_dim, config.hidden_size
-    mixing = 0
-    if config.iha is not None:
-        of_collapse = heads if config.iha.collapse == "global" else 1
-        each = 2 * heads * config.iha.pseudo_heads * head_dim
-        mixing = len(config.iha.layers) * each * (heads + 2 * kv_heads + of_collapse)
     layers = config.num_layers
     return {
         "projections": layers * (2 * hidden * (heads + 2 * kv_heads) + 2 * heads * hidden) * head_dim,
-        "mixing": mixing,
-        "attention": sum(4 * heads * head_dim * pairs(config, layer, length) / length for layer in range(layers)),
+        "mixing": mixing_flops(config),
+        "attention": attention_flops(config, length) / length,
         "feed_forward": layers * 6 * hidden * config.intermediate_size,
         "head": 2 * hidden * config.vocab_size,
     }
 
 
-def pairs(config: ModelConfig, layer: int, length: int, *, executed: bool = False) -> int:
-    """Pairs of (pseudo) query and key of one head of a layer over a sequence.
-
-    Args:
-      executed: with those that blocks compute and the mask hides.
-    """
+def executed_pairs(config: ModelConfig, layer: int, length: int) -> int:
+    """Pairs of (pseudo) query and key that one head of a layer computes over a sequence, with those that are masked."""
     window, count, span = config.window_of(layer), 1, 1
     if config.iha is not None and config.has_iha(layer):
         count = config.iha.pseudo_heads
@@ -53,7 +45,7 @@ def pairs(config: ModelConfig, layer: int, length: int, *, executed: bool = Fals
         else:
             span = count
     positions = length * count
-    block = block_of(positions) if executed else 1
+    block = block_of(positions)
     total = 0
     for start in range(0, positions, block):
         stop = min(start + block, positions)
@@ -71,5 +63,5 @@ def training_executed(config: ModelConfig, length: int) -> float:
     """`training` with attention as the trainer's blocks compute it."""
     parts = forward(config, length)
     one = 4 * config.num_heads * config.head_dim / length
-    blocks = sum(one * pairs(config, layer, length, executed=True) for layer in range(config.num_layers))
+    blocks = sum(one * executed_pairs(config, layer, length) for layer in range(config.num_layers))
     return 3 * (sum(parts.values()) - parts["attention"]) + 4 * blocks

@@ -11,7 +11,7 @@ import pytest
 
 from bench.iha import lm
 from bench.iha.paired import difference, judged, summary
-from bench.iha.training_flops import forward, pairs, training, training_executed
+from bench.iha.training_flops import executed_pairs, forward, training, training_executed
 from bench.iha.training_runs import SHIPPED, Text
 from models import ModelConfig
 from models.config import IHAConfig
@@ -22,7 +22,7 @@ from tests.models.iha_oracle import visible
 
 @pytest.mark.parametrize("window", [None, 1, 3])
 @pytest.mark.parametrize("mask", ["flat", "token"])
-def test_pairs_are_those_that_the_mask_lets_through(mask: str, window: int | None) -> None:
+def test_attention_is_counted_by_pairs_that_the_mask_lets_through(mask: str, window: int | None) -> None:
     length, pseudo = 7, 3
     config = ModelConfig(
         family="jaxdual_iha",
@@ -38,10 +38,18 @@ def test_pairs_are_those_that_the_mask_lets_through(mask: str, window: int | Non
     )
     places = list(itertools.product(range(length), range(pseudo)))
     counted = sum(visible(query, key, pseudo, mask, window) for query in places for key in places)
-    assert pairs(config, 0, length) == counted
-    plain = sum(m <= n and (window is None or n - m < window) for n in range(length) for m in range(length))
-    assert pairs(config, 1, length) == plain
-    assert pairs(config, 0, length, executed=True) >= counted
+    counted += sum(m <= n and (window is None or n - m < window) for n in range(length) for m in range(length))
+    assert forward(config, length)["attention"] * length == pytest.approx(4 * 2 * 4 * counted)
+    # A sequence that is one block is computed whole.
+    assert executed_pairs(config, 0, length) == (length * pseudo) ** 2
+    assert executed_pairs(config, 1, length) == length**2
+
+
+def test_blocks_behind_a_window_are_not_counted() -> None:
+    config = lm.arms()["global_local"]
+    # Four blocks of 64 queries; the later ones see 15 keys before their own.
+    assert executed_pairs(config, 0, 256) == 64 * (64 + 3 * 79)
+    assert executed_pairs(config, 4, 256) == 64 * (64 + 128 + 192 + 256)
 
 
 def test_operations_are_the_products_of_the_weights_and_the_attention() -> None:
@@ -63,6 +71,7 @@ def test_arms_follow_the_schedule_and_get_equal_operations() -> None:
     assert configs["iha"].iha is not None
     assert configs["iha"].iha.layers == (0, 1, 2, 3)
     assert configs["global_local"].layer_windows == (16, 16, 16, 16, None)
+    assert configs["iha_windows"].layer_windows == configs["iha"].layer_windows
     assert configs["iha_lite"].layer_windows == configs["mha"].layer_windows == ()
     steps = lm.steps_of(configs, 1000)
     assert steps["mha"] == 1000
@@ -93,7 +102,7 @@ def test_arms_of_a_seed_begin_alike_and_see_the_same_text(monkeypatch: pytest.Mo
         config: ModelConfig, _recipe: Any, steps: int, data: Any, _heldout: Any, initial: Any, **more: Any
     ) -> Any:
         begun.append((config, initial, data))
-        seed = (len(begun) - 1) // 4
+        seed = (len(begun) - 1) // len(lm.arms())
         points = sorted({*more["measured_at"], steps})
         return {"curve": [(step, loss[config.family] + seed) for step in points], "steps": steps, "cpu_seconds": 1.0}
 
@@ -101,13 +110,13 @@ def test_arms_of_a_seed_begin_alike_and_see_the_same_text(monkeypatch: pytest.Mo
     monkeypatch.setattr(lm, "trained", trained)
     found = lm.run(seeds=2, steps=100, tell=lambda _: None)
     json.dumps(found)
-    for first in (0, 4):
+    for first in (0, 5):
         _, shared, data = begun[first]
-        for _, initial, also in begun[first : first + 4]:
+        for _, initial, also in begun[first : first + 5]:
             assert also is data
             for name, value in initial.items():
                 assert is_mixing(name) or (value == shared[name]).all()
-    assert (begun[0][1]["embedding"] != begun[4][1]["embedding"]).any()
+    assert (begun[0][1]["embedding"] != begun[5][1]["embedding"]).any()
     rows = {row["arm"]: row for row in found["rows"]}
     assert rows["iha"]["difference"]["values"] == [-1.0, -1.0]
     assert rows["global_local"]["loss"]["mean"] == 5.5
@@ -115,9 +124,11 @@ def test_arms_of_a_seed_begin_alike_and_see_the_same_text(monkeypatch: pytest.Mo
     verdicts = found["verdict"]["equal_operations"]
     assert [verdict.partition(":")[0] for verdict in verdicts] == [
         "global_local and mha",
+        "iha_windows and mha",
         "iha is better than mha",
         "iha_lite is better than mha",
         "iha is better than global_local",
+        "iha is better than iha_windows",
     ]
     assert found["baselines"]["uniform"] == pytest.approx(np.log(4096))
     assert "no difference shown" in lm.lines(found)
