@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.iha.experiments import EXPERIMENTS
+from bench.iha.experiments import EXPERIMENTS, PAIRED
 from bench.iha.pictures import check_drawing, draw
 from bench.iha.results import Curves, Result, Setting
 from bench.report import header, write_json
@@ -36,6 +36,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--seeds", type=whole(1), default=3, metavar="N", help="runs of each arm; 3")
     parser.add_argument("--full", action="store_true", help="whole protocols, which want a GPU")
+    parser.add_argument(
+        "--keep", type=Path, metavar="DIR", help="runs of lm and upcycle that are done; go on from there"
+    )
     parser.add_argument("--json", metavar="FILE", help="written anew after each experiment")
     parser.add_argument("--pictures", type=Path, metavar="DIR", help="curves of what was trained, as PNG")
     return parser
@@ -45,7 +48,10 @@ def _run(options: argparse.Namespace) -> int:
     if options.pictures is not None:
         check_drawing()
         options.pictures.mkdir(parents=True, exist_ok=True)
-    setting = Setting(options.seeds, options.full)
+    setting = Setting(options.seeds, options.full, options.keep)
+    for name in options.only or EXPERIMENTS:
+        if name in PAIRED:
+            setting.paired_seeds(name)
     report: dict[str, Any] = header("bench.iha") | {"seeds": setting.seeds, "full": setting.full, "experiments": {}}
     for name in dict.fromkeys(options.only or EXPERIMENTS):
         print(f"{name}: {EXPERIMENTS[name].about}", flush=True)

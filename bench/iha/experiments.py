@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from bench.iha import composition, constructions, costs, cpm3, filters, masks
+from bench.iha import composition, constructions, costs, cpm3, filters, lm, masks, upcycle
 from bench.iha.results import Result, Setting
 
 
@@ -29,4 +29,8 @@ EXPERIMENTS: Mapping[str, Experiment] = {
     "filter": Experiment("four powers of a matrix, learned by two heads", filters.experiment),
     "cpm3": Experiment("counts of pairs, learned", cpm3.experiment),
     "composition": Experiment("composition of relations, learned", composition.experiment),
+    "lm": Experiment("small language models at equal operations; 25 minutes", lm.experiment),
+    "upcycle": Experiment("trained models given pseudo heads, and trained on; 10 minutes", upcycle.experiment),
 }
+# Those that compare arms seed by seed.
+PAIRED = frozenset({"lm", "upcycle"})

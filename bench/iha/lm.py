@@ -7,8 +7,6 @@ plain model allow (`bench.iha.training_flops`, attention as the mask lets it thr
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,10 +14,10 @@ from typing import Any
 import jax.numpy as jnp
 
 import models
-from bench.iha.paired import difference, judged, summary
+from bench.iha.paired import difference, interval_cells, judged, summary
+from bench.iha.results import Curves, Result, Setting, Table
 from bench.iha.training_flops import forward, training, training_executed
 from bench.iha.training_runs import Say, Text, say, trained
-from bench.report import header, table, write_json
 from models import ModelConfig
 from models.config import IHAConfig
 from models.iha import num_mixing_parameters, schedule
@@ -178,8 +176,43 @@ def _verdicts(losses: dict[str, list[float]]) -> list[str]:
     return [judged(name, base, difference(losses[name], losses[base]), "nats/token") for name, base in compared]
 
 
-def lines(results: dict[str, Any]) -> str:
-    """The results as text."""
+def experiment(setting: Setting) -> Result:
+    """Trains all arms: 240 steps of the base in place of 5,000."""
+    found = run(seeds=setting.paired_seeds("lm"), steps=5000 if setting.full else 240, keep=setting.keep)
+    ends = {row["arm"]: row["loss"]["mean"] for row in found["rows"]}
+    verdicts = [*found["verdict"]["equal_operations"], "At the common step:", *found["verdict"]["equal_tokens"]]
+    return Result(
+        tables=[_table(found)],
+        verdict=" ".join(verdicts),
+        holds=max(ends.values()) < found["baselines"]["unigram"],
+        curves=[
+            Curves(
+                "language models of equal operations",
+                "step",
+                "held-out loss, nats a token",
+                found["curves"],
+                levels={"token frequencies": found["baselines"]["unigram"]},
+            )
+        ],
+        figures=found,
+    )
+
+
+def _table(found: dict[str, Any]) -> Table:
+    rows = [
+        (
+            row["arm"],
+            row["parameters"],
+            f"{row['training_flops_per_token'] / 1e6:.3f}",
+            row["steps"],
+            f"{row['loss']['mean']:.4f}",
+            *interval_cells(row["difference"]),
+            f"{row['loss_at_common_step']['mean']:.4f}",
+            f"{row['difference_at_common_step']['mean']:+.4f}",
+        )
+        for row in found["rows"]
+    ]
+    rows += [(name, None, None, None, f"{loss:.4f}") for name, loss in found["baselines"].items()]
     head = (
         "arm",
         "parameters",
@@ -192,37 +225,8 @@ def lines(results: dict[str, Any]) -> str:
         "at common step",
         "to mha",
     )
-    rows = [
-        (
-            row["arm"],
-            row["parameters"],
-            f"{row['training_flops_per_token'] / 1e6:.3f}",
-            row["steps"],
-            f"{row['loss']['mean']:.4f}",
-            f"{row['difference']['mean']:+.4f}",
-            *(f"{bound:+.4f}" for bound in row["difference"]["interval"]),
-            f"{row['loss_at_common_step']['mean']:.4f}",
-            f"{row['difference_at_common_step']['mean']:+.4f}",
-        )
-        for row in results["rows"]
-    ]
-    verdicts = [*results["verdict"]["equal_operations"], "At the common step:", *results["verdict"]["equal_tokens"]]
-    return "\n".join([table(head, rows), f"without a model: {results['baselines']}", *verdicts])
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line: this measurement alone."""
-    parser = argparse.ArgumentParser(prog="python -m bench.iha.lm", description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=240, help="of the plain model (default %(default)s)")
-    parser.add_argument("--keep", type=Path, help="folder of runs that are done; an interrupted measurement goes on")
-    parser.add_argument("--json", metavar="FILE")
-    args = parser.parse_args(argv)
-    results = run(seeds=args.seeds, steps=args.steps, keep=args.keep)
-    write_json(args.json, header("bench.iha.lm") | results)
-    print(lines(results))
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
+    return Table(
+        "held-out loss, nats a token, at equal operations",
+        head,
+        [(*row, *[None] * (len(head) - len(row))) for row in rows],
+    )

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
-import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from scipy import stats
+from bench.iha.results import Summary
 
 
 def summary(values: Sequence[float]) -> dict[str, Any]:
@@ -18,14 +16,18 @@ def summary(values: Sequence[float]) -> dict[str, Any]:
     """
     if len(values) < 2:
         raise ValueError(f"{len(values)} values: an interval needs at least two")
-    mean, error = statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))
-    half = float(stats.t.ppf(0.975, len(values) - 1)) * error
-    return {"mean": mean, "interval": [mean - half, mean + half], "values": list(values)}
+    found = Summary.of(values)
+    return {"mean": found.mean, "interval": list(found.interval or ()), "values": list(values)}
 
 
 def difference(values: Sequence[float], base: Sequence[float]) -> dict[str, Any]:
     """`summary` of what the values of seeds are above those of a base with the same seeds."""
     return summary([one - other for one, other in zip(values, base, strict=True)])
+
+
+def interval_cells(found: dict[str, Any]) -> tuple[str, ...]:
+    """Mean and both ends of a `difference`, for a table."""
+    return tuple(f"{value:+.4f}" for value in (found["mean"], *found["interval"]))
 
 
 def judged(name: str, base: str, found: dict[str, Any], unit: str) -> str:

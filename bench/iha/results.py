@@ -6,6 +6,7 @@ import dataclasses
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from scipy import stats
@@ -20,10 +21,18 @@ class Setting:
     Attributes:
       seeds: runs of each arm, from seed 0.
       full: the whole protocol, which is meant for a GPU, in place of what two CPU cores can do in minutes.
+      keep: folder of training runs that are done, where experiments of many runs go on; None for none.
     """
 
     seeds: int = 3
     full: bool = False
+    keep: Path | None = None
+
+    def paired_seeds(self, name: str) -> int:
+        """Seeds of an experiment that compares arms seed by seed; raises `ValueError` if there is but one."""
+        if self.seeds < 2:
+            raise ValueError(f"--seeds {self.seeds}: {name} compares arms by seed, and needs at least 2")
+        return self.seeds
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,9 +6,7 @@ the base itself are trained on with the same recipe, the same windows in the sam
 
 from __future__ import annotations
 
-import argparse
 import itertools
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,10 +14,10 @@ from typing import Any
 import jax.numpy as jnp
 
 import models
-from bench.iha.paired import difference, judged, summary
+from bench.iha.paired import difference, interval_cells, judged, summary
+from bench.iha.results import Curves, Result, Setting, Table
 from bench.iha.training_flops import training
 from bench.iha.training_runs import SHIPPED, Say, Text, say, trained
-from bench.report import header, table, write_json
 from models import Decoder
 from models.config import IHAConfig
 from models.training.data import WindowStream
@@ -44,6 +42,7 @@ STARTS = {
 }
 # Other windows than the base's training began with.
 _FIRST_SEED = 1000
+_EXACT = 1e-3  # nats a token: rounding
 
 
 def run(
@@ -165,16 +164,27 @@ def _results(base: Decoder, before: float, found: dict[str, list[dict[str, Any]]
     }
 
 
-def lines(results: dict[str, Any]) -> str:
-    """The results as text."""
+def experiment(setting: Setting) -> Result:
+    """Measures start gaps, and trains on for 60 steps in place of 2,000."""
+    found = run(seeds=setting.paired_seeds("upcycle"), steps=2000 if setting.full else 60, keep=setting.keep)
+    return Result(
+        tables=_tables(found),
+        verdict=" ".join(found["verdict"]),
+        holds=all(abs(row["gap"]) < _EXACT for row in found["start_gaps"] if row["exact"]),
+        curves=[Curves("upcycled models trained on", "step", "held-out loss, nats a token", found["curves"])],
+        figures=found,
+    )
+
+
+def _tables(found: dict[str, Any]) -> list[Table]:
     gaps = [
         (
             f"{row['rope']} {row['mask']} {row['select']}",
-            "exact" if row["exact"] else "",
+            "exact" if row["exact"] else None,
             f"{row['gap']:+.5f}",
             f"{row['gap_with_noise']['mean']:+.5f}",
         )
-        for row in results["start_gaps"]
+        for row in found["start_gaps"]
     ]
     rows = [
         (
@@ -182,34 +192,12 @@ def lines(results: dict[str, Any]) -> str:
             f"{row['training_flops_per_token'] / 1e6:.2f}",
             f"{row['start_gap']['mean']:+.4f}",
             f"{row['loss']['mean']:.4f}",
-            f"{row['from_control']['mean']:+.4f}",
-            *(f"{bound:+.4f}" for bound in row["from_control"]["interval"]),
+            *interval_cells(row["from_control"]),
         )
-        for row in results["rows"]
+        for row in found["rows"]
     ]
-    return "\n".join(
-        [
-            f"base: {results['base_loss']:.4f} nats/token",
-            table(("rope mask select", "", "gap", f"noise {NOISE}"), gaps),
-            table(("trained on", "MFLOP/token", "start gap", "end", "to base", "low", "high"), rows),
-            *results["verdict"],
-        ]
-    )
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line: this measurement alone."""
-    parser = argparse.ArgumentParser(prog="python -m bench.iha.upcycle", description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=60, help="of each run (default %(default)s)")
-    parser.add_argument("--keep", type=Path, help="folder of runs that are done; an interrupted measurement goes on")
-    parser.add_argument("--json", metavar="FILE")
-    args = parser.parse_args(argv)
-    results = run(seeds=args.seeds, steps=args.steps, keep=args.keep)
-    write_json(args.json, header("bench.iha.upcycle") | results)
-    print(lines(results))
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
+    base = f"above the base's {found['base_loss']:.4f} nats a token, without training"
+    return [
+        Table(base, ("rope mask select", "on paper", "gap", f"noise {NOISE}"), gaps),
+        Table("trained on", ("start", "MFLOP/token", "start gap", "end", "to base", "low", "high"), rows),
+    ]

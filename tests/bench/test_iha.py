@@ -281,6 +281,13 @@ def test_command_says_what_pictures_need(
     assert not (tmp_path / "pictures").exists()
 
 
+def test_command_wants_seeds_to_compare(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["--only", "masks", "--only", "lm", "--seeds", "1"]) == 2
+    told = capsys.readouterr()
+    assert "--seeds 1: lm compares arms by seed, and needs at least 2" in told.err
+    assert not told.out, "nothing was begun"
+
+
 @pytest.mark.parametrize("arguments", [["--only", "nothing"], ["--seeds", "0"]])
 def test_command_refuses_what_it_does_not_know(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:

@@ -11,6 +11,7 @@ import pytest
 
 from bench.iha import lm
 from bench.iha.paired import difference, judged, summary
+from bench.iha.results import Setting
 from bench.iha.training_flops import executed_pairs, forward, training, training_executed
 from bench.iha.training_runs import SHIPPED, Text
 from models import ModelConfig
@@ -131,4 +132,8 @@ def test_arms_of_a_seed_begin_alike_and_see_the_same_text(monkeypatch: pytest.Mo
         "iha is better than iha_windows",
     ]
     assert found["baselines"]["uniform"] == pytest.approx(np.log(4096))
-    assert "no difference shown" in lm.lines(found)
+    result = lm.experiment(Setting(seeds=2))
+    assert "no difference shown" in result.verdict
+    assert [row[0] for row in result.tables[0].rows] == [*lm.arms(), "uniform", "unigram"]
+    assert list(result.curves[0].lines) == list(lm.arms())
+    json.dumps(result.as_json())
