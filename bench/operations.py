@@ -51,6 +51,9 @@ class Case(NamedTuple):
         the "reference" of attention. The grouped product's is left out, since it takes as many times the memory and
         work as there are experts: its "xla" stands in, which tests compare with loops in float64. That of the block
         moves and of retrieval scores is their "xla".
+      tolerance: the error that may be, as `bench.kernels.error_of` has it. Rounding to bfloat16, of weights and
+        results, stays below 0.015; that of pseudo keys came to 0.042, of the smallest workload on a CPU. What is exact
+        has none.
       exact: results are copies: nothing may differ.
       donated: the argument that is written in place.
       candidates: forms of the Mosaic kernel that are tried beside its default; empty where it is another operation's.
@@ -59,6 +62,7 @@ class Case(NamedTuple):
     function: Callable[..., Any]
     spec: Spec
     implementations: tuple[str, ...]
+    tolerance: float = 0.03
     exact: bool = False
     donated: str | None = None
     candidates: tuple[Any, ...] = ()
@@ -100,9 +104,11 @@ def operations() -> Mapping[str, Mapping[str, Case]]:
             name: Case(decode_attention, spec, attention, candidates=decode_mosaic.CANDIDATES)
             for name, spec in decode_specs.SPECS.items()
         },
-        "iha_prefill": {name: Case(iha_prefill, spec, attention) for name, spec in iha_prefill_specs.SPECS.items()},
+        "iha_prefill": {
+            name: Case(iha_prefill, spec, attention, tolerance=0.1) for name, spec in iha_prefill_specs.SPECS.items()
+        },
         "iha_decode": {
-            name: Case(iha_decode, spec, attention, candidates=_candidates_of_iha_decode(spec))
+            name: Case(iha_decode, spec, attention, tolerance=0.1, candidates=_candidates_of_iha_decode(spec))
             for name, spec in iha_decode_specs.SPECS.items()
         },
         "retrieval_scores": {
@@ -118,6 +124,7 @@ def operations() -> Mapping[str, Mapping[str, Case]]:
                 spec.function,
                 spec,
                 ("mosaic", "xla"),
+                tolerance=0,
                 exact=True,
                 donated="arena" if spec.direction == "scatter" else None,
                 candidates=kv_mosaic.CANDIDATES,

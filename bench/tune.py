@@ -91,7 +91,7 @@ def try_forms(case: Case) -> dict[str, dict[str, float]]:
             with tuning.trying(config) as chosen_for:
                 calls = our_calls(case, "mosaic", inputs)
                 error = error_of(calls[0](), expected)
-                if not fits(error, case.exact):
+                if not fits(error, case.tolerance):
                     raise ValueError(f"error of {error:.3g}")
                 seconds = measure(calls).seconds
         except Exception as failure:  # of the kernel, of the compiler or of the device: the others are tried still

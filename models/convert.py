@@ -7,7 +7,7 @@ stored type of the weights is kept.
 import argparse
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 
 from models.checkpoint import load, save, stored_dtype
@@ -27,9 +27,9 @@ def to_orbax(source: Path, out: Path) -> None:
       ModelError: `source` is no usable checkpoint, or `out` is not empty.
     """
     model = load(source, dtype=stored_dtype(source))
-    _prepare(out)
+    prepare(out)
     save_orbax(model, out)
-    _copy_other_files(source, out)
+    copy_other_files(source, out)
 
 
 def to_safetensors(source: Path, out: Path) -> None:
@@ -40,20 +40,22 @@ def to_safetensors(source: Path, out: Path) -> None:
     """
     dtype = orbax_dtype(source)
     model = load_orbax(load_config(source), source, dtype)
-    _prepare(out)
+    prepare(out)
     save(model, out, dtype)
-    _copy_other_files(source, out)
+    copy_other_files(source, out)
 
 
-def _prepare(out: Path) -> None:
+def prepare(out: Path) -> None:
+    """Make the folder of a new checkpoint; raises `ModelError` if there is something in it."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ModelError(f"{out}: exists; a new or an empty folder is expected")
     out.mkdir(parents=True, exist_ok=True)
 
 
-def _copy_other_files(source: Path, out: Path) -> None:
+def copy_other_files(source: Path, out: Path, but: Container[str] = ()) -> None:
+    """Copy the files of a checkpoint folder that are no weights, but those of these names."""
     for file in sorted(source.iterdir()):
-        if file.is_file() and not file.name.endswith(_WEIGHT_SUFFIXES):
+        if file.is_file() and not file.name.endswith(_WEIGHT_SUFFIXES) and file.name not in but:
             shutil.copyfile(file, out / file.name)
 
 

@@ -1,6 +1,7 @@
 """Training data: documents from source files, chat-form examples made from them, and packed windows of tokens."""
 
 import ast
+import copy
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -79,6 +80,12 @@ class WindowStream:
         self._transcripts = _tokenize(tokenizer, transcripts)
         self._seed = seed
         self._cached: tuple[tuple[int, int], Int32[np.ndarray, "windows window"]] | None = None
+
+    def reseeded(self, seed: int) -> "WindowStream":
+        """The same documents in the order of another seed."""
+        other = copy.copy(self)
+        other._seed, other._cached = seed, None
+        return other
 
     def batch(self, position: Position, rows: int) -> tuple[Int32[np.ndarray, "rows window"], Position]:
         """The next ``rows`` windows and the position after them; a remainder of an epoch below ``rows`` is skipped.

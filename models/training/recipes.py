@@ -18,6 +18,8 @@ class Recipe:
         long_fraction: share of the budget that trains on ``long_length``.
         peak_rate: highest learning rate. Updates have about the root mean square that AdamW's have.
         adam_rate: learning rate of embedding and norms, as a multiple of that of the matrices.
+        mixing_rate: that of the mixing and collapse weights of Interleaved Head Attention, as such a multiple; at the
+            highest rate of 1e-2 they have 0.02.
         warmup_steps: steps of linear warm-up.
         decay_from: fraction at which the learning rate starts to fall linearly, to zero at the end.
         weight_decay: decoupled weight decay of the matrices inside the layers.
@@ -33,6 +35,7 @@ class Recipe:
     long_fraction: float = 0.12
     peak_rate: float = 8e-3
     adam_rate: float = 1.0
+    mixing_rate: float = 2.0
     warmup_steps: int = 30
     decay_from: float = 0.3
     weight_decay: float = 0.05

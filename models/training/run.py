@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -89,6 +89,7 @@ def run(
     initial: Parameters | None = None,
     resume: bool = False,
     checkpoint_seconds: float = 120.0,
+    checkpoint_at: Container[int] = (),
     stop_after: int | None = None,
     report: Callable[[Progress, TrainState], None] = lambda _progress, _state: None,
 ) -> tuple[Decoder, TrainState]:
@@ -104,6 +105,7 @@ def run(
         initial: parameters to begin with; random ones unless given.
         resume: go on from the state in ``folder``.
         checkpoint_seconds: CPU seconds between two checkpoints, each with a progress report.
+        checkpoint_at: steps with a checkpoint and a progress report, too.
         stop_after: stop (after a checkpoint) at this many steps, before the budget ends.
         report: called with every progress line and the state.
 
@@ -134,7 +136,7 @@ def run(
             values, moments, position, state.step + 1, state.tokens + recipe.tokens_per_step, clock.seconds()
         )
         ended = budget.fraction(state) >= 1 or state.step == stop_after
-        if ended or state.cpu_seconds - since.cpu_seconds >= checkpoint_seconds:
+        if ended or state.step in checkpoint_at or state.cpu_seconds - since.cpu_seconds >= checkpoint_seconds:
             heldout_loss = float(cross_entropy(config, recipe, state.parameters, jnp.asarray(heldout)))
             state = replace(state, cpu_seconds=clock.seconds())
             save_state(state, identity, folder)

@@ -12,6 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float32, Int32
 
 from models import Decoder, ModelConfig, init
+from models.iha import is_mixing
 from models.training.attention import blocked_attend
 from models.training.experts import replace_experts
 from models.training.recipes import Recipe
@@ -20,6 +21,8 @@ type Parameters = dict[str, jax.Array]
 
 # Gives Muon's updates about the root mean square of Adam's, so that both take one learning rate (Liu et al. 2025).
 _UPDATE_RMS = 0.2
+# Of mixing and collapse weights: few, all of a size, and each in the gradient of every token.
+_MIXING_BETAS = (0.8, 0.95)
 
 
 def parameters_of(model: Decoder) -> Parameters:
@@ -36,18 +39,24 @@ def with_parameters(config: ModelConfig, parameters: Mapping[str, jax.Array]) ->
 
 
 def optimizer(recipe: Recipe, parameters: Parameters) -> optax.GradientTransformation:
-    """Muon for the matrices inside the layers, AdamW for embedding and norms, after clipping; at learning rate 1."""
-    return optax.chain(
-        optax.clip_by_global_norm(recipe.clip_norm),
-        optax.contrib.muon(
-            learning_rate=1.0,
-            adam_learning_rate=recipe.adam_rate,
-            weight_decay=recipe.weight_decay,
-            adam_b2=0.95,
-            consistent_rms=_UPDATE_RMS,
-            muon_weight_dimension_numbers=_matrices(parameters),
-        ),
+    """Muon for the matrices inside the layers, AdamW for embedding and norms, after clipping; at learning rate 1.
+
+    Mixing and collapse weights of Interleaved Head Attention have an Adam of their own without decay.
+    """
+    groups = {name: "mixing" if is_mixing(name) else "rest" for name in parameters}
+    rest = optax.contrib.muon(
+        learning_rate=1.0,
+        adam_learning_rate=recipe.adam_rate,
+        weight_decay=recipe.weight_decay,
+        adam_b2=0.95,
+        consistent_rms=_UPDATE_RMS,
+        muon_weight_dimension_numbers=_matrices,
     )
+    if "mixing" in groups.values():
+        first, second = _MIXING_BETAS
+        mixing = optax.adam(recipe.mixing_rate, b1=first, b2=second)
+        rest = optax.partition({"mixing": mixing, "rest": rest}, groups)
+    return optax.chain(optax.clip_by_global_norm(recipe.clip_norm), rest)
 
 
 def losses(
@@ -64,7 +73,7 @@ def losses(
     windows = jnp.where(windows < 0, ~windows, windows)
     tokens, targets = windows[:, :-1].reshape(-1), windows[:, 1:].reshape(-1)
     positions = jnp.tile(jnp.arange(length), batch)
-    hidden, _ = model(tokens, positions, blocked_attend(batch, length), None)
+    hidden, _ = model(tokens, positions, blocked_attend(batch, length, config.layer_windows), None)
     logits = model.head(hidden)
     log_partition = jax.nn.logsumexp(logits, axis=-1)
     correct = jnp.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
@@ -129,9 +138,9 @@ def _name(path: tuple[object, ...]) -> str:
     return ".".join(str(part) for part in path)
 
 
-def _matrices(parameters: Parameters) -> dict[str, optax.contrib.MuonDimensionNumbers | None]:
-    def numbers(name: str, value: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
-        if value.ndim < 2 or not name.startswith("layers."):
+def _matrices(parameters: Mapping[str, Any]) -> dict[str, optax.contrib.MuonDimensionNumbers | None]:
+    def numbers(name: str, value: Any) -> optax.contrib.MuonDimensionNumbers | None:
+        if isinstance(value, optax.MaskedNode) or value.ndim < 2 or not name.startswith("layers."):
             return None
         return optax.contrib.MuonDimensionNumbers(reduction_axis=value.ndim - 2, output_axis=value.ndim - 1)
 

@@ -81,7 +81,7 @@ def test_names_that_do_not_exist_are_refused(capsys):
 
 def test_moved_blocks_must_be_equal_to_the_bit():
     expected = np.ones(4, np.float32)
-    found = kernels._measure_one(lambda _: [lambda: jnp.asarray([1, 1, 1, 1 + 2**-20])], [{}], expected, exact=True)
+    found = kernels._measure_one(lambda _: [lambda: jnp.asarray([1, 1, 1, 1 + 2**-20])], [{}], expected, tolerance=0)
     assert "wrong" in found
     assert "us" not in found
 

@@ -221,7 +221,9 @@ def test_batches_follow_from_seed_and_position(entries: Tokenizer, texts: dict[s
     second, _ = one.batch(position, 4)
     np.testing.assert_array_equal(two.batch(position, 4)[0], second)
     np.testing.assert_array_equal(two.batch(Position(0, 0, 16), 4)[0], first)
-    assert not np.array_equal(WindowStream(entries, texts, seed=4).batch(Position(0, 0, 16), 4)[0], first)
+    other = WindowStream(entries, texts, seed=4).batch(Position(0, 0, 16), 4)[0]
+    assert not np.array_equal(other, first)
+    np.testing.assert_array_equal(one.reseeded(4).batch(Position(0, 0, 16), 4)[0], other)
     with pytest.raises(ValueError, match="rows=100000"):
         one.batch(position, 100000)
 
@@ -325,10 +327,12 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(entries: Tokenizer, texts: 
     def train(folder: Path, **more: object) -> object:
         return run(tiny(entries), RECIPE, Budget(steps=8), data, windows, folder, **more)[1]  # type: ignore[arg-type]
 
-    whole = train(tmp_path / "whole")
+    steps: list[int] = []
+    whole = train(tmp_path / "whole", checkpoint_at={2, 5}, report=lambda line, _state: steps.append(line.step))
+    assert steps == [2, 5, 8]
+    steps.clear()
     stopped = train(tmp_path / "parts", stop_after=3)
     assert stopped.step == 3
-    steps: list[int] = []
     resumed = train(
         tmp_path / "parts", resume=True, checkpoint_seconds=0.0, report=lambda line, _state: steps.append(line.step)
     )

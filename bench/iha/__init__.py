@@ -1,0 +1,1 @@
+"""Experiments with Interleaved Head Attention: `python -m bench.iha`."""
