@@ -1,4 +1,4 @@
-"""`python -m jaxdual.pruning --model DIR --method wanda --pattern 2:4 --calibration FILE --out DIR --report FILE.json`."""
+"""`python -m jaxdual.pruning --model DIR --method wanda --pattern 2:4 --calibration FILE --out DIR`: prunes a model."""
 
 from __future__ import annotations
 

@@ -20,6 +20,8 @@ from jaxdual.pruning.pattern import Pattern, Scope
 from jaxdual.pruning.sparsegpt import sparsegpt
 from models import Decoder
 from models.attention import dense_attend
+from models.layers import LayerAttend
+from models.rope import Rope
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,47 +98,35 @@ def prune_model(
     streams = [model.embed(jnp.asarray(window)) for window in windows]
     rope = model.rope(jnp.arange(windows.shape[1]))
     for index, layer in enumerate(model.layers):
-        attend = partial(dense_attend(1, windows.shape[1], model.config.layer_windows), index)
+        linears, window = linears_of(model.config, index), model.config.window_of(index)
         if index >= first:
-            moments = _moments(layer, linears_of(model.config, index), streams, rope, attend, method.whole)
-            pruned = [
-                _prune(layer, index, linear, moments[linear.group], method, pattern)
-                for linear in linears_of(model.config, index)
-            ]
-            done(index, pruned)
-        forward = _forward(layer, attend)
-        streams = [forward(x, rope) for x in streams]
+            graph, state = nnx.split(layer)
+            moments = {one.group: Moments.none(one.read(layer).shape[1], whole=method.whole) for one in linears}
+            for x in streams:
+                moments = _with_inputs(graph, window, state, moments, x, rope)
+            done(index, [_prune(layer, index, one, moments[one.group], method, pattern) for one in linears])
+        graph, state = nnx.split(layer)
+        streams = [_forward(graph, window, state, x, rope) for x in streams]
 
 
-def _moments(
-    layer: Any,
-    linears: Sequence[Linear],
-    streams: Sequence[Float[Array, "T D"]],
-    rope: Any,
-    attend: Any,
-    whole: bool,
+# Layers that are alike share their programs.
+
+
+@partial(jax.jit, static_argnames=("graph", "window"))
+def _with_inputs(
+    graph: Any, window: int | None, state: Any, moments: dict[str, Moments], x: Float[Array, "T D"], rope: Rope
 ) -> dict[str, Moments]:
-    graph, state = nnx.split(layer)
-    moments = {one.group: Moments.none(one.read(layer).shape[1], whole=whole) for one in linears}
-
-    @jax.jit
-    def add(state: Any, moments: dict[str, Moments], x: Float[Array, "T D"]) -> dict[str, Moments]:
-        return with_inputs(moments, nnx.merge(graph, state), x, rope, attend)
-
-    for x in streams:
-        moments = add(state, moments, x)
-    return moments
+    return with_inputs(moments, nnx.merge(graph, state), x, rope, _attend(window, x.shape[0]))
 
 
-def _forward(layer: Any, attend: Any) -> Callable[..., Float[Array, "T D"]]:
-    graph, state = nnx.split(layer)
+@partial(jax.jit, static_argnames=("graph", "window"))
+def _forward(graph: Any, window: int | None, state: Any, x: Float[Array, "T D"], rope: Rope) -> Float[Array, "T D"]:
+    out: Array = nnx.merge(graph, state)(x, rope, _attend(window, x.shape[0]), None)[0]
+    return out
 
-    @jax.jit
-    def forward(state: Any, x: Float[Array, "T D"], rope: Any) -> Float[Array, "T D"]:
-        out: Array = nnx.merge(graph, state)(x, rope, attend, None)[0]
-        return out
 
-    return partial(forward, state)
+def _attend(window: int | None, length: int) -> LayerAttend:
+    return partial(dense_attend(1, length, (window,)), 0)
 
 
 def _prune(

@@ -95,4 +95,5 @@ def _sweep(
         weights = weights.at[:, j].set(jnp.where(kept[:, j], now, 0.0))
         return weights, errors.at[:, j].set(error), kept
 
-    return jax.lax.fori_loop(0, width, column, (weights, jnp.zeros_like(weights), kept))
+    swept: tuple[Array, Array, Array] = jax.lax.fori_loop(0, width, column, (weights, jnp.zeros_like(weights), kept))
+    return swept

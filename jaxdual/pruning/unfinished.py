@@ -45,7 +45,7 @@ class UnfinishedRun:
             raise ValueError(f"{out}: holds a stopped run of other settings; remove {self._folder} to begin anew")
 
     def resume(self, model: Decoder) -> list[PrunedMatrix]:
-        """Puts the layers that are done into a model; what became of their matrices, layer after layer from the first."""
+        """Puts the layers that are done into a model; what became of their matrices, from the first layer on."""
         done: list[PrunedMatrix] = []
         for index, layer in enumerate(model.layers):
             try:
