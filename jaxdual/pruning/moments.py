@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,11 +23,11 @@ class Moments(NamedTuple):
     second: Float32[Array, "*shape"]
 
     @classmethod
-    def none(cls, inputs: int, *, whole: bool) -> Self:
+    def none(cls, inputs: int, *, whole: bool) -> Moments:
         """Of no tokens yet; with all products where `whole`."""
         return cls(jnp.float32(0), jnp.zeros(inputs), jnp.zeros((inputs, inputs) if whole else inputs))
 
-    def with_tokens(self, x: Float[Array, "T inputs"], weight: Float[Array, " T"] | None = None) -> Self:
+    def with_tokens(self, x: Float[Array, "T inputs"], weight: Float[Array, " T"] | None = None) -> Moments:
         """With more tokens; those of weight 0 don't count."""
         x = x.astype(jnp.float32)
         weighed = x if weight is None else x * weight[:, None]
