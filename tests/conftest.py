@@ -27,6 +27,11 @@ ARRAY_MODULES = [
     "jaxdual.engine.steps",
     "jaxdual.heads.attention",
     "jaxdual.parallel.exchange",
+    "jaxdual.pruning.linears",
+    "jaxdual.pruning.moments",
+    "jaxdual.pruning.pattern",
+    "jaxdual.pruning.scores",
+    "jaxdual.pruning.sparsegpt",
 ]
 if importlib.util.find_spec("beartype"):
     install_import_hook(ARRAY_MODULES, "beartype.beartype")

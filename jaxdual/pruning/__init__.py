@@ -1,0 +1,1 @@
+"""Post-training pruning: fewer weights in a trained model, chosen on calibration text."""

@@ -1,0 +1,131 @@
+"""`python -m jaxdual.pruning --model DIR --method wanda --pattern 2:4 --calibration FILE --out DIR`: prunes a model."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from jaxdual.arguments import run_command, whole
+from jaxdual.config import EngineConfig
+from jaxdual.model_folder import find_model
+from jaxdual.offline.report import write_report
+from jaxdual.pruning.calibration import perplexity, read_windows
+from jaxdual.pruning.pattern import Pattern
+from jaxdual.pruning.run import METHODS, PrunedMatrix, check, prune_model
+from jaxdual.pruning.unfinished import UnfinishedRun
+from jaxdual.result_files import check_writable
+from jaxdual.tokenizer import Tokenizer
+from models import load, save
+from models.checkpoint import stored_dtype
+from models.convert import copy_other_files
+from models.fingerprint import model_fingerprint
+
+_PROG = "python -m jaxdual.pruning"
+_SEQUENCES, _LENGTH, _HELD_OUT = 128, 2048, 8
+# Files that speak of the source's weights.
+_OF_SOURCE = ("README.md", "metrics.json", "config.json")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit status."""
+    options = _parser().parse_args(arguments)
+    stopped = f"{_PROG}: interrupted; the same call goes on with the layer that it was in"
+    return run_command(_PROG, lambda: _prune(options), stopped=stopped)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=_PROG, description="Leaves weights of a model out, chosen on text.")
+    parser.add_argument("--model", required=True, metavar="DIR", help="model folder, or a name on the hub")
+    parser.add_argument("--method", required=True, choices=METHODS, help="how weights are chosen")
+    parser.add_argument("--pattern", required=True, help="share of the weights that go, as 0.5, or N:M: N of M stay")
+    parser.add_argument("--calibration", required=True, type=Path, metavar="FILE", help="text, UTF-8")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="new folder of the model")
+    parser.add_argument("--report", type=Path, metavar="FILE.json", help="perplexities, and each matrix")
+    parser.add_argument(
+        "--sequences", type=whole(1), default=_SEQUENCES, metavar="N", help="windows of text; default %(default)s"
+    )
+    parser.add_argument(
+        "--length", type=whole(2), metavar="TOKENS", help=f"of a window; default {_LENGTH}, or the model's"
+    )
+    parser.add_argument("--no-progress", action="store_true", help="no progress bar")
+    return parser
+
+
+def _prune(options: argparse.Namespace) -> int:
+    pattern, method = Pattern.parse(options.pattern), METHODS[options.method]
+    if options.report is not None:
+        check_writable(options.report)
+    folder, name = find_model(EngineConfig(model=options.model))
+    model = load(folder, dtype="float32")
+    check(model, pattern)
+    windows, held_out = _windows(options, Tokenizer.from_dir(folder), model.config.max_position_embeddings)
+    settings: dict[str, Any] = {
+        "model": model_fingerprint(folder, "float32").hex(),
+        "method": options.method,
+        "pattern": str(pattern),
+        "calibration": hashlib.blake2b(windows.tobytes(), digest_size=16).hexdigest(),
+    }
+    run = UnfinishedRun(options.out, settings)
+    begin = time.perf_counter()
+    dense = perplexity(model, held_out)
+    pruned = run.resume(model)
+    first = pruned[-1].layer + 1 if pruned else 0
+    with tqdm(total=len(model.layers), initial=first, unit=" layers", disable=options.no_progress) as bar:
+
+        def done(index: int, matrices: Sequence[PrunedMatrix]) -> None:
+            run.keep(model, index, matrices)
+            pruned.extend(matrices)
+            bar.update()
+
+        prune_model(model, windows, method, pattern, first=first, done=done)
+    sparse = perplexity(model, held_out)
+    save(model, options.out, stored_dtype(folder))
+    copy_other_files(folder, options.out, but=_OF_SOURCE)
+    run.remove()
+    removed, weights = sum(one.removed for one in pruned), sum(one.weights for one in pruned)
+    report = settings | {
+        "model": name,
+        "fingerprint": settings["model"],
+        "calibration_tokens": int(windows.size),
+        "held_out_tokens": int(held_out.size),
+        "perplexity": {"dense": dense, "pruned": sparse},
+        "sparsity": removed / weights,
+        "seconds": time.perf_counter() - begin,
+        "matrices": [{slot: getattr(one, slot) for slot in PrunedMatrix.__slots__} for one in pruned],
+    }
+    if options.report is not None:
+        write_report(options.report, report)
+    print(
+        f"{options.out}: {removed} of {weights} weights of {len(pruned)} matrices are zero ({removed / weights:.1%}); "
+        f"perplexity of held-out text {dense:.3f} before, {sparse:.3f} after"
+    )
+    return 0
+
+
+def _windows(
+    options: argparse.Namespace, tokenizer: Tokenizer, longest: int
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Windows to choose by, and the last ones, which only tell the perplexity."""
+    length = options.length or min(_LENGTH, longest)
+    if length > longest:
+        raise ValueError(f"--length {length} must be at most {longest}, for which the model was made")
+    windows = read_windows(options.calibration, tokenizer, length)
+    wanted = options.sequences + _HELD_OUT
+    if len(windows) < wanted:
+        raise ValueError(
+            f"--calibration {options.calibration}: {len(windows)} windows of {length} tokens; --sequences "
+            f"{options.sequences} and {_HELD_OUT} held out need {wanted}"
+        )
+    return windows[: options.sequences], windows[options.sequences : wanted]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,46 @@
+"""Calibration text as rows of tokens, and perplexity on such rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float32, Int32
+
+from jaxdual.tokenizer import Tokenizer
+from models import Decoder
+
+
+def read_windows(file: Path, tokenizer: Tokenizer, length: int) -> Int32[np.ndarray, "N L"]:
+    """All whole windows of a UTF-8 text, one after the other.
+
+    Args:
+      file: the text.
+      tokenizer: of the model.
+      length: tokens of a window.
+
+    Raises:
+      ValueError: no such text, or none that is long enough.
+    """
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file}: cannot be read as UTF-8 text ({error})") from None
+    tokens = np.array(tokenizer.encode(text), np.int32)
+    if len(tokens) < length:
+        raise ValueError(f"{file}: {len(tokens)} tokens; at least one window of {length} is needed")
+    return tokens[: len(tokens) // length * length].reshape(-1, length)
+
+
+def perplexity(model: Decoder, windows: Int32[np.ndarray, "N L"]) -> float:
+    """Of every token but the first of each window, after those before it in the window."""
+    total = sum(float(_loss(jnp.asarray(model.logits(window[None])[0]), jnp.asarray(window))) for window in windows)
+    return float(np.exp(total / (windows.size - len(windows))))
+
+
+@jax.jit
+def _loss(logits: Float32[Array, "L V"], tokens: Int32[Array, " L"]) -> Float32[Array, ""]:
+    logprobs = jax.nn.log_softmax(logits[:-1], axis=-1)
+    return -jnp.sum(jnp.take_along_axis(logprobs, tokens[1:, None], axis=1))
