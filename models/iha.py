@@ -9,8 +9,6 @@ share the heads of a model, each keeps those of all heads.)
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -172,10 +170,12 @@ def num_mixing_parameters(config: ModelConfig) -> int:
 
 
 def virtual_heads(
-    q: Float[Array, "T H P d"], k: Any, v: Any, pseudo: PseudoHeads
+    q: Float[Array, "T H P d"], k: Float[Array, "T Hkv d"], v: Float[Array, "T Hkv d"], pseudo: PseudoHeads
 ) -> tuple[Float[Array, "TP H d"], Float[Array, "TP H d"], Float[Array, "TP H d"]]:
     """Queries, keys and values of the virtual sequence, token-major and pseudo-minor."""
-    return tuple(  # type: ignore[return-value]
-        x.swapaxes(1, 2).reshape(x.shape[0] * x.shape[2], x.shape[1], x.shape[3])
-        for x in (q, pseudo.keys(k), pseudo.values(v))
-    )
+
+    def interleaved(x: Float[Array, "T H P d"]) -> Float[Array, "TP H d"]:
+        tokens, heads, count, head_dim = x.shape
+        return x.swapaxes(1, 2).reshape(tokens * count, heads, head_dim)
+
+    return interleaved(q), interleaved(pseudo.keys(k)), interleaved(pseudo.values(v))
