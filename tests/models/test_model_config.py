@@ -173,7 +173,8 @@ def test_what_a_file_cannot_express_is_not_written(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="o_bias is True"):
         to_hf(ModelConfig(**fields | {"o_bias": True}))
     with pytest.raises(
-        ModelError, match=r"'gpt' is not supported; supported: llama, mistral, mixtral, qwen2, qwen3, qwen3_moe"
+        ModelError,
+        match=r"'gpt' is not supported; supported: jaxdual_iha, llama, mistral, mixtral, qwen2, qwen3, qwen3_moe",
     ):
         to_hf(ModelConfig(**fields | {"family": "gpt"}))
 
@@ -203,7 +204,7 @@ def test_harmless_and_switched_off_keys_are_accepted(tmp_path: Path) -> None:
         (
             LLAMA,
             {"model_type": "gpt2"},
-            "'model_type' is 'gpt2'; supported: llama, mistral, mixtral, qwen2, qwen3, qwen3_moe",
+            "'model_type' is 'gpt2'; supported: jaxdual_iha, llama, mistral, mixtral, qwen2, qwen3, qwen3_moe",
         ),
         (LLAMA, {"model_type": None}, "'model_type' is missing"),
         (LLAMA, {"hidden_size": None}, "'hidden_size' is missing"),
