@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from models.iha import virtual_heads
+from models.iha import virtual_heads, virtual_window
 from models.layers import Attend, matmul_precision
 from pallas_kernels.pseudo_heads import PseudoHeads
 
@@ -92,14 +92,13 @@ def pseudo_attention(
       ValueError: the library and another mask.
     """
     tokens, heads, count, head_dim = q.shape
-    flat = pseudo.mask == "flat"
     q, k, v = (x.reshape(batch, -1, heads, head_dim) for x in virtual_heads(q, k, v, pseudo))
-    window = pseudo.window if pseudo.window is None or not flat else pseudo.window * count
+    window, span = virtual_window(pseudo)
     if library:
-        if not flat:
+        if pseudo.mask != "flat":
             raise ValueError(f"mask is {pseudo.mask!r}; the library's attention takes the flat mask")
         local = None if window is None else (window - 1, 0)
         out = jax.nn.dot_product_attention(q, k, v, is_causal=True, local_window_size=local)
     else:
-        out = causal_attention(q, k, v, window=window, span=1 if flat else count)
+        out = causal_attention(q, k, v, window=window, span=span)
     return out.reshape(tokens, count, heads, head_dim).swapaxes(1, 2)

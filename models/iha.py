@@ -169,6 +169,16 @@ def num_mixing_parameters(config: ModelConfig) -> int:
     return len(config.iha.layers) * (mixing + collapsing)
 
 
+def virtual_window(pseudo: PseudoHeads) -> tuple[int | None, int]:
+    """The mask on the virtual sequence as a causal one: its window, and how many neighbouring places count as one.
+
+    Under the flat mask a window reaches over pseudo keys, under the other one over tokens.
+    """
+    if pseudo.mask == "token":
+        return pseudo.window, pseudo.count
+    return (None if pseudo.window is None else pseudo.window * pseudo.count), 1
+
+
 def virtual_heads(
     q: Float[Array, "T H P d"], k: Float[Array, "T Hkv d"], v: Float[Array, "T Hkv d"], pseudo: PseudoHeads
 ) -> tuple[Float[Array, "TP H d"], Float[Array, "TP H d"], Float[Array, "TP H d"]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -46,11 +45,6 @@ def config_of(name: str) -> ModelConfig:
         bos_token_id=1,
         eos_token_ids=(2,),
     )
-
-
-def base_of(config: ModelConfig, family: str = "mistral") -> ModelConfig:
-    """The same model with plain attention."""
-    return dataclasses.replace(config, family=family, iha=None, qk_norm=False)
 
 
 def write(name: str, folder: Path, seed: int = 7) -> Path:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.iha.experiments import EXPERIMENTS, PAIRED
+from bench.iha.experiments import EXPERIMENTS
 from bench.iha.pictures import check_drawing, draw
 from bench.iha.results import Curves, Result, Setting
 from bench.report import header, write_json
@@ -50,8 +50,8 @@ def _run(options: argparse.Namespace) -> int:
         options.pictures.mkdir(parents=True, exist_ok=True)
     setting = Setting(options.seeds, options.full, options.keep)
     for name in options.only or EXPERIMENTS:
-        if name in PAIRED:
-            setting.paired_seeds(name)
+        if EXPERIMENTS[name].paired and setting.seeds < 2:
+            raise ValueError(f"--seeds {setting.seeds}: {name} compares arms by seed, and needs at least 2")
     report: dict[str, Any] = header("bench.iha") | {"seeds": setting.seeds, "full": setting.full, "experiments": {}}
     for name in dict.fromkeys(options.only or EXPERIMENTS):
         print(f"{name}: {EXPERIMENTS[name].about}", flush=True)

@@ -16,10 +16,12 @@ class Experiment:
     Attributes:
       about: in one line.
       run: gives tables, curves and a verdict.
+      paired: it compares arms seed by seed, for which one seed is not enough.
     """
 
     about: str
     run: Callable[[Setting], Result]
+    paired: bool = False
 
 
 EXPERIMENTS: Mapping[str, Experiment] = {
@@ -29,8 +31,8 @@ EXPERIMENTS: Mapping[str, Experiment] = {
     "filter": Experiment("four powers of a matrix, learned by two heads", filters.experiment),
     "cpm3": Experiment("counts of pairs, learned", cpm3.experiment),
     "composition": Experiment("composition of relations, learned", composition.experiment),
-    "lm": Experiment("small language models at equal operations; 25 minutes", lm.experiment),
-    "upcycle": Experiment("trained models given pseudo heads, and trained on; 10 minutes", upcycle.experiment),
+    "lm": Experiment("small language models at equal operations; 25 minutes", lm.experiment, paired=True),
+    "upcycle": Experiment(
+        "trained models given pseudo heads, and trained on; 10 minutes", upcycle.experiment, paired=True
+    ),
 }
-# Those that compare arms seed by seed.
-PAIRED = frozenset({"lm", "upcycle"})

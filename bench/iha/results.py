@@ -28,12 +28,6 @@ class Setting:
     full: bool = False
     keep: Path | None = None
 
-    def paired_seeds(self, name: str) -> int:
-        """Seeds of an experiment that compares arms seed by seed; raises `ValueError` if there is but one."""
-        if self.seeds < 2:
-            raise ValueError(f"--seeds {self.seeds}: {name} compares arms by seed, and needs at least 2")
-        return self.seeds
-
 
 @dataclass(frozen=True, slots=True)
 class Table:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from models.iha import virtual_heads
+from models.iha import virtual_heads, virtual_window
 from models.layers import Attend, matmul_precision
 from pallas_kernels.pseudo_heads import PseudoHeads
 
@@ -40,10 +40,8 @@ def blocked_attend(batch: int, length: int, windows: Sequence[int | None] = ()) 
         if pseudo is None:
             return _attention(batch, q, k, v, windows[layer] if windows else None), cache
         tokens, heads, count, head_dim = q.shape
-        # Under the flat mask a window reaches over pseudo keys, under the other one over tokens.
-        flat = pseudo.mask == "flat"
-        window = pseudo.window if pseudo.window is None or not flat else pseudo.window * count
-        out = _attention(batch, *virtual_heads(q, k, v, pseudo), window, span=1 if flat else count)
+        window, span = virtual_window(pseudo)
+        out = _attention(batch, *virtual_heads(q, k, v, pseudo), window, span)
         return out.reshape(tokens, count, heads, head_dim).swapaxes(1, 2), cache
 
     return attend
