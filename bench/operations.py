@@ -28,6 +28,9 @@ from pallas_kernels.prefill_attention import prefill_attention
 from pallas_kernels.retrieval_scores import arg_specs as scores_specs
 from pallas_kernels.retrieval_scores import mosaic as scores_mosaic
 from pallas_kernels.retrieval_scores import retrieval_scores
+from pallas_kernels.sparse_matmul import arg_specs as sparse_specs
+from pallas_kernels.sparse_matmul import mosaic as sparse_mosaic
+from pallas_kernels.sparse_matmul import sparse_matmul
 
 
 class Spec(Protocol):
@@ -118,6 +121,15 @@ def operations() -> Mapping[str, Mapping[str, Case]]:
         "grouped_matmul": {
             name: Case(spec.function, spec, ("mosaic", "xla"), candidates=matmul_mosaic.candidates(1 + spec.gated))
             for name, spec in matmul_specs.SPECS.items()
+        },
+        "sparse_matmul": {
+            name: Case(
+                sparse_matmul,
+                spec,
+                ("mosaic", "xla", "reference"),
+                candidates=sparse_mosaic.candidates(spec.planes, spec.rows, spec.of),
+            )
+            for name, spec in sparse_specs.SPECS.items()
         },
         "kv_blocks": {
             name: Case(
