@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.block_sparse_matmul import unpack_blocks
 from pallas_kernels.paged import Pages
 from pallas_kernels.prefill_attention.reference import gathered
 from pallas_kernels.sparse_matmul import unpack
@@ -136,6 +137,12 @@ def dense_of_packed(arrays: Arrays, options: dict[str, Any]) -> Callable[[], jax
     )
 
 
+def dense_of_blocks(arrays: Arrays, options: dict[str, Any]) -> Callable[[], jax.Array]:
+    """The same of block-sparse weights."""
+    x, blocks, indices = arrays["x"], arrays["blocks"], arrays["indices"]
+    return functools.partial(_multiply, x, jax.jit(unpack_blocks, static_argnums=2)(blocks, indices, x.shape[1]))
+
+
 @jax.jit
 def _multiply(x: jax.Array, weights: jax.Array) -> jax.Array:
     return jnp.dot(x, weights)
@@ -150,6 +157,7 @@ CONTENDERS: Mapping[str, Mapping[str, Contender]] = {
     },
     "grouped_matmul": {"jax_ragged_dot": jax_ragged_dot},
     "sparse_matmul": {"dense": dense_of_packed},
+    "block_sparse_matmul": {"dense": dense_of_blocks},
 }
 
 

@@ -9,6 +9,9 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.block_sparse_matmul import arg_specs as block_specs
+from pallas_kernels.block_sparse_matmul import block_sparse_matmul
+from pallas_kernels.block_sparse_matmul import mosaic as block_mosaic
 from pallas_kernels.decode_attention import arg_specs as decode_specs
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.decode_attention import mosaic as decode_mosaic
@@ -130,6 +133,15 @@ def operations() -> Mapping[str, Mapping[str, Case]]:
                 candidates=sparse_mosaic.candidates(spec.planes, spec.rows, spec.of),
             )
             for name, spec in sparse_specs.SPECS.items()
+        },
+        "block_sparse_matmul": {
+            name: Case(
+                block_sparse_matmul,
+                spec,
+                ("mosaic", "xla", "reference"),
+                candidates=block_mosaic.candidates(spec.size),
+            )
+            for name, spec in block_specs.SPECS.items()
         },
         "kv_blocks": {
             name: Case(

@@ -45,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=_PROG, description="Leaves weights of a model out, chosen on text.")
     parser.add_argument("--model", required=True, metavar="DIR", help="model folder, or a name on the hub")
     parser.add_argument("--method", required=True, choices=METHODS, help="how weights are chosen")
-    parser.add_argument("--pattern", required=True, help="share of the weights that go, as 0.5, or N:M: N of M stay")
+    parser.add_argument("--pattern", required=True, help="share that goes, as 0.5, N:M: N of M stay, or 0.5@64: blocks")
     parser.add_argument("--calibration", required=True, type=Path, metavar="FILE", help="text, UTF-8")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="new folder of the model")
     parser.add_argument("--report", type=Path, metavar="FILE.json", help="perplexities, and each matrix")
@@ -61,6 +61,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _prune(options: argparse.Namespace) -> int:
     pattern, method = Pattern.parse(options.pattern), METHODS[options.method]
+    if pattern.block and method.score is None:
+        raise ValueError(f"--pattern {pattern}: {options.method} chooses weights column by column, blocks need another")
     if options.report is not None:
         check_writable(options.report)
     folder, name = find_model(EngineConfig(model=options.model))
