@@ -10,12 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from jaxdual.pruning.linears import linears_of
+from jaxdual.pruning.layer_state import read_layer, write_layer
 from jaxdual.pruning.run import PrunedMatrix
 from models import Decoder
 
@@ -50,20 +49,19 @@ class UnfinishedRun:
         for index, layer in enumerate(model.layers):
             try:
                 told = json.loads(self._file(index, "json").read_text())
-                matrices = load_file(self._file(index, "safetensors"))
+                parameters = load_file(self._file(index, "safetensors"))
             except (OSError, ValueError, SafetensorError):
                 break
-            for linear in linears_of(model.config, index):
-                linear.write(layer, jnp.asarray(matrices[linear.name]))
+            write_layer(layer, parameters)
             done += [PrunedMatrix(**one) for one in told]
         return done
 
     def keep(self, model: Decoder, index: int, pruned: Sequence[PrunedMatrix]) -> None:
         """Keeps a layer."""
-        matrices = {one.name: one.read(model.layers[index]) for one in linears_of(model.config, index)}
+        parameters = read_layer(model.layers[index])
         file = self._file(index, "safetensors")
         part = file.with_suffix(".part")
-        save_file({name: np.ascontiguousarray(matrix, np.float32) for name, matrix in matrices.items()}, part)
+        save_file({path: np.ascontiguousarray(value, np.float32) for path, value in parameters.items()}, part)
         os.replace(part, file)
         _replace(self._file(index, "json"), json.dumps([dataclasses.asdict(one) for one in pruned]))
 
