@@ -60,7 +60,7 @@ class Linear(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """Root mean square norm over the last axis, in float32."""
+    """Root mean square norm over the last axis, in float32 or wider."""
 
     def __init__(self, width: int, *, eps: float, dtype: DTypeLike) -> None:
         self.scale = nnx.Param(jnp.ones((width,), dtype))
@@ -68,7 +68,7 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "*rows width"]) -> Float[Array, "*rows width"]:
         """Normalise every row; the result has the type of `x`."""
-        wide = x.astype(jnp.float32)
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
         normalized: jax.Array = self.scale[...] * wide.astype(x.dtype)
         return normalized
