@@ -60,7 +60,7 @@ class Linear(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """Root mean square norm over the last axis, in float32."""
+    """Root mean square norm over the last axis, in float32 or wider."""
 
     def __init__(self, width: int, *, eps: float, dtype: DTypeLike) -> None:
         self.scale = nnx.Param(jnp.ones((width,), dtype))
@@ -68,7 +68,7 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "*rows width"]) -> Float[Array, "*rows width"]:
         """Normalise every row; the result has the type of `x`."""
-        wide = x.astype(jnp.float32)
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
         normalized: jax.Array = self.scale[...] * wide.astype(x.dtype)
         return normalized
@@ -111,10 +111,11 @@ class Attention(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """Gated MLP: `down(silu(gate(x)) * up(x))`."""
+    """Gated MLP: `down(silu(gate(x)) * up(x))`, of width `inner`; None is the configuration's."""
 
-    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
-        hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs, inner: int | None = None) -> None:
+        hidden, bias = config.hidden_size, config.mlp_bias
+        inner = config.intermediate_size if inner is None else inner
         self.gate = Linear(hidden, inner, bias=bias, dtype=dtype, rngs=rngs)
         self.up = Linear(hidden, inner, bias=bias, dtype=dtype, rngs=rngs)
         self.down = Linear(inner, hidden, bias=bias, dtype=dtype, rngs=rngs)

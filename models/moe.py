@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Float32, Int32
+from jaxtyping import Array, Float, Int32
 
 from models.config import MoEConfig
 from models.layers import Linear, random_weights
@@ -46,9 +46,10 @@ class MoE(nnx.Module):
         self.normalize = moe.norm_topk_prob
         self.implementation = "auto"
 
-    def route(self, x: Float[Array, "T D"]) -> tuple[Int32[Array, "T k"], Float32[Array, "T k"]]:
-        """The experts of each token, best first, and their weights: softmax over all experts, in float32."""
-        probabilities = jax.nn.softmax(self.router(x).astype(jnp.float32), axis=-1)
+    def route(self, x: Float[Array, "T D"]) -> tuple[Int32[Array, "T k"], Float[Array, "T k"]]:
+        """The experts of each token, best first, and their weights: softmax over all experts, in float32 or wider."""
+        logits = self.router(x)
+        probabilities = jax.nn.softmax(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)), axis=-1)
         weights, experts = jax.lax.top_k(probabilities, self.top_k)
         if self.normalize:
             weights = weights / weights.sum(axis=-1, keepdims=True)
@@ -59,7 +60,7 @@ class MoE(nnx.Module):
         return self.apply(x, *self.route(x))
 
     def apply(
-        self, x: Float[Array, "T D"], experts: Int32[Array, "T k"], weights: Float32[Array, "T k"]
+        self, x: Float[Array, "T D"], experts: Int32[Array, "T k"], weights: Float[Array, "T k"]
     ) -> Float[Array, "T D"]:
         """The weighted sum of what the chosen experts make of each token."""
         rows, group_sizes, order = dispatch(x, experts, self.experts.gate.shape[0])

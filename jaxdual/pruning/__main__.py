@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import hashlib
 import sys
 import time
@@ -18,8 +19,11 @@ from jaxdual.config import EngineConfig
 from jaxdual.model_folder import find_model
 from jaxdual.offline.report import write_report
 from jaxdual.pruning.calibration import perplexity, read_windows
+from jaxdual.pruning.induction.settings import MODES, REGULARIZERS, STARTS, Induction
+from jaxdual.pruning.layer import Plan
+from jaxdual.pruning.methods import METHODS, UPDATES
 from jaxdual.pruning.pattern import Pattern
-from jaxdual.pruning.run import METHODS, PrunedMatrix, check, prune_model
+from jaxdual.pruning.run import PrunedLayer, check, prune_model
 from jaxdual.pruning.unfinished import UnfinishedRun
 from jaxdual.result_files import check_writable
 from jaxdual.tokenizer import Tokenizer
@@ -29,6 +33,7 @@ from models.convert import copy_other_files
 from models.fingerprint import model_fingerprint
 
 _PROG = "python -m jaxdual.pruning"
+_DEFAULT = Induction()
 _SEQUENCES, _LENGTH, _HELD_OUT = 128, 2048, 8
 # Files that speak of the source's weights.
 _OF_SOURCE = ("README.md", "metrics.json", "config.json")
@@ -46,6 +51,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", required=True, metavar="DIR", help="model folder, or a name on the hub")
     parser.add_argument("--method", required=True, choices=METHODS, help="how weights are chosen")
     parser.add_argument("--pattern", required=True, help="share that goes, as 0.5, N:M: N of M stay, or 0.5@64: blocks")
+    parser.add_argument(
+        "--update", choices=UPDATES, help="what is done behind the method, with the choice that it made"
+    )
+    parser.add_argument(
+        "--si", choices=(*MODES, "none"), default="score", help="mode of Sparsity Induction; default %(default)s"
+    )
+    parser.add_argument("--shift", action="store_true", help="biases make up for the means of what outputs lose")
     parser.add_argument("--calibration", required=True, type=Path, metavar="FILE", help="text, UTF-8")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="new folder of the model")
     parser.add_argument("--report", type=Path, metavar="FILE.json", help="perplexities, and each matrix")
@@ -55,44 +67,57 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--length", type=whole(2), metavar="TOKENS", help=f"of a window; default {_LENGTH}, or the model's"
     )
+    induction = parser.add_argument_group("Sparsity Induction")
+    induction.add_argument("--si-start", choices=STARTS, help="scales at first; rms for magnitude, else ones")
+    induction.add_argument("--si-regularizer", choices=REGULARIZERS, default=_DEFAULT.regularizer)
+    for name, kind, about in (
+        ("weight", float, "of the regularizer"),
+        ("epochs", int, "passes over the text"),
+        ("rate", float, "of Adam"),
+        ("batch", int, "windows in a step"),
+    ):
+        default = getattr(_DEFAULT, name)
+        induction.add_argument(f"--si-{name}", type=kind, default=default, help=f"{about}; default {default}")
     parser.add_argument("--no-progress", action="store_true", help="no progress bar")
     return parser
 
 
 def _prune(options: argparse.Namespace) -> int:
-    pattern, method = Pattern.parse(options.pattern), METHODS[options.method]
-    if pattern.block and method.score is None:
-        raise ValueError(f"--pattern {pattern}: {options.method} chooses weights column by column, blocks need another")
+    plan = _plan(options)
     if options.report is not None:
         check_writable(options.report)
     folder, name = find_model(EngineConfig(model=options.model))
     model = load(folder, dtype="float32")
-    check(model, pattern)
+    check(model, plan, options.sequences)
     windows, held_out = _windows(options, Tokenizer.from_dir(folder), model.config.max_position_embeddings)
     settings: dict[str, Any] = {
         "model": model_fingerprint(folder, "float32").hex(),
         "method": options.method,
-        "pattern": str(pattern),
+        "pattern": str(plan.pattern),
+        "update": options.update,
+        "induction": None if plan.induction is None else dataclasses.asdict(plan.induction),
+        "shift": plan.shift,
         "calibration": hashlib.blake2b(windows.tobytes(), digest_size=16).hexdigest(),
     }
     run = UnfinishedRun(options.out, settings)
     begin = time.perf_counter()
     dense = perplexity(model, held_out)
     pruned = run.resume(model)
-    first = pruned[-1].layer + 1 if pruned else 0
+    first = len(pruned)
     with tqdm(total=len(model.layers), initial=first, unit=" layers", disable=options.no_progress) as bar:
 
-        def done(index: int, matrices: Sequence[PrunedMatrix]) -> None:
-            run.keep(model, index, matrices)
-            pruned.extend(matrices)
+        def done(layer: PrunedLayer) -> None:
+            run.keep(model, layer)
+            pruned.append(layer)
             bar.update()
 
-        prune_model(model, windows, method, pattern, first=first, done=done)
+        prune_model(model, windows, plan, first=first, done=done)
     sparse = perplexity(model, held_out)
     save(model, options.out, stored_dtype(folder))
     copy_other_files(folder, options.out, but=_OF_SOURCE)
     run.remove()
-    removed, weights = sum(one.removed for one in pruned), sum(one.weights for one in pruned)
+    matrices = [one for layer in pruned for one in layer.matrices]
+    removed, weights = sum(one.removed for one in matrices), sum(one.weights for one in matrices)
     report = settings | {
         "model": name,
         "fingerprint": settings["model"],
@@ -101,15 +126,42 @@ def _prune(options: argparse.Namespace) -> int:
         "perplexity": {"dense": dense, "pruned": sparse},
         "sparsity": removed / weights,
         "seconds": time.perf_counter() - begin,
-        "matrices": [{slot: getattr(one, slot) for slot in PrunedMatrix.__slots__} for one in pruned],
+        "layers": [dataclasses.asdict(layer) for layer in pruned],
     }
     if options.report is not None:
         write_report(options.report, report)
     print(
-        f"{options.out}: {removed} of {weights} weights of {len(pruned)} matrices are zero ({removed / weights:.1%}); "
+        f"{options.out}: {removed} of {weights} weights in {len(matrices)} matrices are 0 ({removed / weights:.1%}); "
         f"perplexity of held-out text {dense:.3f} before, {sparse:.3f} after"
     )
     return 0
+
+
+def _plan(options: argparse.Namespace) -> Plan:
+    induction = None
+    if options.si != "none":
+        induction = Induction(
+            mode=options.si,
+            start=options.si_start,
+            regularizer=options.si_regularizer,
+            weight=options.si_weight,
+            epochs=options.si_epochs,
+            rate=options.si_rate,
+            batch=options.si_batch,
+        )
+    pattern, method = Pattern.parse(options.pattern), METHODS[options.method]
+    if pattern.block and (method.score is None or induction is not None or options.update == "dsnot"):
+        raise ValueError(
+            f"--pattern {pattern}: blocks are chosen by a score alone; that is --si none, another method "
+            "than sparsegpt, and another update than dsnot"
+        )
+    return Plan(
+        method,
+        pattern,
+        None if options.update is None else UPDATES[options.update],
+        induction,
+        options.shift,
+    )
 
 
 def _windows(

@@ -41,6 +41,11 @@ class Linear:
         path = self.path.removesuffix(".kernel")
         return path if self.expert is None else f"{path}.{self.expert}"
 
+    @property
+    def kind(self) -> str:
+        """The group, whichever expert it is of."""
+        return self.group.partition(".")[0]
+
     def read(self, layer: nnx.Module) -> Float[Array, "outputs inputs"]:
         """The matrix, a row for each output."""
         values = self._parameter(layer)[...]
@@ -53,6 +58,14 @@ class Linear:
         values = parameter[...]
         new = matrix.T.astype(values.dtype)
         parameter[...] = new if self.expert is None else values.at[self.expert].set(new)
+
+    def shift(self, layer: nnx.Module, by: Float[Array, " outputs"]) -> None:
+        """Adds to the biases of a matrix, which may have had none."""
+        owner: Any = layer
+        for part in self.path.split(".")[:-1]:
+            owner = getattr(owner, part)
+        before = jnp.zeros_like(by) if owner.bias is None else owner.bias[...]
+        owner.bias = nnx.Param((before + by).astype(owner.kernel[...].dtype))
 
     def _parameter(self, layer: nnx.Module) -> Any:
         found: Any = layer
@@ -107,7 +120,9 @@ def inputs_of(layer: Any, x: Float[Array, "T D"], rope: Rope, attend: LayerAtten
 def with_inputs(
     moments: dict[str, Moments], layer: Any, x: Float[Array, "T D"], rope: Rope, attend: LayerAttend
 ) -> dict[str, Moments]:
-    """Moments of all groups of a layer with some more tokens."""
+    """The moments of some groups of a layer, or of all, with some more tokens."""
     return {
-        group: moments[group].with_tokens(inputs, counts) for group, inputs, counts in inputs_of(layer, x, rope, attend)
+        group: moments[group].with_tokens(inputs, counts)
+        for group, inputs, counts in inputs_of(layer, x, rope, attend)
+        if group in moments
     }

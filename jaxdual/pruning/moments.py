@@ -46,6 +46,22 @@ class Moments(NamedTuple):
         return jnp.diagonal(self.second) if self.second.ndim == 2 else self.second
 
     @property
+    def means(self) -> Float32[Array, " inputs"]:
+        """Mean of each input."""
+        return self.first / jnp.maximum(self.tokens, 1)
+
+    @property
+    def centred(self) -> Moments:
+        """Of the inputs less their means."""
+        products = jnp.outer(self.first, self.means) if self.second.ndim == 2 else self.first * self.means
+        return self._replace(first=jnp.zeros_like(self.first), second=self.second - products)
+
+    def divided(self, scale: Float[Array, " inputs"]) -> Moments:
+        """Of inputs divided by `scale`."""
+        squares = jnp.outer(scale, scale) if self.second.ndim == 2 else scale**2
+        return self._replace(first=self.first / scale, second=self.second / squares)
+
+    @property
     def hessian(self) -> Float32[Array, "inputs inputs"]:
         """Mean product of each pair of inputs."""
         return self.second / jnp.maximum(self.tokens, 1)

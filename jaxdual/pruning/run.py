@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -11,102 +12,194 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Float32, Int32
+from jaxtyping import Array, Float, Int32
 
-from jaxdual.pruning import scores
-from jaxdual.pruning.linears import Linear, linears_of, with_inputs
+from jaxdual.pruning.induction.absorb import Scales
+from jaxdual.pruning.induction.settings import Induction
+from jaxdual.pruning.induction.starts import first_scales
+from jaxdual.pruning.induction.training import Example, Problem, learn_scales, relative_error, run_layer
+from jaxdual.pruning.layer import Plan, PrunedMatrix, prune_layer
+from jaxdual.pruning.layer_state import read_layer, write_layer
+from jaxdual.pruning.linears import Linear, inputs_of, linears_of, with_inputs
 from jaxdual.pruning.moments import Moments
-from jaxdual.pruning.pattern import Pattern, Scope
-from jaxdual.pruning.sparsegpt import sparsegpt
 from models import Decoder
 from models.attention import dense_attend
 from models.layers import LayerAttend
 from models.rope import Rope
 
-
-@dataclass(frozen=True, slots=True)
-class Method:
-    """A pruner.
-
-    Attributes:
-      score: of weights, of which the lowest go; None for a method that chooses as it goes.
-      scope: what a share of the weights is taken of.
-      whole: it needs all products of inputs.
-    """
-
-    score: Callable[[Array, Moments], Array] | None
-    scope: Scope = "row"
-    whole: bool = False
-
-
-METHODS = {
-    "magnitude": Method(scores.magnitude, "matrix"),
-    "wanda": Method(scores.wanda),
-    "ria": Method(scores.ria),
-    "sparsegpt": Method(None, whole=True),
-}
+# Windows of the calibration text that scales and shifts are chosen by, and not learned from.
+_HELD_OUT = 8
+# Of windows whose inputs give the medians of the paper's first scales.
+_SAMPLED = 8
 
 
 @dataclass(frozen=True, slots=True)
-class PrunedMatrix:
-    """What became of a matrix.
+class PrunedLayer:
+    """What became of a layer.
 
     Attributes:
-      layer, name: which one.
-      removed, weights: how many of how many.
-      error: mean square of the change of its outputs on the calibration text, relative to that of the outputs.
+      layer: its number.
+      matrices: of the way that was taken.
+      taken: "plain", "induced", "shifted" or "induced and shifted".
+      errors: of each way, on the part of the calibration text that nothing is learned from: mean square of the change
+        of the layer's output, relative to what the layer adds to the stream. Empty where there is one way only.
     """
 
     layer: int
-    name: str
-    removed: int
-    weights: int
-    error: float
+    matrices: list[PrunedMatrix]
+    taken: str
+    errors: dict[str, float]
 
 
-def check(model: Decoder, pattern: Pattern) -> None:
+def check(model: Decoder, plan: Plan, windows: int) -> None:
     """Raises `ValueError` if a model can't be pruned so, before any work is done."""
     for index, layer in enumerate(model.layers):
         for linear in linears_of(model.config, index):
-            pattern.check(f"{linear.name} of layer {index}", linear.read(layer).shape[1])
+            plan.pattern.check(f"{linear.name} of layer {index}", linear.read(layer).shape[1])
+    least = 1 + (1 if plan.induction is None else plan.induction.batch)
+    if (plan.induction is not None or plan.shift) and windows < least:
+        raise ValueError(
+            f"{windows} windows of calibration text; at least {least} are needed, of which one is held out"
+        )
 
 
 def prune_model(
     model: Decoder,
     windows: Int32[np.ndarray, "N L"],
-    method: Method,
-    pattern: Pattern,
+    plan: Plan,
     *,
     first: int = 0,
-    done: Callable[[int, Sequence[PrunedMatrix]], None] = lambda layer, matrices: None,
+    done: Callable[[PrunedLayer], None] = lambda layer: None,
 ) -> None:
     """Prunes all layers of a model in place.
 
-    Beside the model, the moments of one layer and the residual stream of the text are held.
+    Beside the model, the moments of one layer are held, the residual stream of the text, and where there are several
+    ways to choose from, the stream behind the layer.
 
     Args:
-      model: its embedding, head, norms and biases stay as they are.
+      model: its embedding, head and norms stay as they are, but for norms that a fold goes into. With shifts it has
+        biases at all matrices but those of experts afterwards.
       windows: calibration text, rows of tokens.
-      method, pattern: how, and what.
+      plan: how, and what.
       first: layers before it are pruned already.
       done: is told of each layer.
 
     Raises:
       ValueError: a model or a pattern that doesn't fit.
     """
-    check(model, pattern)
+    check(model, plan, len(windows))
     streams = [model.embed(jnp.asarray(window)) for window in windows]
-    rope = model.rope(jnp.arange(windows.shape[1]))
+    text = _Text(model.rope(jnp.arange(windows.shape[1])), windows.shape[1])
     for index, layer in enumerate(model.layers):
-        linears, window = linears_of(model.config, index), model.config.window_of(index)
         if index >= first:
-            graph, state = nnx.split(layer)
-            moments = {one.group: Moments.none(one.read(layer).shape[1], whole=method.whole) for one in linears}
-            for x in streams:
-                moments = _with_inputs(graph, window, state, moments, x, rope)
-            done(index, [_prune(layer, index, one, moments[one.group], method, pattern) for one in linears])
+            done(_prune(model, index, plan, streams, text))
+        window = model.config.window_of(index)
         graph, state = nnx.split(layer)
-        streams = [_forward(graph, window, state, x, rope) for x in streams]
+        streams = [_forward(graph, window, state, x, text.rope) for x in streams]
+    if plan.shift:
+        model.config = with_biases(model)
+
+
+def with_biases(model: Decoder) -> Any:
+    """The configuration of a model whose matrices have been shifted."""
+    config = model.config
+    dense = config.moe is None or not all(config.is_sparse(index) for index in range(config.num_layers))
+    return dataclasses.replace(config, qkv_bias=True, o_bias=True, mlp_bias=dense)
+
+
+@dataclass(frozen=True, slots=True)
+class _Text:
+    """Windows of calibration text: positions of one, and its length."""
+
+    rope: Rope
+    length: int
+
+
+def _prune(model: Decoder, index: int, plan: Plan, streams: Sequence[Array], text: _Text) -> PrunedLayer:
+    layer, config = model.layers[index], model.config
+    linears, window = linears_of(config, index), config.window_of(index)
+    graph, state = nnx.split(layer)
+    moments = {one.group: Moments.none(one.read(layer).shape[1], whole=plan.whole) for one in linears}
+    for x in streams:
+        moments = _with_inputs(graph, window, state, moments, x, text.rope)
+    if plan.shift:
+        for one in linears:
+            if one.expert is None:
+                one.shift(layer, jnp.zeros(one.read(layer).shape[0]))
+    if plan.induction is None and not plan.shift:
+        return PrunedLayer(index, prune_layer(layer, config, linears, moments, plan), "plain", {})
+
+    held_out = min(_HELD_OUT, max(1, len(streams) // 4))
+    examples = [Example(x, _forward(graph, window, state, x, text.rope)) for x in streams]
+    of_induction: list[Scales | None] = [None]
+    if plan.induction is not None:
+        of_induction.append(
+            _induced(model, index, plan, linears, moments, examples[:-held_out], examples[-held_out:], text)
+        )
+    ways: dict[str, tuple[nnx.Module, list[PrunedMatrix]]] = {}
+    errors: dict[str, float] = {}
+    for scales in of_induction:
+        for shift in (False, True) if plan.shift else (False,):
+            name = _NAMES[scales is not None, shift]
+            copy = nnx.clone(layer)
+            ways[name] = copy, prune_layer(copy, config, linears, moments, plan, scales=scales, shift=shift)
+            of_copy = nnx.split(copy)
+            errors[name] = float(
+                np.mean([_error(of_copy[0], window, of_copy[1], one, text.rope) for one in examples[-held_out:]])
+            )
+    # Of equal ones the first, which is the plainest.
+    taken = min(errors, key=errors.__getitem__)
+    write_layer(layer, read_layer(ways[taken][0]))
+    return PrunedLayer(index, ways[taken][1], taken, errors)
+
+
+_NAMES = {
+    (False, False): "plain",
+    (True, False): "induced",
+    (False, True): "shifted",
+    (True, True): "induced and shifted",
+}
+
+
+def _induced(
+    model: Decoder,
+    index: int,
+    plan: Plan,
+    linears: Sequence[Linear],
+    moments: Mapping[str, Moments],
+    examples: Sequence[Example],
+    held_out: Sequence[Example],
+    text: _Text,
+) -> Scales:
+    settings = plan.induction or Induction()
+    if settings.start is None:
+        settings = dataclasses.replace(settings, start="rms" if plan.method.power == 0 else "ones")
+    layer, config, window = model.layers[index], model.config, model.config.window_of(index)
+    samples: Mapping[str, Array] = {}
+    if settings.start == "paper":
+        graph, state = nnx.split(layer)
+        taken = [_inputs(graph, window, state, one.before, text.rope) for one in examples[:_SAMPLED]]
+        samples = {group: jnp.concatenate([inputs[group] for inputs in taken]) for group in taken[0]}
+    batches = len(examples) // settings.batch
+    problem = Problem(
+        config,
+        window,
+        plan.method,
+        plan.pattern,
+        settings,
+        text.length,
+        batches * settings.epochs,
+        tuple(dict.fromkeys((one.path, one.kind) for one in linears)),
+    )
+    begin = first_scales(layer, config, index, linears, moments, settings, samples)
+    together = [_joined(examples[i * settings.batch : (i + 1) * settings.batch]) for i in range(batches)]
+    return learn_scales(layer, problem, linears, moments, begin, text.rope, together, held_out)
+
+
+def _joined(examples: Sequence[Example]) -> Example:
+    if len(examples) == 1:
+        return examples[0]
+    return Example(*(jnp.concatenate([getattr(one, side) for one in examples]) for side in ("before", "after")))
 
 
 # Layers that are alike share their programs.
@@ -120,41 +213,21 @@ def _with_inputs(
 
 
 @partial(jax.jit, static_argnames=("graph", "window"))
+def _inputs(
+    graph: Any, window: int | None, state: Any, x: Float[Array, "T D"], rope: Rope
+) -> dict[str, Float[Array, "T inputs"]]:
+    found = inputs_of(nnx.merge(graph, state), x, rope, _attend(window, x.shape[0]))
+    return {group: inputs for group, inputs, _ in found}
+
+
+@partial(jax.jit, static_argnames=("graph", "window"))
 def _forward(graph: Any, window: int | None, state: Any, x: Float[Array, "T D"], rope: Rope) -> Float[Array, "T D"]:
-    out: Array = nnx.merge(graph, state)(x, rope, _attend(window, x.shape[0]), None)[0]
-    return out
+    return run_layer(nnx.merge(graph, state), window, x.shape[0], x, rope)
+
+
+def _error(graph: Any, window: int | None, state: Any, one: Example, rope: Rope) -> float:
+    return float(relative_error(_forward(graph, window, state, one.before, rope), one.before, one.after))
 
 
 def _attend(window: int | None, length: int) -> LayerAttend:
     return partial(dense_attend(1, length, (window,)), 0)
-
-
-def _prune(
-    layer: nnx.Module, index: int, linear: Linear, moments: Moments, method: Method, pattern: Pattern
-) -> PrunedMatrix:
-    before = linear.read(layer)
-    after, kept = prune_matrix(before, moments, method, pattern)
-    linear.write(layer, after)
-    return PrunedMatrix(index, linear.name, int(jnp.sum(~kept)), kept.size, _error(before, after, moments))
-
-
-def prune_matrix(
-    weights: Float[Array, "outputs inputs"], moments: Moments, method: Method, pattern: Pattern
-) -> tuple[Float32[Array, "outputs inputs"], Bool[Array, "outputs inputs"]]:
-    """New weights of a matrix, and which of them stayed."""
-    if method.score is None:
-        return sparsegpt(weights, moments, pattern)
-    kept = pattern.kept(method.score(weights, moments), method.scope)
-    return jnp.where(kept, weights, 0).astype(jnp.float32), kept
-
-
-def _error(before: Array, after: Array, moments: Moments) -> float:
-    """With the squares of inputs alone, as if they were independent."""
-
-    def mean_square(weights: Array) -> Array:
-        wide = weights.astype(jnp.float32)
-        if moments.second.ndim == 1:
-            return jnp.sum(wide**2 * moments.second)
-        return jnp.sum((wide @ moments.second) * wide)
-
-    return float(mean_square(after.astype(jnp.float32) - before) / jnp.maximum(mean_square(before), 1e-30))

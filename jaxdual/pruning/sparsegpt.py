@@ -37,7 +37,7 @@ def sparsegpt(
       damping: see `DAMPING`.
     """
     inputs = weights.shape[1]
-    factor, dead = _factor(moments, damping)
+    factor, dead = inverse_factor(moments, damping)
     scales = jnp.ones(inputs) if scale is None else scale
     rest = jnp.where(dead[None, :], 0.0, weights.astype(jnp.float32))
     if pattern.share is None:
@@ -54,7 +54,9 @@ def sparsegpt(
     return jnp.concatenate(done, axis=1), jnp.concatenate(masks, axis=1)
 
 
-def _factor(moments: Moments, damping: float) -> tuple[Float32[Array, "inputs inputs"], Bool[Array, " inputs"]]:
+def inverse_factor(
+    moments: Moments, damping: float = DAMPING
+) -> tuple[Float32[Array, "inputs inputs"], Bool[Array, " inputs"]]:
     """Upper Cholesky factor of the inverse of the damped Hessian, and inputs that never were anything but zero."""
     hessian = np.asarray(moments.hessian, np.float64)
     dead = np.diagonal(hessian) == 0

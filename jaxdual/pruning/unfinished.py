@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
+import msgspec
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from jaxdual.pruning.linears import linears_of
-from jaxdual.pruning.run import PrunedMatrix
+from jaxdual.pruning.layer_state import read_layer, write_layer
+from jaxdual.pruning.run import PrunedLayer
 from models import Decoder
 
 _FOLDER, _SETTINGS = "unfinished", "settings.json"
@@ -44,28 +42,27 @@ class UnfinishedRun:
         elif json.loads(file.read_text()) != settings:
             raise ValueError(f"{out}: holds a stopped run of other settings; remove {self._folder} to begin anew")
 
-    def resume(self, model: Decoder) -> list[PrunedMatrix]:
-        """Puts the layers that are done into a model; what became of their matrices, from the first layer on."""
-        done: list[PrunedMatrix] = []
+    def resume(self, model: Decoder) -> list[PrunedLayer]:
+        """Puts the layers that are done into a model; what became of them, from the first on."""
+        done: list[PrunedLayer] = []
         for index, layer in enumerate(model.layers):
             try:
-                told = json.loads(self._file(index, "json").read_text())
-                matrices = load_file(self._file(index, "safetensors"))
+                told = msgspec.json.decode(self._file(index, "json").read_bytes(), type=PrunedLayer)
+                parameters = load_file(self._file(index, "safetensors"))
             except (OSError, ValueError, SafetensorError):
                 break
-            for linear in linears_of(model.config, index):
-                linear.write(layer, jnp.asarray(matrices[linear.name]))
-            done += [PrunedMatrix(**one) for one in told]
+            write_layer(layer, parameters)
+            done.append(told)
         return done
 
-    def keep(self, model: Decoder, index: int, pruned: Sequence[PrunedMatrix]) -> None:
+    def keep(self, model: Decoder, pruned: PrunedLayer) -> None:
         """Keeps a layer."""
-        matrices = {one.name: one.read(model.layers[index]) for one in linears_of(model.config, index)}
-        file = self._file(index, "safetensors")
+        parameters = read_layer(model.layers[pruned.layer])
+        file = self._file(pruned.layer, "safetensors")
         part = file.with_suffix(".part")
-        save_file({name: np.ascontiguousarray(matrix, np.float32) for name, matrix in matrices.items()}, part)
+        save_file({path: np.ascontiguousarray(value, np.float32) for path, value in parameters.items()}, part)
         os.replace(part, file)
-        _replace(self._file(index, "json"), json.dumps([dataclasses.asdict(one) for one in pruned]))
+        _replace(self._file(pruned.layer, "json"), msgspec.json.encode(pruned).decode())
 
     def remove(self) -> None:
         """Ends it: the model is written."""

@@ -137,8 +137,10 @@ def test_the_command_writes_a_model_and_goes_on_where_it_was_stopped(
     ("changed", "message"),
     [
         ({"pattern": "5:3"}, "pattern '5:3' must be"),
-        ({"pattern": "0.5@64", "method": "sparsegpt"}, "sparsegpt chooses weights column by column"),
-        ({"pattern": "0.5@48"}, "no multiple of 48"),
+        ({"pattern": "0.5@64"}, "blocks are chosen by a score alone; that is --si none"),
+        ({"pattern": "0.5@64", "si": "none", "method": "sparsegpt"}, "another method than sparsegpt"),
+        ({"pattern": "0.5@64", "si": "none", "update": "dsnot"}, "another update than dsnot"),
+        ({"pattern": "0.5@48", "si": "none"}, "no multiple of 48"),
         ({"pattern": "2:48"}, "no multiple of 48"),
         ({"sequences": 10_000}, "windows of 64 tokens; --sequences 10000 and 8 held out need 10008"),
         ({"length": 4096}, "--length 4096 must be at most 1024"),
