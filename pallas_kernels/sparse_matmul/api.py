@@ -37,8 +37,9 @@ def sparse_matmul(
       mask: `[N, K / 16]` uint16; see `packing.Packed`.
       of: M of the pattern N:M.
       implementation: "auto": the first of the following that can; "mosaic": a kernel for GPUs of compute capability 9.0
-        (bfloat16 or float16, at most 64 rows, `K` a multiple of 256, `N` of 8; no gradient); "xla" and "reference":
-        unpack all weights, and multiply.
+        (bfloat16 or float16, at most 64 rows, `K` a multiple of 256, `N` of 8; no gradient); "xla": unpacks and
+        multiplies a sixteenth of the inputs at a time, or all at once if there are more than 64 rows; "reference":
+        unpacks all weights, and multiplies.
 
     Returns:
       `[M, N]` of the type of `x`.

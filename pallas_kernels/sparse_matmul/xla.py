@@ -1,4 +1,4 @@
-"""Weights unpacked by selections alone, which XLA fuses into one pass, and a dense product."""
+"""Weights unpacked by selections alone, plane by plane for few rows, and dense products."""
 
 import jax
 import jax.numpy as jnp
@@ -6,13 +6,23 @@ from jaxtyping import Array, Float, UInt16
 
 from pallas_kernels.sparse_matmul.packing import WORD, in_order
 
+MAX_PLANE_ROWS = 64  # of x for products plane by plane: numbers in their order cost more than small products
+
 
 def sparse_matmul(
     x: Float[Array, "M K"], values: Float[Array, "V N G"], mask: UInt16[Array, "N G"], *, of: int
 ) -> Float[Array, "M N"]:
-    """Takes the memory of the dense weights while it runs; see `api.sparse_matmul`."""
+    """One product of the weights in order if there are many rows, else one a plane; see `api.sparse_matmul`."""
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return jnp.dot(x, in_order(jnp.stack(planes(values, mask, of))), precision=precision)
+    made = planes(values, mask, of)
+    if x.shape[0] > MAX_PLANE_ROWS:
+        return jnp.dot(x, in_order(jnp.stack(made)), precision=precision)
+    of_plane = x.reshape(x.shape[0], -1, WORD)
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    out = jnp.zeros((x.shape[0], mask.shape[0]), wide)
+    for place, plane in enumerate(made):
+        out += jnp.einsum("mg,ng->mn", of_plane[:, :, place], plane, precision=precision, preferred_element_type=wide)
+    return out.astype(x.dtype)
 
 
 def planes(values: Float[Array, "V N G"], mask: UInt16[Array, "N G"], of: int) -> list[Float[Array, "N G"]]:

@@ -76,16 +76,39 @@ def test_what_cannot_be_packed_is_refused(shape, keep, of, message):
 
 
 @pytest.mark.parametrize("implementation", ["auto", "xla", "reference"])
+@pytest.mark.parametrize("rows", [3, 70])
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_products_are_those_of_the_dense_weights(implementation, pattern):
+def test_products_are_those_of_the_dense_weights(implementation, rows, pattern):
     rng = np.random.default_rng(0)
-    weights, x = pruned(rng, 64, 5, *pattern), jnp.asarray(rng.normal(size=(3, 64)), jnp.float32)
+    weights, x = pruned(rng, 64, 5, *pattern), jnp.asarray(rng.normal(size=(rows, 64)), jnp.float32)
     values, mask = map(jnp.asarray, pack(weights, *pattern))
     found = sparse_matmul(x, values, mask, of=pattern[1], implementation=implementation)
     wanted = np.asarray(x, np.float64) @ weights.astype(np.float64)
     np.testing.assert_allclose(found, wanted, atol=1e-5)
-    dense = jnp.dot(x, jnp.asarray(weights), precision=jax.lax.Precision.HIGHEST)
-    np.testing.assert_array_equal(found, dense)
+    # Equal to the last bit where all sums are exact in float32.
+    whole, x = np.rint(weights * 8).astype(np.float32), jnp.rint(x * 8)
+    packed = map(jnp.asarray, pack(whole, *pattern))
+    found = sparse_matmul(x, *packed, of=pattern[1], implementation=implementation)
+    np.testing.assert_array_equal(found, np.asarray(x) @ whole)
+
+
+def test_many_rows_give_what_the_reference_does_to_the_last_bit():
+    rng = np.random.default_rng(1)
+    values, mask = map(jnp.asarray, pack(pruned(rng, 64, 5, 2, 4), 2, 4))
+    x = jnp.asarray(rng.normal(size=(xla.MAX_PLANE_ROWS + 1, 64)), jnp.float32)
+    found, wanted = (sparse_matmul(x, values, mask, of=4, implementation=name) for name in ("xla", "reference"))
+    np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.mark.parametrize("rows", [3, 70])
+def test_products_in_bfloat16_are_rounded_once(rows):
+    rng = np.random.default_rng(2)
+    weights = jnp.asarray(pruned(rng, 256, 5, 2, 4), jnp.bfloat16)
+    x = jnp.asarray(rng.normal(size=(rows, 256)), jnp.bfloat16)
+    found = sparse_matmul(x, *map(jnp.asarray, pack(weights, 2, 4)), of=4)
+    assert found.dtype == jnp.bfloat16
+    wanted = np.asarray(x, np.float64) @ np.asarray(weights, np.float64)
+    np.testing.assert_allclose(np.asarray(found, np.float64), wanted, rtol=2**-8, atol=2**-8)
 
 
 def test_infinite_weights_spoil_no_other():
