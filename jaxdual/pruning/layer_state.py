@@ -26,4 +26,4 @@ def write_layer(layer: nnx.Module, parameters: Mapping[str, ArrayLike]) -> None:
         owner: Any = layer
         for part in parts:
             owner = getattr(owner, part)
-        setattr(owner, last, nnx.Param(jnp.asarray(value, dtype)))
+        setattr(owner, last, nnx.data(nnx.Param(jnp.asarray(value, dtype))))
