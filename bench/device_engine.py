@@ -117,10 +117,13 @@ def _measure(folder: Path, load: Load, limits: Ceilings) -> dict[str, Any]:
 def _multiplied(config: ModelConfig) -> int:
     """Weights that each token of a prompt is multiplied with: all but the table, the head, and experts not chosen."""
     heads = 2 * config.num_heads + 2 * config.num_kv_heads  # queries and output, keys and values
-    mlp = 3 * config.intermediate_size
-    if config.moe is not None:
-        mlp = 3 * config.moe.intermediate_size * config.moe.num_experts_per_tok + config.moe.num_experts
-    return config.num_layers * config.hidden_size * (heads * config.head_dim + mlp)
+    columns = config.num_layers * heads * config.head_dim
+    for layer in range(config.num_layers):
+        if config.moe is not None and config.is_sparse(layer):
+            columns += 3 * config.moe.intermediate_size * config.moe.num_experts_per_tok + config.moe.num_experts
+        else:
+            columns += 3 * config.intermediate_size_of(layer)
+    return columns * config.hidden_size
 
 
 def _table(models: dict[str, dict[str, Any]]) -> str:

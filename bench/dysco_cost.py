@@ -40,12 +40,13 @@ class Sizes:
     def of(cls, config: ModelConfig, item_bytes: int) -> Sizes:
         """Sizes of a dense model whose numbers all have so many bytes; norms are left out."""
         attention = config.hidden_size * config.head_dim * (2 * config.num_heads + 2 * config.num_kv_heads)
+        inner = sum(map(config.intermediate_size_of, range(config.num_layers)))
         return cls(
             layers=config.num_layers,
             heads=config.num_heads,
             kv_heads=config.num_kv_heads,
             head_dim=config.head_dim,
-            layer_weights=config.num_layers * (attention + 3 * config.hidden_size * config.intermediate_size),
+            layer_weights=config.num_layers * attention + 3 * config.hidden_size * inner,
             head_weights=config.vocab_size * config.hidden_size,
             weight_bytes=item_bytes,
             kv_bytes=item_bytes,

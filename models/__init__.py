@@ -4,7 +4,7 @@ from models.checkpoint import init, load, save
 from models.config import IHAConfig, ModelConfig, MoEConfig, RopeConfig
 from models.decoder import Decoder
 from models.errors import ModelError
-from models.families import load_config, to_hf
+from models.families import load_config, pruned_form, to_hf
 from models.generation import GenerationConfig, load_generation_config
 from models.hub import resolve
 
@@ -20,6 +20,7 @@ __all__ = [
     "load",
     "load_config",
     "load_generation_config",
+    "pruned_form",
     "resolve",
     "save",
     "to_hf",

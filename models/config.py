@@ -150,7 +150,9 @@ class ModelConfig:
       family: key of `models.families.FAMILIES` (the `model_type` of the checkpoint).
       vocab_size: entries of the embedding.
       hidden_size: width of the residual stream.
-      intermediate_size: hidden width of a dense MLP.
+      intermediate_size: hidden width of a dense MLP, of the widest one where layers differ.
+      layer_intermediate_sizes: that of each layer, where layers differ; empty is `intermediate_size` in every layer.
+        The entry of a layer that is a mixture of experts counts for nothing.
       num_layers, num_heads, num_kv_heads, head_dim: shape of the attention; `num_heads` is a multiple of
         `num_kv_heads`, `head_dim` is even and need not be `hidden_size / num_heads`.
       rms_norm_eps: added to the mean square in every norm.
@@ -187,6 +189,7 @@ class ModelConfig:
     mlp_bias: bool = False
     qk_norm: bool = False
     layer_windows: tuple[int | None, ...] = ()
+    layer_intermediate_sizes: tuple[int, ...] = ()
     moe: MoEConfig | None = None
     iha: IHAConfig | None = None
     bos_token_id: int | None = None
@@ -212,6 +215,7 @@ class ModelConfig:
         for window in self.layer_windows:
             if window is not None and not 1 <= window <= MAX_POSITIONS:
                 raise ValueError(f"sliding_window is {window}; it must be 1 to {MAX_POSITIONS}")
+        self._check_widths()
         if self.moe is not None:
             outside = [i for i in self.moe.mlp_only_layers if not 0 <= i < self.num_layers]
             if outside:
@@ -226,6 +230,24 @@ class ModelConfig:
         for token in (*self.eos_token_ids, *(() if self.bos_token_id is None else (self.bos_token_id,))):
             if token < 0:
                 raise ValueError(f"bos_token_id or eos_token_id is {token}; it must be at least 0")
+
+    def _check_widths(self) -> None:
+        widths = self.layer_intermediate_sizes
+        if not widths:
+            return
+        if len(widths) != self.num_layers:
+            raise ValueError(
+                f"layer_intermediate_sizes has {len(widths)} entries; num_hidden_layers is {self.num_layers}"
+            )
+        if min(widths) < 1 or max(widths) != self.intermediate_size:
+            raise ValueError(
+                f"layer_intermediate_sizes is {min(widths)} to {max(widths)}; at least 1 is expected, and "
+                f"intermediate_size ({self.intermediate_size}) as the largest"
+            )
+
+    def intermediate_size_of(self, layer: int) -> int:
+        """Hidden width of the MLP of layer `layer` (from 0), if it is dense."""
+        return self.layer_intermediate_sizes[layer] if self.layer_intermediate_sizes else self.intermediate_size
 
     def window_of(self, layer: int) -> int | None:
         """Sliding window of layer `layer` (from 0) in tokens, or None for full attention."""

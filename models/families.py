@@ -1,7 +1,7 @@
 """The families of models: which module knows a `model_type`, and reading and writing its `config.json`."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from flax import nnx
 from jax.typing import DTypeLike
 
-from models import jaxdual_iha, llama, mistral, mixtral, qwen2, qwen3, qwen3_moe
+from models import jaxdual_iha, jaxdual_pruned, llama, mistral, mixtral, qwen2, qwen3, qwen3_moe
 from models.config import ModelConfig
 from models.config_reader import HARMLESS, ConfigReader, read_json
 from models.errors import ModelError
@@ -50,6 +50,13 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             jaxdual_iha.write,
             jaxdual_iha.build_layer,
             jaxdual_iha.layer_tensors,
+        ),
+        "jaxdual_pruned": Family(
+            "JaxdualPrunedForCausalLM",
+            jaxdual_pruned.read,
+            jaxdual_pruned.write,
+            jaxdual_pruned.build_layer,
+            jaxdual_pruned.layer_tensors,
         ),
         "llama": Family("LlamaForCausalLM", llama.read, llama.write, llama.build_layer, llama.layer_tensors),
         "mistral": Family(
@@ -116,6 +123,25 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
     """
     family = family_of(config)
     return {"architectures": [family.architecture], "model_type": config.family, **family.write(config)}
+
+
+def pruned_form(config: ModelConfig) -> ModelConfig:
+    """A configuration of the same mathematics that a checkpoint can hold.
+
+    It is `config` where its own family's format expresses it, so that other programs read it, and otherwise of the
+    family `jaxdual_pruned`: uneven widths, or biases where the family has none.
+
+    Raises:
+      ModelError: an unsupported family.
+      ValueError: what no format expresses; the message names the field.
+    """
+    family = family_of(config)
+    try:
+        family.write(config)
+    except ValueError:
+        config = replace(config, family="jaxdual_pruned")
+        to_hf(config)
+    return config
 
 
 def parameter_tensors(config: ModelConfig) -> dict[str, TensorSource]:

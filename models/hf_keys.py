@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from models.config import MAX_COUNT, ModelConfig, RopeConfig
+from models.config import MAX_COUNT, ModelConfig, MoEConfig, RopeConfig
 from models.config_reader import ConfigReader, read_rope
 
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -95,6 +95,40 @@ def read_layer_windows(reader: ConfigReader, window: int | None, first: int = 0)
     return tuple(window if kind == SLIDING else None for kind in kinds) if SLIDING in kinds else ()
 
 
+def read_moe(reader: ConfigReader) -> MoEConfig:
+    """A mixture of experts in the keys of Qwen3-MoE; raises `ModelError` for what is not supported."""
+    return MoEConfig(
+        num_experts=_read_num_experts(reader),
+        num_experts_per_tok=reader.integer("num_experts_per_tok"),
+        intermediate_size=reader.integer("moe_intermediate_size"),
+        norm_topk_prob=reader.boolean("norm_topk_prob", False),
+        decoder_sparse_step=reader.integer("decoder_sparse_step", 1),
+        mlp_only_layers=reader.integers("mlp_only_layers"),
+    )
+
+
+def _read_num_experts(reader: ConfigReader) -> int:
+    """`num_experts` in transformers 4, `num_local_experts` in transformers 5."""
+    if not reader.has("num_local_experts"):
+        return reader.integer("num_experts")
+    count = reader.integer("num_local_experts")
+    if reader.integer("num_experts", count) != count:
+        raise reader.error("num_experts", f"is {reader.integer('num_experts')}, but num_local_experts is {count}")
+    return count
+
+
+def write_moe(moe: MoEConfig) -> dict[str, Any]:
+    """The inverse of `read_moe`."""
+    return {
+        "decoder_sparse_step": moe.decoder_sparse_step,
+        "mlp_only_layers": list(moe.mlp_only_layers),
+        "moe_intermediate_size": moe.intermediate_size,
+        "norm_topk_prob": moe.norm_topk_prob,
+        "num_experts": moe.num_experts,
+        "num_experts_per_tok": moe.num_experts_per_tok,
+    }
+
+
 def write_windows(config: ModelConfig) -> dict[str, Any]:
     """`sliding_window`, and `layer_types` where only some layers have it.
 
@@ -120,8 +154,18 @@ def write_switched_windows(config: ModelConfig) -> dict[str, Any]:
     return keys | ({"max_window_layers": windowed[0]} if windowed else {})
 
 
-def write_common(config: ModelConfig) -> dict[str, Any]:
-    """The inverse of `read_common`, in the spelling that transformers 4 and 5 both read."""
+def write_common(config: ModelConfig, *, uneven: bool = False) -> dict[str, Any]:
+    """The inverse of `read_common`, in the spelling that transformers 4 and 5 both read.
+
+    Args:
+      config: to write.
+      uneven: the family's format has a width for each layer, which the caller writes.
+
+    Raises:
+      ValueError: a width for each layer, and a format without.
+    """
+    if not uneven:
+        require_equal(config, layer_intermediate_sizes=())
     eos: int | list[int] | None = list(config.eos_token_ids)
     if len(config.eos_token_ids) <= 1:
         eos = config.eos_token_ids[0] if config.eos_token_ids else None

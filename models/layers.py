@@ -111,10 +111,11 @@ class Attention(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """Gated MLP: `down(silu(gate(x)) * up(x))`."""
+    """Gated MLP: `down(silu(gate(x)) * up(x))`, of width `inner`; None is the configuration's."""
 
-    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
-        hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs, inner: int | None = None) -> None:
+        hidden, bias = config.hidden_size, config.mlp_bias
+        inner = config.intermediate_size if inner is None else inner
         self.gate = Linear(hidden, inner, bias=bias, dtype=dtype, rngs=rngs)
         self.up = Linear(hidden, inner, bias=bias, dtype=dtype, rngs=rngs)
         self.down = Linear(inner, hidden, bias=bias, dtype=dtype, rngs=rngs)

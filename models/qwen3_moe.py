@@ -5,14 +5,16 @@ from typing import Any
 from flax import nnx
 from jax.typing import DTypeLike
 
-from models.config import ModelConfig, MoEConfig
+from models.config import ModelConfig
 from models.config_reader import ConfigReader
 from models.hf_keys import (
     read_common,
     read_layer_windows,
+    read_moe,
     read_switched_window,
     require_equal,
     write_common,
+    write_moe,
     write_switched_windows,
 )
 from models.layers import MLP, DecoderLayer
@@ -26,48 +28,18 @@ def read(reader: ConfigReader) -> ModelConfig:
     if window is not None and full_layers and not reader.has("layer_types"):
         raise reader.error("max_window_layers", f"is {full_layers}, which versions of transformers read differently")
     bias = reader.boolean("attention_bias", False)
-    common = read_common(reader)
-    moe = MoEConfig(
-        num_experts=_read_num_experts(reader),
-        num_experts_per_tok=reader.integer("num_experts_per_tok"),
-        intermediate_size=reader.integer("moe_intermediate_size"),
-        norm_topk_prob=reader.boolean("norm_topk_prob", False),
-        decoder_sparse_step=reader.integer("decoder_sparse_step", 1),
-        mlp_only_layers=reader.integers("mlp_only_layers"),
-    )
+    common, moe = read_common(reader), read_moe(reader)
     windows = read_layer_windows(reader, window)
     return ModelConfig(**common, layer_windows=windows, qkv_bias=bias, o_bias=bias, qk_norm=True, moe=moe)
-
-
-def _read_num_experts(reader: ConfigReader) -> int:
-    """`num_experts` in transformers 4, `num_local_experts` in transformers 5."""
-    if not reader.has("num_local_experts"):
-        return reader.integer("num_experts")
-    count = reader.integer("num_local_experts")
-    if reader.integer("num_experts", count) != count:
-        raise reader.error("num_experts", f"is {reader.integer('num_experts')}, but num_local_experts is {count}")
-    return count
 
 
 def write(config: ModelConfig) -> dict[str, Any]:
     """The keys of `config.json`; raises ValueError for what they cannot express."""
     require_equal(config, o_bias=config.qkv_bias, qk_norm=True, mlp_bias=False)
-    moe = config.moe
-    if moe is None:
+    if config.moe is None:
         raise ValueError("moe is None; a qwen3_moe checkpoint needs a mixture of experts")
-    return (
-        write_common(config)
-        | write_switched_windows(config)
-        | {
-            "attention_bias": config.qkv_bias,
-            "decoder_sparse_step": moe.decoder_sparse_step,
-            "mlp_only_layers": list(moe.mlp_only_layers),
-            "moe_intermediate_size": moe.intermediate_size,
-            "norm_topk_prob": moe.norm_topk_prob,
-            "num_experts": moe.num_experts,
-            "num_experts_per_tok": moe.num_experts_per_tok,
-        }
-    )
+    keys = write_common(config) | write_switched_windows(config) | write_moe(config.moe)
+    return keys | {"attention_bias": config.qkv_bias}
 
 
 def build_layer(config: ModelConfig, index: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> DecoderLayer:

@@ -1,6 +1,6 @@
 """A decoder's parameters before they have values: shapes, names, and where each shall live."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,37 @@ def abstract(config: ModelConfig, dtype: str) -> Decoder:
     """
     check_dtype(dtype)
     model: Decoder = nnx.eval_shape(lambda: Decoder(config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(params=0)))
+    return model
+
+
+def parameters_of(model: Decoder) -> dict[str, jax.Array]:
+    """The parameters of a model by dotted path, as "layers.0.attention.q.kernel"."""
+    leaves = jax.tree_util.tree_leaves_with_path(nnx.state(model))
+    return {parameter_path(path): leaf for path, leaf in leaves}
+
+
+def with_parameters(config: ModelConfig, parameters: Mapping[str, jax.Array]) -> Decoder:
+    """A model that holds `parameters`, in the type that they have; inside a trace they may be tracers.
+
+    Raises:
+      ValueError: a parameter that is missing, that the model has not, or of another shape; the message names it.
+    """
+    graphdef, state = nnx.split(abstract(config, "float32"))
+    unused = set(parameters)
+
+    def value(path: tuple[object, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        name = parameter_path(path)
+        if name not in parameters:
+            raise ValueError(f"parameter '{name}' is missing")
+        unused.remove(name)
+        if parameters[name].shape != leaf.shape:
+            raise ValueError(f"parameter '{name}' has shape {parameters[name].shape}; {leaf.shape} is expected")
+        return parameters[name]
+
+    state = jax.tree_util.tree_map_with_path(value, state)
+    if unused:
+        raise ValueError(f"parameter '{min(unused)}' has no place in this model")
+    model: Decoder = nnx.merge(graphdef, state)
     return model
 
 

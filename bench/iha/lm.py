@@ -21,9 +21,10 @@ from bench.iha.training_runs import Say, Text, say, trained
 from models import ModelConfig
 from models.config import IHAConfig
 from models.iha import num_mixing_parameters, schedule
+from models.shapes import parameters_of
 from models.training.data import WindowStream
 from models.training.recipes import Recipe
-from models.training.step import Parameters, parameters_of
+from models.training.step import Parameters
 from models.training.tokenizer import VOCAB_SIZE
 
 LAYERS = 5

@@ -30,7 +30,7 @@ def forward(config: ModelConfig, length: int) -> dict[str, float]:
         "projections": layers * (2 * hidden * (heads + 2 * kv_heads) + 2 * heads * hidden) * head_dim,
         "mixing": mixing_flops(config),
         "attention": attention_flops(config, length) / length,
-        "feed_forward": layers * 6 * hidden * config.intermediate_size,
+        "feed_forward": 6 * hidden * sum(map(config.intermediate_size_of, range(layers))),
         "head": 2 * hidden * config.vocab_size,
     }
 

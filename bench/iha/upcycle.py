@@ -20,9 +20,10 @@ from bench.iha.training_flops import training
 from bench.iha.training_runs import SHIPPED, Say, Text, say, trained
 from models import Decoder
 from models.config import IHAConfig
+from models.shapes import parameters_of
 from models.training.data import WindowStream
 from models.training.recipes import Recipe
-from models.training.step import cross_entropy, parameters_of
+from models.training.step import cross_entropy
 from models.upcycle import ROPES, SELECTS, is_exact, stay_copies, upcycled
 from pallas_kernels.pseudo_heads import MASKS
 

@@ -52,11 +52,13 @@ class ParallelSizes:
                 f"tensor_parallel_size={self.tensor} must divide the model's {model.num_kv_heads} key-value heads: "
                 "each device has whole ones"
             )
-        if model.intermediate_size % self.tensor and len(model.sparse_layers) < model.num_layers:
-            raise ConfigError(
-                f"tensor_parallel_size={self.tensor} must divide the model's intermediate_size of "
-                f"{model.intermediate_size}"
-            )
+        for layer in range(model.num_layers):
+            width = model.intermediate_size_of(layer)
+            if width % self.tensor and not model.is_sparse(layer):
+                of_layer = f" in layer {layer}" if model.layer_intermediate_sizes else ""
+                raise ConfigError(
+                    f"tensor_parallel_size={self.tensor} must divide the model's intermediate_size of {width}{of_layer}"
+                )
         moe = model.moe
         if moe is None or not model.sparse_layers:
             if self.expert > 1 or redundant_experts:

@@ -120,7 +120,9 @@ def inputs_of(layer: Any, x: Float[Array, "T D"], rope: Rope, attend: LayerAtten
 def with_inputs(
     moments: dict[str, Moments], layer: Any, x: Float[Array, "T D"], rope: Rope, attend: LayerAttend
 ) -> dict[str, Moments]:
-    """Moments of all groups of a layer with some more tokens."""
+    """The moments of some groups of a layer, or of all, with some more tokens."""
     return {
-        group: moments[group].with_tokens(inputs, counts) for group, inputs, counts in inputs_of(layer, x, rope, attend)
+        group: moments[group].with_tokens(inputs, counts)
+        for group, inputs, counts in inputs_of(layer, x, rope, attend)
+        if group in moments
     }

@@ -17,6 +17,8 @@ PROMPTS = (
     ),
 )
 
+_FOLLOWS_TIME = "The schedule follows CPU time, so another machine gives other weights."
+
 _CARD = """\
 ---
 license: psf-2.0
@@ -73,16 +75,22 @@ no value. It was trained on at most {context} tokens of context, and there is no
 ## Reproduce
 
 ```
-python -m models.training.train --size {size} --out DIR --cpu-minutes {budget:.0f}
+python -m models.training.train --size {size} --out DIR {budget}
 ```
 
-A killed run goes on with `--resume`. The schedule follows CPU time, so another machine gives other weights.
+A killed run goes on with `--resume`. {repeats}
 """
 
 
 def model_card(metrics: Mapping[str, Any]) -> str:
     """The text of ``README.md``, from what ``metrics.json`` holds."""
     config, baselines = metrics["config"], metrics["baselines_bits_per_byte"]
+    minutes = metrics["budget_cpu_minutes"]
+    if minutes is None:
+        width, repeats = config["intermediate_size"], "The schedule follows steps, whatever time they take."
+        budget = f"--intermediate-size {width} --steps {metrics['steps']}"
+    else:
+        budget, repeats = f"--cpu-minutes {minutes:.0f}", _FOLLOWS_TIME
     moe = config["moe"]
     if moe is None:
         kind, feed_forward = "dense", f"{config['intermediate_size']} (SwiGLU)"
@@ -119,7 +127,8 @@ def model_card(metrics: Mapping[str, Any]) -> str:
         lzma_after_train=baselines["lzma_after_train"],
         python=metrics["corpus_python"],
         samples="\n\n".join(_sample(**sample) for sample in metrics["samples"]),
-        budget=metrics["budget_cpu_minutes"],
+        budget=budget,
+        repeats=repeats,
     )
 
 

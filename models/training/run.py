@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from models import Decoder, ModelConfig, init
+from models.shapes import parameters_of, with_parameters
 from models.training.data import Position
 from models.training.recipes import Recipe
 from models.training.state import TrainState, load_state, save_state
@@ -20,9 +21,7 @@ from models.training.step import (
     cross_entropy,
     learning_rate,
     optimizer,
-    parameters_of,
     train_step,
-    with_parameters,
 )
 
 

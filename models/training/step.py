@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import optax
 import optax.contrib
-from flax import nnx
 from jaxtyping import Array, Float32, Int32
 
-from models import Decoder, ModelConfig, init
+from models import ModelConfig
 from models.iha import is_mixing
+from models.shapes import with_parameters
 from models.training.attention import blocked_attend
 from models.training.experts import replace_experts
 from models.training.recipes import Recipe
@@ -23,19 +23,6 @@ type Parameters = dict[str, jax.Array]
 _UPDATE_RMS = 0.2
 # Of mixing and collapse weights: few, all of a size, and each in the gradient of every token.
 _MIXING_BETAS = (0.8, 0.95)
-
-
-def parameters_of(model: Decoder) -> Parameters:
-    """The model's parameters by dotted path."""
-    return {_name(path): leaf[...] for path, leaf in nnx.to_flat_state(nnx.state(model))}
-
-
-def with_parameters(config: ModelConfig, parameters: Mapping[str, jax.Array]) -> Decoder:
-    """A model that holds ``parameters``; inside a trace they may be tracers."""
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: init(config)))
-    leaves = [parameters[_name(path)] for path, _ in nnx.to_flat_state(state)]
-    model: Decoder = nnx.merge(graphdef, jax.tree.unflatten(jax.tree.structure(state), leaves))
-    return model
 
 
 def optimizer(recipe: Recipe, parameters: Parameters) -> optax.GradientTransformation:
@@ -132,10 +119,6 @@ def learning_rate(recipe: Recipe, step: int, fraction: float) -> float:
     warm = min(1.0, (step + 1) / recipe.warmup_steps)
     decay = min(1.0, (1 - fraction) / (1 - recipe.decay_from))
     return recipe.peak_rate * warm * max(0.0, decay)
-
-
-def _name(path: tuple[object, ...]) -> str:
-    return ".".join(str(part) for part in path)
 
 
 def _matrices(parameters: Mapping[str, Any]) -> dict[str, optax.contrib.MuonDimensionNumbers | None]:

@@ -11,6 +11,7 @@ import platform
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from tokenizers import Tokenizer
 
 import models
 from models import Decoder
+from models.shapes import parameters_of
 from models.training import corpus, tokenizer
 from models.training.card import PROMPTS, model_card
 from models.training.data import WindowStream
@@ -27,7 +29,6 @@ from models.training.evaluate import STRIDE, WINDOW, baselines, bits_per_byte, c
 from models.training.recipes import CONFIGS, RECIPES
 from models.training.run import Budget, Progress, run, settings
 from models.training.state import TrainState
-from models.training.step import parameters_of
 
 STATE_FOLDER = "state"
 _SLICE_WINDOWS = 16
@@ -38,6 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line; see the module's text and ``--help``."""
     args = _parser().parse_args(argv)
     config, recipe = CONFIGS[args.size], RECIPES[args.size]
+    if args.intermediate_size is not None:
+        config = replace(config, intermediate_size=args.intermediate_size)
     started = time.process_time()
     try:
         train, heldout = (corpus.read_texts(split, allow_changed=args.allow_changed) for split in ("train", "heldout"))
@@ -52,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def report(progress: Progress, state: TrainState) -> None:
         print(progress_line(progress, bits_per_nat), flush=True)
 
-    budget = Budget(cpu_seconds=60 * args.cpu_minutes)
+    budget = Budget(cpu_seconds=60 * args.cpu_minutes) if args.steps is None else Budget(steps=args.steps)
     try:
         model, state = run(
             config, recipe, budget, data, windows, args.out / STATE_FOLDER, resume=args.resume, report=report
@@ -66,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         **settings(config, recipe),
         "steps": state.step,
         "tokens": state.tokens,
-        "budget_cpu_minutes": args.cpu_minutes,
+        "budget_cpu_minutes": args.cpu_minutes if args.steps is None else None,
         "train_cpu_minutes": round(state.cpu_seconds / 60, 1),
         "corpus_python": corpus.load_manifest().python,
         "machine": machine(),
@@ -142,6 +145,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--size", choices=sorted(CONFIGS), required=True)
     parser.add_argument("--out", type=Path, required=True, help="folder of the model; the run's state lies in it too")
     parser.add_argument("--cpu-minutes", type=minutes, default=60.0, help="budget of CPU time (default %(default)g)")
+    parser.add_argument(
+        "--steps", type=_count, help="budget in steps of 2,048 tokens, in place of CPU time: repeatable"
+    )
+    parser.add_argument("--intermediate-size", type=_count, help="width of dense MLPs, in place of the size's own")
     parser.add_argument("--resume", action="store_true", help="go on from the state in --out")
     parser.add_argument("--tokenizer", type=Path, help="folder with tokenizer.json; default: train it on the corpus")
     parser.add_argument("--allow-changed", action="store_true", help="train on corpus files that differ from the list")
@@ -153,6 +160,13 @@ def minutes(text: str) -> float:
     value = float(text)
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"{text}: must be greater than 0")
+    return value
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be at least 1")
     return value
 
 

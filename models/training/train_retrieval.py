@@ -13,6 +13,7 @@ from jaxtyping import Bool, Int32
 from tokenizers import Tokenizer
 
 import models
+from models.shapes import parameters_of
 from models.training import tokenizer
 from models.training.data import Position
 from models.training.evaluate import Scorer
@@ -22,7 +23,6 @@ from models.training.retrieval_card import retrieval_card
 from models.training.retrieval_init import planted
 from models.training.run import Budget, Progress, run, settings
 from models.training.state import TrainState
-from models.training.step import parameters_of
 from models.training.train import STATE_FOLDER, machine, minutes, write_folder
 
 _HELDOUT_SEED = 1 << 20

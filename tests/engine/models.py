@@ -1,30 +1,32 @@
-"""Models of the engine's tests: parity fixtures, models with windows or pseudo heads, and what they should give."""
+"""Models of the engine's tests: parity fixtures, models made from a seed, and what they should give."""
 
 from __future__ import annotations
 
 import functools
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 import models
-from tests import iha_models, windowed_models
+from tests import iha_models, pruned_models, windowed_models
 
+_MAKERS: dict[str, Callable[[str, Path], Path]] = {
+    name: maker.write for maker in (iha_models, pruned_models, windowed_models) for name in maker.KINDS
+}
 FIXTURES = Path(__file__).parent.parent / "fixtures" / "hf"
 
 
 def folder(name: str) -> Path:
-    """Folder of a parity fixture, or of a model with windows or pseudo heads, which is made when first asked for."""
-    return Path(_made(name).name) if name in {*windowed_models.KINDS, *iha_models.KINDS} else FIXTURES / name
+    """Folder of a parity fixture, or of a model that is made when first asked for."""
+    return Path(_made(name).name) if name in _MAKERS else FIXTURES / name
 
 
 @functools.cache
 def _made(name: str) -> tempfile.TemporaryDirectory[str]:
     place = tempfile.TemporaryDirectory(prefix="jaxdual-test-model-")
-    maker = iha_models if name in iha_models.KINDS else windowed_models
-    maker.write(name, Path(place.name))
+    _MAKERS[name](name, Path(place.name))
     return place
 
 

@@ -108,7 +108,7 @@ def run_schedule(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["qwen3", "llama", "qwen3_moe", "mistral", "mistral_mixed", "iha"])
+@pytest.mark.parametrize("name", ["qwen3", "llama", "qwen3_moe", "mistral", "mistral_mixed", "iha", "pruned"])
 def test_random_schedules_give_the_tokens_of_each_request_alone(name: str) -> None:
     rng = random.Random(f"schedules of {name}")
     vocab = load(name).config.vocab_size

@@ -14,9 +14,10 @@ import models
 from models.attention import dense_attend
 from models.config import IHAConfig
 from models.iha import is_mixing
+from models.shapes import parameters_of
 from models.training.attention import blocked_attend, seen
 from models.training.recipes import Recipe
-from models.training.step import losses, optimizer, parameters_of
+from models.training.step import losses, optimizer
 from pallas_kernels.pseudo_heads import PseudoHeads
 
 type Attention = Callable[..., tuple[jax.Array, Any]]

@@ -26,6 +26,7 @@ MOE = QWEN3 | {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok
 QWEN2 = LLAMA | {"model_type": "qwen2"}
 MISTRAL = LLAMA | {"model_type": "mistral", "sliding_window": 8}
 MIXTRAL = LLAMA | {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
+PRUNED = LLAMA | {"model_type": "jaxdual_pruned", "layer_intermediate_sizes": [48, 16], "o_bias": True}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 
 
@@ -160,6 +161,10 @@ def test_sparse_step_counts_from_one(tmp_path: Path) -> None:
         QWEN2 | {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1},
         QWEN3 | {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 0},
         MOE | {"use_sliding_window": True, "sliding_window": 16},
+        PRUNED,
+        PRUNED | {"qkv_bias": True, "mlp_bias": True, "qk_norm": True, "head_dim": 6, "tie_word_embeddings": True},
+        PRUNED | {"sliding_window": 16, "layer_types": ["full_attention", "sliding_attention"]},
+        MOE | {"model_type": "jaxdual_pruned", "mlp_only_layers": [0], "layer_intermediate_sizes": [32, 48]},
     ],
 )
 def test_a_written_configuration_reads_back(tmp_path: Path, values: dict) -> None:
@@ -174,7 +179,7 @@ def test_what_a_file_cannot_express_is_not_written(tmp_path: Path) -> None:
         to_hf(ModelConfig(**fields | {"o_bias": True}))
     with pytest.raises(
         ModelError,
-        match=r"'gpt' is not supported; supported: jaxdual_iha, llama, mistral, mixtral, qwen2, qwen3, qwen3_moe",
+        match=r"'gpt' is not supported; supported: jaxdual_iha, jaxdual_pruned, llama, mistral, mixtral, qwen2, qwen3,",
     ):
         to_hf(ModelConfig(**fields | {"family": "gpt"}))
 
@@ -204,7 +209,7 @@ def test_harmless_and_switched_off_keys_are_accepted(tmp_path: Path) -> None:
         (
             LLAMA,
             {"model_type": "gpt2"},
-            "'model_type' is 'gpt2'; supported: jaxdual_iha, llama, mistral, mixtral, qwen2, qwen3, qwen3_moe",
+            "'model_type' is 'gpt2'; supported: jaxdual_iha, jaxdual_pruned, llama, mistral, mixtral, qwen2, qwen3, ",
         ),
         (LLAMA, {"model_type": None}, "'model_type' is missing"),
         (LLAMA, {"hidden_size": None}, "'hidden_size' is missing"),
@@ -259,6 +264,14 @@ def test_harmless_and_switched_off_keys_are_accepted(tmp_path: Path) -> None:
         (MOE, {"num_local_experts": 8}, "'num_experts' is 4, but num_local_experts is 8"),
         (MOE, {"mlp_only_layers": [2]}, "mlp_only_layers names 2"),
         (MOE, {"decoder_sparse_step": 0}, "decoder_sparse_step is 0"),
+        (PRUNED, {"layer_intermediate_sizes": [48]}, "layer_intermediate_sizes has 1 entries; num_hidden_layers is 2"),
+        (PRUNED, {"layer_intermediate_sizes": [48, 0]}, "layer_intermediate_sizes is 0 to 48; at least 1"),
+        (PRUNED, {"layer_intermediate_sizes": [49, 8]}, r"layer_intermediate_sizes is 8 to 49.*\(48\) as the largest"),
+        (PRUNED, {"layer_intermediate_sizes": [48, 8.0]}, "'layer_intermediate_sizes' is .*a list of integers"),
+        (PRUNED, {"attention_bias": True}, "'attention_bias' is true"),
+        (PRUNED, {"o_bias": 1}, "'o_bias' is 1; true or false"),
+        (PRUNED, {"num_experts_per_tok": 2}, "'num_experts_per_tok' is 2"),
+        (LLAMA, {"layer_intermediate_sizes": [48, 16]}, "'layer_intermediate_sizes' is"),
         (MOE, {"shared_expert_intermediate_size": 8}, "'shared_expert_intermediate_size' is 8"),
     ],
 )
@@ -289,6 +302,7 @@ WINDOW_KEYS = ["sliding_window", "use_sliding_window", "max_window_layers", "num
 KEYS = [
     *sorted(MOE),
     *WINDOW_KEYS,
+    *sorted(PRUNED.keys() - MOE.keys()),
     "rope_theta",
     "rope_scaling",
     "rope_parameters",
@@ -299,7 +313,11 @@ KEYS = [
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(base=st.sampled_from([LLAMA, QWEN2, QWEN3, MOE, MISTRAL, MIXTRAL]), key=st.sampled_from(KEYS), value=json_values)
+@given(
+    base=st.sampled_from([LLAMA, QWEN2, QWEN3, MOE, MISTRAL, MIXTRAL, PRUNED]),
+    key=st.sampled_from(KEYS),
+    value=json_values,
+)
 def test_any_value_gives_a_configuration_or_a_model_error(tmp_path: Path, base: dict, key: str, value: object) -> None:
     try:
         config = read(tmp_path, base | {key: value})

@@ -14,6 +14,7 @@ import pytest
 
 import models
 from models.attention import dense_attend
+from models.shapes import parameters_of, with_parameters
 from models.training import tokenizer
 from models.training.attention import blocked_attend
 from models.training.data import Position
@@ -30,7 +31,7 @@ from models.training.retrieval import (
 )
 from models.training.retrieval_card import retrieval_card
 from models.training.retrieval_init import planted
-from models.training.step import losses, parameters_of, with_parameters
+from models.training.step import losses
 from models.training.train_retrieval import accuracy
 
 SHIPPED = Path(models.__file__).parent / "shipped" / "retrieval"

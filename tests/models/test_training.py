@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 
 import models
 from models.attention import dense_attend
+from models.shapes import parameters_of, with_parameters
 from models.training import corpus, evaluate, tokenizer
 from models.training.attention import blocked_attend
 from models.training.card import model_card
@@ -28,7 +29,7 @@ from models.training.experts import balance_loss, replace_experts
 from models.training.recipes import CONFIGS, Recipe
 from models.training.run import Budget, run
 from models.training.state import load_state
-from models.training.step import learning_rate, losses, optimizer, parameters_of, with_parameters
+from models.training.step import learning_rate, losses, optimizer
 from models.training.train import heldout_slice, main, write_folder
 
 SHIPPED = Path(models.__file__).parent / "shipped"

@@ -51,6 +51,9 @@ CONFIGS["never_sparse"] = dataclasses.replace(
     CONFIGS["moe"],
     moe=dataclasses.replace(CONFIGS["moe"].moe, decoder_sparse_step=9),  # type: ignore[type-var]
 )
+CONFIGS["pruned"] = dataclasses.replace(
+    CONFIGS["dense"], family="jaxdual_pruned", o_bias=True, mlp_bias=True, layer_intermediate_sizes=(48, 16)
+)
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 
@@ -96,6 +97,7 @@ SIZES = [
     ("moe", ParallelSizes(2, 2, 2)),
     ("dense", ParallelSizes(1, 1, 2)),
     ("dense", ParallelSizes(2, 1, 4)),
+    ("pruned", ParallelSizes(2, 1, 4)),
 ]
 
 
@@ -164,5 +166,8 @@ def test_impossible_meshes_are_refused() -> None:
         ParallelSizes(expert=2).check(CONFIGS["dense"])
     with pytest.raises(ConfigError, match="expert_parallel_size=2: the model has no experts"):
         ParallelSizes(expert=2).check(CONFIGS["never_sparse"])
+    uneven = dataclasses.replace(CONFIGS["pruned"], layer_intermediate_sizes=(48, 18))
+    with pytest.raises(ConfigError, match=r"tensor_parallel_size=4 must divide.*intermediate_size of 18 in layer 1"):
+        ParallelSizes(tensor=4).check(uneven)
     with pytest.raises(ConfigError, match="needs 16 devices, and there are 8"):
         device_mesh(ParallelSizes(4, 2, 2))

@@ -24,11 +24,12 @@ Rope = Any  # of `Decoder.rope`
 
 
 class LayerKind(NamedTuple):
-    """What the program of a layer depends on besides shapes; layers that agree in it share one."""
+    """What the program of a layer depends on besides the shapes of a step; layers that agree in it share one."""
 
     graph: Any
     structure: Any
     window: int | None
+    weights: tuple[tuple[int, ...], ...]
 
 
 class LayerPrograms:
@@ -50,7 +51,8 @@ class LayerPrograms:
         for index, layer in enumerate(model.layers):
             graph, state = nnx.split(layer)
             leaves, structure = jax.tree.flatten(state)
-            self._kinds.append(LayerKind(graph, structure, model.config.window_of(index)))
+            weights = tuple(leaf.shape for leaf in leaves)
+            self._kinds.append(LayerKind(graph, structure, model.config.window_of(index), weights))
             self._leaves.append(leaves)
         self.embedding: jax.Array = model.embedding.get_value()
         self.begin = jax.jit(self._begin)

@@ -45,7 +45,7 @@ class LayerwisePrefill:
 
 
 @pytest.mark.parametrize("slots", [2, 3])
-@pytest.mark.parametrize("name", ["qwen3", "qwen3_moe_mixed", "mistral"])
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_moe_mixed", "mistral", "pruned"])
 def test_chunks_layer_by_layer_give_the_logits_of_the_whole_model(name: str, slots: int) -> None:
     model = load(name)
     prefill = LayerwisePrefill(model, slots)
@@ -70,6 +70,11 @@ def test_layers_of_one_kind_share_their_programs() -> None:
         prefill.chunk(tokens, numbers + CHUNK, numbers + 2)
     assert counter.compilations == 0
     assert prefill.programs.layer_program._cache_size() == kinds
+
+
+def test_layers_of_different_widths_are_kinds_of_their_own() -> None:
+    programs = LayerPrograms(load("pruned"), page_size=PAGE, slots=2)
+    assert programs.one_of_each_kind == (2, 1, 0)
 
 
 def test_the_arena_is_written_in_place() -> None:

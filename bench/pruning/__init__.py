@@ -1,0 +1,1 @@
+"""What pruning costs in quality, and what it brings in speed and bytes."""
