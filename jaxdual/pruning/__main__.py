@@ -11,19 +11,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
 from jaxdual.arguments import run_command, whole
 from jaxdual.config import EngineConfig
 from jaxdual.model_folder import find_model
 from jaxdual.offline.report import write_report
-from jaxdual.pruning.calibration import perplexity, read_windows
-from jaxdual.pruning.induction.settings import MODES, REGULARIZERS, STARTS, Induction
+from jaxdual.pruning.calibration import LENGTH, SEQUENCES, perplexity, split_windows
+from jaxdual.pruning.induction.options import add_induction, induction_of
 from jaxdual.pruning.layer import Plan
 from jaxdual.pruning.methods import METHODS, UPDATES
 from jaxdual.pruning.pattern import Pattern
 from jaxdual.pruning.run import PrunedLayer, check, prune_model
+from jaxdual.pruning.structured.command import OF_SOURCE, STRUCTURED, prune_structured_folder
+from jaxdual.pruning.structured.plan import WIDTHS
 from jaxdual.pruning.unfinished import UnfinishedRun
 from jaxdual.result_files import check_writable
 from jaxdual.tokenizer import Tokenizer
@@ -33,51 +34,42 @@ from models.convert import copy_other_files
 from models.fingerprint import model_fingerprint
 
 _PROG = "python -m jaxdual.pruning"
-_DEFAULT = Induction()
-_SEQUENCES, _LENGTH, _HELD_OUT = 128, 2048, 8
-# Files that speak of the source's weights.
-_OF_SOURCE = ("README.md", "metrics.json", "config.json")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
     options = _parser().parse_args(arguments)
     stopped = f"{_PROG}: interrupted; the same call goes on with the layer that it was in"
-    return run_command(_PROG, lambda: _prune(options), stopped=stopped)
+    run = prune_structured_folder if options.method == STRUCTURED else _prune
+    return run_command(_PROG, lambda: run(options), stopped=stopped)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=_PROG, description="Leaves weights of a model out, chosen on text.")
     parser.add_argument("--model", required=True, metavar="DIR", help="model folder, or a name on the hub")
-    parser.add_argument("--method", required=True, choices=METHODS, help="how weights are chosen")
+    parser.add_argument("--method", required=True, choices=(*METHODS, STRUCTURED), help="how weights are chosen")
     parser.add_argument("--pattern", required=True, help="share that goes, as 0.5, N:M: N of M stay, or 0.5@64: blocks")
     parser.add_argument(
         "--update", choices=UPDATES, help="what is done behind the method, with the choice that it made"
-    )
-    parser.add_argument(
-        "--si", choices=(*MODES, "none"), default="score", help="mode of Sparsity Induction; default %(default)s"
     )
     parser.add_argument("--shift", action="store_true", help="biases make up for the means of what outputs lose")
     parser.add_argument("--calibration", required=True, type=Path, metavar="FILE", help="text, UTF-8")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="new folder of the model")
     parser.add_argument("--report", type=Path, metavar="FILE.json", help="perplexities, and each matrix")
     parser.add_argument(
-        "--sequences", type=whole(1), default=_SEQUENCES, metavar="N", help="windows of text; default %(default)s"
+        "--sequences", type=whole(1), default=SEQUENCES, metavar="N", help="windows of text; default %(default)s"
     )
     parser.add_argument(
-        "--length", type=whole(2), metavar="TOKENS", help=f"of a window; default {_LENGTH}, or the model's"
+        "--length", type=whole(2), metavar="TOKENS", help=f"of a window; default {LENGTH}, or the model's"
     )
-    induction = parser.add_argument_group("Sparsity Induction")
-    induction.add_argument("--si-start", choices=STARTS, help="scales at first; rms for magnitude, else ones")
-    induction.add_argument("--si-regularizer", choices=REGULARIZERS, default=_DEFAULT.regularizer)
-    for name, kind, about in (
-        ("weight", float, "of the regularizer"),
-        ("epochs", int, "passes over the text"),
-        ("rate", float, "of Adam"),
-        ("batch", int, "windows in a step"),
-    ):
-        default = getattr(_DEFAULT, name)
-        induction.add_argument(f"--si-{name}", type=kind, default=default, help=f"{about}; default {default}")
+    structured = parser.add_argument_group(
+        "structured", "whole neurons go, of mixtures experts; the pattern is a share of these"
+    )
+    structured.add_argument(
+        "--kv-groups", type=whole(0), default=0, metavar="N", help="KV heads that go from each layer"
+    )
+    structured.add_argument("--widths", choices=WIDTHS, default="even", help="neurons of each layer; default even")
+    add_induction(parser)
     parser.add_argument("--no-progress", action="store_true", help="no progress bar")
     return parser
 
@@ -89,7 +81,13 @@ def _prune(options: argparse.Namespace) -> int:
     folder, name = find_model(EngineConfig(model=options.model))
     model = load(folder, dtype="float32")
     check(model, plan, options.sequences)
-    windows, held_out = _windows(options, Tokenizer.from_dir(folder), model.config.max_position_embeddings)
+    windows, held_out = split_windows(
+        options.calibration,
+        Tokenizer.from_dir(folder),
+        sequences=options.sequences,
+        length=options.length,
+        longest=model.config.max_position_embeddings,
+    )
     settings: dict[str, Any] = {
         "model": model_fingerprint(folder, "float32").hex(),
         "method": options.method,
@@ -99,7 +97,7 @@ def _prune(options: argparse.Namespace) -> int:
         "shift": plan.shift,
         "calibration": hashlib.blake2b(windows.tobytes(), digest_size=16).hexdigest(),
     }
-    run = UnfinishedRun(options.out, settings)
+    run = UnfinishedRun(PrunedLayer, options.out, settings)
     begin = time.perf_counter()
     dense = perplexity(model, held_out)
     pruned = run.resume(model)
@@ -114,7 +112,7 @@ def _prune(options: argparse.Namespace) -> int:
         prune_model(model, windows, plan, first=first, done=done)
     sparse = perplexity(model, held_out)
     save(model, options.out, stored_dtype(folder))
-    copy_other_files(folder, options.out, but=_OF_SOURCE)
+    copy_other_files(folder, options.out, but=OF_SOURCE)
     run.remove()
     matrices = [one for layer in pruned for one in layer.matrices]
     removed, weights = sum(one.removed for one in matrices), sum(one.weights for one in matrices)
@@ -138,47 +136,16 @@ def _prune(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> Plan:
-    induction = None
-    if options.si != "none":
-        induction = Induction(
-            mode=options.si,
-            start=options.si_start,
-            regularizer=options.si_regularizer,
-            weight=options.si_weight,
-            epochs=options.si_epochs,
-            rate=options.si_rate,
-            batch=options.si_batch,
-        )
-    pattern, method = Pattern.parse(options.pattern), METHODS[options.method]
-    if pattern.block and (method.score is None or induction is not None or options.update == "dsnot"):
-        raise ValueError(
-            f"--pattern {pattern}: blocks are chosen by a score alone; that is --si none, another method "
-            "than sparsegpt, and another update than dsnot"
-        )
+    if options.kv_groups or options.widths != "even":
+        raise ValueError(f"--kv-groups and --widths are of --method {STRUCTURED}, and the method is {options.method}")
+    pattern = Pattern.parse(options.pattern)
     return Plan(
-        method,
+        METHODS[options.method],
         pattern,
         None if options.update is None else UPDATES[options.update],
-        induction,
+        induction_of(options, default="none" if pattern.block else "score"),
         options.shift,
     )
-
-
-def _windows(
-    options: argparse.Namespace, tokenizer: Tokenizer, longest: int
-) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Windows to choose by, and the last ones, which only tell the perplexity."""
-    length = options.length or min(_LENGTH, longest)
-    if length > longest:
-        raise ValueError(f"--length {length} must be at most {longest}, for which the model was made")
-    windows = read_windows(options.calibration, tokenizer, length)
-    wanted = options.sequences + _HELD_OUT
-    if len(windows) < wanted:
-        raise ValueError(
-            f"--calibration {options.calibration}: {len(windows)} windows of {length} tokens; --sequences "
-            f"{options.sequences} and {_HELD_OUT} held out need {wanted}"
-        )
-    return windows[: options.sequences], windows[options.sequences : wanted]
 
 
 if __name__ == "__main__":

@@ -12,6 +12,36 @@ from jaxtyping import Array, Float32, Int32
 from jaxdual.tokenizer import Tokenizer
 from models import Decoder
 
+SEQUENCES, LENGTH, HELD_OUT = 128, 2048, 8  # by default: windows, tokens of one, and windows that tell the perplexity
+
+
+def split_windows(
+    file: Path, tokenizer: Tokenizer, *, sequences: int, length: int | None, longest: int
+) -> tuple[Int32[np.ndarray, "N L"], Int32[np.ndarray, "H L"]]:
+    """Windows to choose by, and the `HELD_OUT` behind them, which only tell the perplexity.
+
+    Args:
+      file: UTF-8 text.
+      tokenizer: of the model.
+      sequences: windows to choose by.
+      length: tokens of a window; None for `LENGTH`, or the model's context if that is shorter.
+      longest: that context.
+
+    Raises:
+      ValueError: longer windows than the model was made for, or too little text.
+    """
+    length = length or min(LENGTH, longest)
+    if length > longest:
+        raise ValueError(f"--length {length} must be at most {longest}, for which the model was made")
+    windows = read_windows(file, tokenizer, length)
+    wanted = sequences + HELD_OUT
+    if len(windows) < wanted:
+        raise ValueError(
+            f"--calibration {file}: {len(windows)} windows of {length} tokens; --sequences {sequences} and "
+            f"{HELD_OUT} held out need {wanted}"
+        )
+    return windows[:sequences], windows[sequences:wanted]
+
 
 def read_windows(file: Path, tokenizer: Tokenizer, length: int) -> Int32[np.ndarray, "N L"]:
     """All whole windows of a UTF-8 text, one after the other.

@@ -26,4 +26,5 @@ def write_layer(layer: nnx.Module, parameters: Mapping[str, ArrayLike]) -> None:
         owner: Any = layer
         for part in parts:
             owner = getattr(owner, part)
-        setattr(owner, last, nnx.Param(jnp.asarray(value, dtype)))
+        # A bias that wasn't there is a static None until it is told to be data.
+        setattr(owner, last, nnx.data(nnx.Param(jnp.asarray(value, dtype))))

@@ -65,7 +65,7 @@ class Linear:
         for part in self.path.split(".")[:-1]:
             owner = getattr(owner, part)
         before = jnp.zeros_like(by) if owner.bias is None else owner.bias[...]
-        owner.bias = nnx.Param((before + by).astype(owner.kernel[...].dtype))
+        owner.bias = nnx.data(nnx.Param((before + by).astype(owner.kernel[...].dtype)))
 
     def _parameter(self, layer: nnx.Module) -> Any:
         found: Any = layer

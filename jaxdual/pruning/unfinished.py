@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 import numpy as np
@@ -14,16 +14,24 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from jaxdual.pruning.layer_state import read_layer, write_layer
-from jaxdual.pruning.run import PrunedLayer
 from models import Decoder
 
 _FOLDER, _SETTINGS = "unfinished", "settings.json"
 
 
-class UnfinishedRun:
+class OfLayer(Protocol):
+    """What became of a layer, as plain data."""
+
+    @property
+    def layer(self) -> int:
+        """Its number."""
+
+
+class UnfinishedRun[Record: OfLayer]:
     """Layers of a run, kept in a folder below its output.
 
     Args:
+      record: the type of what is told of each layer.
       out: of the model; made if missing.
       settings: what the layers depend on.
 
@@ -31,7 +39,8 @@ class UnfinishedRun:
       ValueError: `out` holds other things, or a run of other settings.
     """
 
-    def __init__(self, out: Path, settings: dict[str, Any]) -> None:
+    def __init__(self, record: type[Record], out: Path, settings: dict[str, Any]) -> None:
+        self._record = record
         self._folder = out / _FOLDER
         if out.exists() and (not out.is_dir() or any(entry.name != _FOLDER for entry in out.iterdir())):
             raise ValueError(f"{out}: exists; a new or an empty folder is expected, or one of a run that was stopped")
@@ -42,12 +51,12 @@ class UnfinishedRun:
         elif json.loads(file.read_text()) != settings:
             raise ValueError(f"{out}: holds a stopped run of other settings; remove {self._folder} to begin anew")
 
-    def resume(self, model: Decoder) -> list[PrunedLayer]:
+    def resume(self, model: Decoder) -> list[Record]:
         """Puts the layers that are done into a model; what became of them, from the first on."""
-        done: list[PrunedLayer] = []
+        done: list[Record] = []
         for index, layer in enumerate(model.layers):
             try:
-                told = msgspec.json.decode(self._file(index, "json").read_bytes(), type=PrunedLayer)
+                told = msgspec.json.decode(self._file(index, "json").read_bytes(), type=self._record)
                 parameters = load_file(self._file(index, "safetensors"))
             except (OSError, ValueError, SafetensorError):
                 break
@@ -55,7 +64,7 @@ class UnfinishedRun:
             done.append(told)
         return done
 
-    def keep(self, model: Decoder, pruned: PrunedLayer) -> None:
+    def keep(self, model: Decoder, pruned: Record) -> None:
         """Keeps a layer."""
         parameters = read_layer(model.layers[pruned.layer])
         file = self._file(pruned.layer, "safetensors")
