@@ -6,7 +6,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
 from jaxdual.pruning.moments import Moments
-from jaxdual.pruning.sparsegpt import inverse_factor
 
 _RIA_POWER = 0.5
 
@@ -39,7 +38,7 @@ def norm_roots(moments: Moments) -> Float32[Array, " inputs"]:
 
 def surgeon(moments: Moments) -> Float32[Array, " inputs"]:
     """`1 / U_jj` of the upper Cholesky factor of the inverse Hessian: roots of what SparseGPT multiplies `w^2` with."""
-    factor, dead = inverse_factor(moments)
+    factor, dead = moments.inverse_factor()
     return jnp.where(dead, 0.0, 1 / jnp.diagonal(factor))
 
 

@@ -6,14 +6,12 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Float32
 
-from jaxdual.pruning.moments import Moments
+from jaxdual.pruning.moments import DAMPING, Moments
 from jaxdual.pruning.pattern import Pattern
 
 BLOCK = 128  # columns whose errors are passed on together, and whose weights are compared
-DAMPING = 0.01  # of the mean of the Hessian's diagonal, added to it
 
 
 def sparsegpt(
@@ -34,10 +32,10 @@ def sparsegpt(
         share is taken of all rows of a block.
       scale: what the saliency of each input's weights counts, squared; None for one each.
       block: columns; of a pattern N:M a multiple of M is taken.
-      damping: see `DAMPING`.
+      damping: see `moments.DAMPING`.
     """
     inputs = weights.shape[1]
-    factor, dead = inverse_factor(moments, damping)
+    factor, dead = moments.inverse_factor(damping)
     scales = jnp.ones(inputs) if scale is None else scale
     rest = jnp.where(dead[None, :], 0.0, weights.astype(jnp.float32))
     if pattern.share is None:
@@ -52,18 +50,6 @@ def sparsegpt(
         done.append(changed)
         masks.append(kept)
     return jnp.concatenate(done, axis=1), jnp.concatenate(masks, axis=1)
-
-
-def inverse_factor(
-    moments: Moments, damping: float = DAMPING
-) -> tuple[Float32[Array, "inputs inputs"], Bool[Array, " inputs"]]:
-    """Upper Cholesky factor of the inverse of the damped Hessian, and inputs that never were anything but zero."""
-    hessian = np.asarray(moments.hessian, np.float64)
-    dead = np.diagonal(hessian) == 0
-    hessian[dead, dead] = 1
-    hessian[np.diag_indices_from(hessian)] += damping * np.mean(np.diagonal(hessian))
-    inverse = np.linalg.inv(hessian)
-    return jnp.asarray(np.linalg.cholesky((inverse + inverse.T) / 2).T, jnp.float32), jnp.asarray(dead)
 
 
 @partial(jax.jit, static_argnames="pattern")

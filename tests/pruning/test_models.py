@@ -14,9 +14,11 @@ import pytest
 import models
 from jaxdual.model_folder import shipped_model
 from jaxdual.pruning import __main__ as command
+from jaxdual.pruning.layer import Plan
 from jaxdual.pruning.linears import inputs_of, linears_of
+from jaxdual.pruning.methods import METHODS, prune_matrix
 from jaxdual.pruning.pattern import Pattern
-from jaxdual.pruning.run import METHODS, prune_matrix, prune_model
+from jaxdual.pruning.run import PrunedLayer, prune_model
 from models.attention import dense_attend
 from models.moe import MoE
 from tests.engine.models import folder, load
@@ -66,8 +68,8 @@ def test_a_pruned_model_has_as_many_zeros_as_it_should_and_the_rest_of_its_weigh
 ) -> None:
     model, before = models.load(folder(name), dtype="float32"), load(name)
     windows = np.random.default_rng(1).integers(0, 90, (3, LENGTH)).astype(np.int32)
-    told: list[Any] = []
-    prune_model(model, windows, METHODS[method], Pattern.parse(text), done=lambda index, pruned: told.extend(pruned))
+    told: list[PrunedLayer] = []
+    prune_model(model, windows, Plan(METHODS[method], Pattern.parse(text)), done=told.append)
     for index in range(model.config.num_layers):
         for one in linears_of(model.config, index):
             found, was = (np.asarray(one.read(kind.layers[index])) for kind in (model, before))
@@ -75,7 +77,7 @@ def test_a_pruned_model_has_as_many_zeros_as_it_should_and_the_rest_of_its_weigh
             assert zeros == Pattern.parse(text).removed(*found.shape, METHODS[method].scope)  # type: ignore[arg-type]
             if method != "sparsegpt":
                 assert ((found == was) | (found == 0)).all()
-            (report,) = [entry for entry in told if (entry.layer, entry.name) == (index, one.name)]
+            (report,) = [entry for entry in told[index].matrices if entry.name == one.name]
             assert (report.removed, report.weights) == (zeros, found.size)
             assert 0 < report.error < 1.5
     np.testing.assert_array_equal(model.embedding[...], before.embedding[...])
@@ -85,10 +87,11 @@ def test_a_pruned_model_has_as_many_zeros_as_it_should_and_the_rest_of_its_weigh
 def test_later_layers_are_looked_at_behind_pruned_ones() -> None:
     windows = np.random.default_rng(1).integers(0, 90, (2, LENGTH)).astype(np.int32)
     model = models.load(folder("qwen3"), dtype="float32")
-    prune_model(model, windows, METHODS["sparsegpt"], Pattern.parse("2:4"))
+    plan = Plan(METHODS["sparsegpt"], Pattern.parse("2:4"))
+    prune_model(model, windows, plan)
     # What the second layer becomes behind a first one that was left as it is.
     other = models.load(folder("qwen3"), dtype="float32")
-    prune_model(other, windows, METHODS["sparsegpt"], Pattern.parse("2:4"), first=1)
+    prune_model(other, windows, plan, first=1)
     second = linears_of(model.config, 1)[0]
     assert not np.array_equal(second.read(model.layers[1]), second.read(other.layers[1]))
 
@@ -96,7 +99,7 @@ def test_later_layers_are_looked_at_behind_pruned_ones() -> None:
 def call(out: Path, **changed: Any) -> int:
     options = {
         "model": shipped_model("small"), "method": "wanda", "pattern": "2:4", "calibration": TEXT, "out": out,
-        "sequences": 3, "length": 64,
+        "sequences": 3, "length": 64, "si": "none",
     } | changed  # fmt: skip
     arguments = [part for name, value in options.items() for part in (f"--{name}", str(value))]
     return command.main([*arguments, "--no-progress"])
@@ -109,14 +112,14 @@ def test_the_command_writes_a_model_and_goes_on_where_it_was_stopped(
     assert call(whole, report=tmp_path / "report.json") == 0
     layers: list[int] = []
 
-    def until_third(matrix: Any, moments: Any, method: Any, pattern: Any) -> Any:
+    def until_third(matrix: Any, moments: Any, method: Any, pattern: Any, **rest: Any) -> Any:
         layers.append(0)
         if len(layers) == 16:  # in the third layer of seven matrices
             raise KeyboardInterrupt
-        return prune_matrix(matrix, moments, method, pattern)
+        return prune_matrix(matrix, moments, method, pattern, **rest)
 
     with monkeypatch.context() as patched:
-        patched.setattr("jaxdual.pruning.run.prune_matrix", until_third)
+        patched.setattr("jaxdual.pruning.layer.prune_matrix", until_third)
         assert call(stopped) == 130
         assert "goes on with the layer" in capsys.readouterr().err
         assert call(stopped, pattern="4:8") == 2
@@ -129,7 +132,7 @@ def test_the_command_writes_a_model_and_goes_on_where_it_was_stopped(
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["sparsity"] == 0.5
     assert report["perplexity"]["pruned"] > report["perplexity"]["dense"] > 1
-    assert len(report["matrices"]) == 28
+    assert [len(layer["matrices"]) for layer in report["layers"]] == [7] * 4
     assert models.load(whole).config == models.load(shipped_model("small")).config
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import jax.numpy as jnp
@@ -10,7 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxdual.pruning import scores
+from jaxdual.pruning.admm import admm
+from jaxdual.pruning.dsnot import dsnot
+from jaxdual.pruning.methods import METHODS, UPDATES, prune_matrix
 from jaxdual.pruning.moments import Moments
 from jaxdual.pruning.pattern import Pattern
 from jaxdual.pruning.sparsegpt import sparsegpt
@@ -71,17 +74,25 @@ def test_scores_are_those_of_their_papers() -> None:
     size = np.abs(w).astype(np.float64)
     for whole in (True, False):
         moments = moments_of(x, whole=whole)
-        np.testing.assert_allclose(scores.magnitude(jnp.asarray(w), moments), size, rtol=1e-6)
-        np.testing.assert_allclose(scores.wanda(jnp.asarray(w), moments), size * norms, rtol=1e-5)
+        for name, expected in (("magnitude", size), ("wanda", size * norms)):
+            np.testing.assert_allclose(METHODS[name].score(jnp.asarray(w), moments), expected, rtol=1e-5)
         relative = size / size.sum(1, keepdims=True) + size / size.sum(0, keepdims=True)
-        np.testing.assert_allclose(scores.ria(jnp.asarray(w), moments), relative * norms**0.5, rtol=1e-5)
+        found = METHODS["ria"].score(jnp.asarray(w), moments)
+        np.testing.assert_allclose(found, relative * norms**0.5, rtol=1e-5)
+    # SparseGPT's, as it is before its sweep: what is left of the inverse Hessian behind each column.
+    hessian = x.astype(np.float64).T @ x / len(x)
+    hessian += 0.01 * np.mean(np.diagonal(hessian)) * np.eye(8)
+    left = np.array([np.linalg.inv(hessian[j:, j:])[0, 0] for j in range(8)])
+    found = METHODS["sparsegpt"].score(jnp.asarray(w), moments_of(x))
+    np.testing.assert_allclose(found, size / np.sqrt(left), rtol=1e-3)
 
 
 def test_tokens_of_no_weight_do_not_count() -> None:
     x = inputs_of(20, 4)
     weight = np.arange(20) % 3 == 0
     of_some = Moments.none(4, whole=True).with_tokens(jnp.asarray(x), jnp.asarray(weight, jnp.float32))
-    for found, wanted in zip(of_some, moments_of(x[weight]), strict=True):
+    both = (dataclasses.astuple(one) for one in (of_some, moments_of(x[weight])))
+    for found, wanted in zip(*both, strict=True):
         np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-3)
 
 
@@ -182,3 +193,94 @@ def test_sparsegpt_is_near_the_best_choice_of_all() -> None:
     plain = np.einsum("oi,ij,oj->o", w * ~np.asarray(kept), hessian, w * ~np.asarray(kept))
     assert (errors >= np.array(best) * 0.999).all(), "nothing is better than the best"
     assert errors.sum() < plain.sum()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_scales_of_one_are_no_scales(name: str) -> None:
+    x, w = inputs_of(100, 16, seed=13), np.random.default_rng(14).normal(size=(6, 16)).astype(np.float32)
+    for text in ("0.5", "2:4"):
+        arguments = jnp.asarray(w), moments_of(x), METHODS[name], Pattern.parse(text)
+        plain, scaled = prune_matrix(*arguments), prune_matrix(*arguments, scale=jnp.ones(16))
+        np.testing.assert_array_equal(plain[0], scaled[0])
+        np.testing.assert_array_equal(plain[1], scaled[1])
+
+
+def test_centred_moments_are_those_of_inputs_less_their_means() -> None:
+    x = inputs_of(60, 6, seed=15) + np.arange(6, dtype=np.float32)
+    for whole in (True, False):
+        found = moments_of(x, whole=whole).centred
+        wanted = np.cov(x.astype(np.float64).T, bias=True) * len(x)
+        np.testing.assert_allclose(found.second, wanted if whole else np.diagonal(wanted), rtol=2e-3, atol=0.05)
+        np.testing.assert_array_equal(found.first, np.zeros(6))
+
+
+def test_admm_comes_to_least_squares_over_the_weights_that_stay() -> None:
+    x, w = inputs_of(200, 12, seed=16), np.random.default_rng(17).normal(size=(5, 12)).astype(np.float32)
+    moments, kept = moments_of(x), np.random.default_rng(18).random((5, 12)) < 0.5
+    hessian = np.asarray(moments.hessian, np.float64)
+    # The damping is of the Hessian with a diagonal of ones.
+    hessian += 0.01 * np.diag(np.diagonal(hessian))
+    best = np.zeros_like(w, np.float64)
+    for row, stays in enumerate(kept):
+        best[row, stays] = np.linalg.solve(hessian[np.ix_(stays, stays)], hessian[stays] @ w[row])
+
+    def error(found: np.ndarray) -> float:
+        off = found - w
+        return float(np.einsum("oi,ij,oj->", off, hessian, off))
+
+    errors = []
+    for iterations in (1, 20, 3000):
+        found, same = admm(jnp.asarray(w), jnp.asarray(kept), moments, Pattern.parse("0.5"), iterations=iterations)
+        np.testing.assert_array_equal(same, kept)
+        assert (np.asarray(found)[~kept] == 0).all()
+        errors.append(error(np.asarray(found, np.float64)))
+    assert errors[0] > errors[1] > errors[2]
+    np.testing.assert_allclose(errors[2], error(best), rtol=1e-2)
+    assert errors[1] < error(w * kept)
+
+
+@pytest.mark.parametrize("text", ["0.5", "2:4"])
+def test_dsnot_swaps_as_its_paper_says(text: str) -> None:
+    pattern = Pattern.parse(text)
+    x = inputs_of(100, 16, seed=19) + np.random.default_rng(20).normal(size=16).astype(np.float32)
+    w = np.random.default_rng(21).normal(size=(30, 16)).astype(np.float32)
+    moments = moments_of(x, whole=False)
+    kept = np.array(pattern.kept(METHODS["wanda"].score(jnp.asarray(w), moments), "row"))
+    found, chosen = dsnot(jnp.asarray(w), jnp.asarray(kept), moments, pattern)
+
+    wide = x.astype(np.float64)
+    means, variances, norms = wide.mean(0), wide.var(0), np.linalg.norm(wide, axis=0)
+    expected, moved = kept.copy(), 0
+    for row, stays in zip(w.astype(np.float64), expected, strict=True):
+        error = (row * means)[~stays].sum()
+        for _ in range(50):
+            gone = np.flatnonzero(~stays)
+            back = gone[np.argmax(np.sign(error) * (row * means / variances)[gone])]
+            may_go = [
+                j
+                for j in np.flatnonzero(stays)
+                if np.sign(error) * row[j] * means[j] <= 0 and (text == "0.5" or j // 4 == back // 4)
+            ]
+            if not may_go:
+                break
+            out = min(may_go, key=lambda j: abs(row[j]) * norms[j])
+            after = error - row[back] * means[back] + row[out] * means[out]
+            if abs(after) >= abs(error):
+                break
+            stays[back], stays[out], error, moved = True, False, after, moved + 1
+    assert moved > 10, "too few to tell"
+    np.testing.assert_array_equal(chosen, expected)
+    np.testing.assert_array_equal(found, np.where(expected, w, 0))
+    assert (np.asarray(chosen).sum(1) == 8).all()
+    lost = [np.abs(((w - w * mask) * means).sum(1)).sum() for mask in (kept, np.asarray(chosen))]
+    assert lost[1] < lost[0]
+
+
+@pytest.mark.parametrize("update", UPDATES)
+def test_updates_keep_the_pattern(update: str) -> None:
+    x, w = inputs_of(100, 16, seed=22), np.random.default_rng(23).normal(size=(6, 16)).astype(np.float32)
+    for name in METHODS:
+        arguments = jnp.asarray(w), moments_of(x), METHODS[name], Pattern.parse("2:4")
+        after, kept = prune_matrix(*arguments, update=UPDATES[update])
+        assert (np.asarray(kept).reshape(-1, 4).sum(1) == 2).all()
+        assert (np.asarray(after)[~np.asarray(kept)] == 0).all()

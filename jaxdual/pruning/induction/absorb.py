@@ -16,7 +16,7 @@ from jaxdual.pruning.linears import ATTENTION, ATTENTION_OUT, MLP, MLP_OUT
 from models import ModelConfig
 
 type Parameters = dict[str, Array]
-type Scales = Mapping[str, Float[Array, "stack size"]]
+type Scales = Mapping[str, Float[Array, "_stack _size"]]
 
 # Pairs, by what the scale lives on. Those that belong to a group of inputs have its name.
 QUERIES = "queries"
@@ -100,7 +100,7 @@ def absorb(config: ModelConfig, parameters: Mapping[str, Any], scales: Scales) -
     return out
 
 
-def input_scales(config: ModelConfig, scales: Scales) -> dict[str, Float[Array, "stack inputs"]]:
+def input_scales(config: ModelConfig, scales: Scales) -> dict[str, Float[Array, "_stack _inputs"]]:
     """What `absorb` divides the inputs of each group of matrices by."""
     found = {group: scales[group] for group in (ATTENTION, MLP, MLP_OUT) if group in scales}
     if ATTENTION_OUT in scales:

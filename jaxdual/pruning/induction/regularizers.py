@@ -14,18 +14,18 @@ _STEPS = 3  # of the power iteration, from where the step before ended
 
 
 def first_vectors(
-    weights: Mapping[str, Float[Array, "stack outputs inputs"]],
-) -> dict[str, Float[Array, "stack inputs"]]:
+    weights: Mapping[str, Float[Array, "_stack _outputs _inputs"]],
+) -> dict[str, Float[Array, "_stack _inputs"]]:
     """Where the power iteration begins: for each matrix the direction that its columns' norms point to."""
     return {path: _unit(jnp.sqrt(jnp.sum(jnp.square(matrix), axis=1))) for path, matrix in weights.items()}
 
 
 def regularizer(
     kind: Regularizer,
-    weights: Mapping[str, Float[Array, "stack outputs inputs"]],
-    vectors: Mapping[str, Float[Array, "stack inputs"]],
+    weights: Mapping[str, Float[Array, "_stack _outputs _inputs"]],
+    vectors: Mapping[str, Float[Array, "_stack _inputs"]],
     alpha: Float[Array, ""],
-) -> tuple[Float[Array, ""], dict[str, Float[Array, "stack inputs"]]]:
+) -> tuple[Float[Array, ""], dict[str, Float[Array, "_stack _inputs"]]]:
     """Its value, and vectors for the next step.
 
     Args:
@@ -47,7 +47,8 @@ def regularizer(
 
 
 def alpha_of(
-    weights: Mapping[str, Float[Array, "stack outputs inputs"]], vectors: Mapping[str, Float[Array, "stack inputs"]]
+    weights: Mapping[str, Float[Array, "_stack _outputs _inputs"]],
+    vectors: Mapping[str, Float[Array, "_stack _inputs"]],
 ) -> Float[Array, ""]:
     """One over the sum of the spectral norms at the start: elsewhere the paper's exponential has no gradient."""
     norms, _ = _spectral_norms(weights, vectors)
@@ -56,7 +57,7 @@ def alpha_of(
 
 def _spectral_norms(
     weights: Mapping[str, Array], vectors: Mapping[str, Array]
-) -> tuple[dict[str, Float[Array, " stack"]], dict[str, Float[Array, "stack inputs"]]]:
+) -> tuple[dict[str, Float[Array, " _stack"]], dict[str, Float[Array, "_stack _inputs"]]]:
     norms, after = {}, {}
     for path, matrix in weights.items():
         fixed, right = jax.lax.stop_gradient(matrix), vectors[path]

@@ -28,7 +28,7 @@ def first_scales(
     moments: Mapping[str, Moments],
     settings: Induction,
     samples: Mapping[str, Float[Array, "T inputs"]],
-) -> dict[str, Float[Array, "stack size"]]:
+) -> dict[str, Float[Array, "_stack _size"]]:
     """Scales of the inputs of each kind of group, or in mode "fold" those that a layer takes up.
 
     Args:
@@ -75,7 +75,7 @@ def _over_geometric_mean(levels: Float[Array, " inputs"]) -> Float[Array, " inpu
 
 def _shared(
     levels: Float[Array, "groups inputs"], shape: tuple[int, int], head_dim: int | None
-) -> Float[Array, "stack size"]:
+) -> Float[Array, "_stack _size"]:
     """Geometric means over the groups and query heads that one scale is for."""
     logs = jnp.log(levels)
     if shape[0] == 1:

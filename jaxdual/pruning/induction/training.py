@@ -114,8 +114,11 @@ def learn_scales(
         for key, tokens in _expert_tokens(first, linears, moments).items()
     }
     logs = _gauged({key: jnp.log(scale) for key, scale in first.items()}, free)
-    vectors = first_vectors(_scaled(problem, read_layer(layer), {key: jnp.exp(log) for key, log in logs.items()}))
-    alpha = alpha_of(_scaled(problem, read_layer(layer), {key: jnp.exp(log) for key, log in logs.items()}), vectors)
+    vectors, alpha = {}, jnp.float32(0)
+    if problem.settings.regularizer != "none":
+        scaled = _scaled(problem, read_layer(layer), {key: jnp.exp(log) for key, log in logs.items()})
+        vectors = first_vectors(scaled)
+        alpha = alpha_of(scaled, vectors)
     optimizer_state = problem.optimizer.init(logs)
     fixed = (of_inputs, free, alpha)
 
