@@ -5,26 +5,22 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Int32
 
 from jaxdual.pruning.induction.absorb import Scales
 from jaxdual.pruning.induction.settings import Induction
 from jaxdual.pruning.induction.starts import first_scales
-from jaxdual.pruning.induction.training import Example, Problem, learn_scales, relative_error, run_layer
+from jaxdual.pruning.induction.training import Example, Problem, learn_scales, relative_error
 from jaxdual.pruning.layer import Plan, PrunedMatrix, prune_layer
 from jaxdual.pruning.layer_state import read_layer, write_layer
-from jaxdual.pruning.linears import Linear, inputs_of, linears_of, with_inputs
+from jaxdual.pruning.linears import Linear, linears_of
 from jaxdual.pruning.moments import Moments
-from models import Decoder
-from models.attention import dense_attend
-from models.layers import LayerAttend
+from jaxdual.pruning.stream import behind, inputs_within, with_window
+from models import Decoder, ModelConfig, pruned_form
 from models.rope import Rope
 
 # Windows of the calibration text that scales and shifts are chosen by, and not learned from.
@@ -94,17 +90,16 @@ def prune_model(
         if index >= first:
             done(_prune(model, index, plan, streams, text))
         window = model.config.window_of(index)
-        graph, state = nnx.split(layer)
-        streams = [_forward(graph, window, state, x, text.rope) for x in streams]
+        streams = [behind(layer, window, x, text.rope) for x in streams]
     if plan.shift:
         model.config = with_biases(model)
 
 
-def with_biases(model: Decoder) -> Any:
+def with_biases(model: Decoder) -> ModelConfig:
     """The configuration of a model whose matrices have been shifted."""
     config = model.config
     dense = config.moe is None or not all(config.is_sparse(index) for index in range(config.num_layers))
-    return dataclasses.replace(config, qkv_bias=True, o_bias=True, mlp_bias=dense)
+    return pruned_form(dataclasses.replace(config, qkv_bias=True, o_bias=True, mlp_bias=dense))
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,10 +113,9 @@ class _Text:
 def _prune(model: Decoder, index: int, plan: Plan, streams: Sequence[Array], text: _Text) -> PrunedLayer:
     layer, config = model.layers[index], model.config
     linears, window = linears_of(config, index), config.window_of(index)
-    graph, state = nnx.split(layer)
     moments = {one.group: Moments.none(one.read(layer).shape[1], whole=plan.whole) for one in linears}
     for x in streams:
-        moments = _with_inputs(graph, window, state, moments, x, text.rope)
+        moments = with_window(moments, layer, window, x, text.rope)
     if plan.shift:
         for one in linears:
             if one.expert is None:
@@ -130,7 +124,7 @@ def _prune(model: Decoder, index: int, plan: Plan, streams: Sequence[Array], tex
         return PrunedLayer(index, prune_layer(layer, config, linears, moments, plan), "plain", {})
 
     held_out = min(_HELD_OUT, max(1, len(streams) // 4))
-    examples = [Example(x, _forward(graph, window, state, x, text.rope)) for x in streams]
+    examples = [Example(x, behind(layer, window, x, text.rope)) for x in streams]
     of_induction: list[Scales | None] = [None]
     if plan.induction is not None:
         of_induction.append(
@@ -143,10 +137,7 @@ def _prune(model: Decoder, index: int, plan: Plan, streams: Sequence[Array], tex
             name = _NAMES[scales is not None, shift]
             copy = nnx.clone(layer)
             ways[name] = copy, prune_layer(copy, config, linears, moments, plan, scales=scales, shift=shift)
-            of_copy = nnx.split(copy)
-            errors[name] = float(
-                np.mean([_error(of_copy[0], window, of_copy[1], one, text.rope) for one in examples[-held_out:]])
-            )
+            errors[name] = float(np.mean([_error(copy, window, one, text.rope) for one in examples[-held_out:]]))
     # Of equal ones the first, which is the plainest.
     taken = min(errors, key=errors.__getitem__)
     write_layer(layer, read_layer(ways[taken][0]))
@@ -177,8 +168,7 @@ def _induced(
     layer, config, window = model.layers[index], model.config, model.config.window_of(index)
     samples: Mapping[str, Array] = {}
     if settings.start == "paper":
-        graph, state = nnx.split(layer)
-        taken = [_inputs(graph, window, state, one.before, text.rope) for one in examples[:_SAMPLED]]
+        taken = [inputs_within(layer, window, one.before, text.rope) for one in examples[:_SAMPLED]]
         samples = {group: jnp.concatenate([inputs[group] for inputs in taken]) for group in taken[0]}
     batches = len(examples) // settings.batch
     problem = Problem(
@@ -202,32 +192,5 @@ def _joined(examples: Sequence[Example]) -> Example:
     return Example(*(jnp.concatenate([getattr(one, side) for one in examples]) for side in ("before", "after")))
 
 
-# Layers that are alike share their programs.
-
-
-@partial(jax.jit, static_argnames=("graph", "window"))
-def _with_inputs(
-    graph: Any, window: int | None, state: Any, moments: dict[str, Moments], x: Float[Array, "T D"], rope: Rope
-) -> dict[str, Moments]:
-    return with_inputs(moments, nnx.merge(graph, state), x, rope, _attend(window, x.shape[0]))
-
-
-@partial(jax.jit, static_argnames=("graph", "window"))
-def _inputs(
-    graph: Any, window: int | None, state: Any, x: Float[Array, "T D"], rope: Rope
-) -> dict[str, Float[Array, "T inputs"]]:
-    found = inputs_of(nnx.merge(graph, state), x, rope, _attend(window, x.shape[0]))
-    return {group: inputs for group, inputs, _ in found}
-
-
-@partial(jax.jit, static_argnames=("graph", "window"))
-def _forward(graph: Any, window: int | None, state: Any, x: Float[Array, "T D"], rope: Rope) -> Float[Array, "T D"]:
-    return run_layer(nnx.merge(graph, state), window, x.shape[0], x, rope)
-
-
-def _error(graph: Any, window: int | None, state: Any, one: Example, rope: Rope) -> float:
-    return float(relative_error(_forward(graph, window, state, one.before, rope), one.before, one.after))
-
-
-def _attend(window: int | None, length: int) -> LayerAttend:
-    return partial(dense_attend(1, length, (window,)), 0)
+def _error(layer: nnx.Module, window: int | None, one: Example, rope: Rope) -> float:
+    return float(relative_error(behind(layer, window, one.before, rope), one.before, one.after))
