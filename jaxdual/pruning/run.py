@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Int32
+from jaxtyping import Array, Float, Int32
 
 from jaxdual.pruning.induction.absorb import Scales
 from jaxdual.pruning.induction.settings import Induction
@@ -17,9 +20,9 @@ from jaxdual.pruning.induction.starts import first_scales
 from jaxdual.pruning.induction.training import Example, Problem, learn_scales, relative_error
 from jaxdual.pruning.layer import Plan, PrunedMatrix, prune_layer
 from jaxdual.pruning.layer_state import read_layer, write_layer
-from jaxdual.pruning.linears import Linear, linears_of
+from jaxdual.pruning.linears import Linear, inputs_of, linears_of
 from jaxdual.pruning.moments import Moments
-from jaxdual.pruning.stream import behind, inputs_within, with_window
+from jaxdual.pruning.stream import attend_within, behind, with_window
 from models import Decoder, ModelConfig, pruned_form
 from models.rope import Rope
 
@@ -52,6 +55,8 @@ def check(model: Decoder, plan: Plan, windows: int) -> None:
     for index, layer in enumerate(model.layers):
         for linear in linears_of(model.config, index):
             plan.pattern.check(f"{linear.name} of layer {index}", linear.read(layer).shape[1])
+    if plan.shift:
+        with_biases(model.config)
     least = 1 + (1 if plan.induction is None else plan.induction.batch)
     if (plan.induction is not None or plan.shift) and windows < least:
         raise ValueError(
@@ -89,17 +94,19 @@ def prune_model(
     for index, layer in enumerate(model.layers):
         if index >= first:
             done(_prune(model, index, plan, streams, text))
-        window = model.config.window_of(index)
-        streams = [behind(layer, window, x, text.rope) for x in streams]
+        streams = [behind(layer, model.config.window_of(index), x, text.rope) for x in streams]
     if plan.shift:
-        model.config = with_biases(model)
+        model.config = with_biases(model.config)
 
 
-def with_biases(model: Decoder) -> ModelConfig:
-    """The configuration of a model whose matrices have been shifted."""
-    config = model.config
-    dense = config.moe is None or not all(config.is_sparse(index) for index in range(config.num_layers))
-    return pruned_form(dataclasses.replace(config, qkv_bias=True, o_bias=True, mlp_bias=dense))
+def with_biases(config: ModelConfig) -> ModelConfig:
+    """The configuration of a model whose matrices have been shifted.
+
+    Raises:
+      ValueError: what no format expresses.
+    """
+    dense = any(not config.is_sparse(index) for index in range(config.num_layers))
+    return pruned_form(dataclasses.replace(config, qkv_bias=True, o_bias=True, mlp_bias=config.mlp_bias or dense))
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +175,8 @@ def _induced(
     layer, config, window = model.layers[index], model.config, model.config.window_of(index)
     samples: Mapping[str, Array] = {}
     if settings.start == "paper":
-        taken = [inputs_within(layer, window, one.before, text.rope) for one in examples[:_SAMPLED]]
+        graph, state = nnx.split(layer)
+        taken = [_inputs(graph, window, state, one.before, text.rope) for one in examples[:_SAMPLED]]
         samples = {group: jnp.concatenate([inputs[group] for inputs in taken]) for group in taken[0]}
     batches = len(examples) // settings.batch
     problem = Problem(
@@ -190,6 +198,14 @@ def _joined(examples: Sequence[Example]) -> Example:
     if len(examples) == 1:
         return examples[0]
     return Example(*(jnp.concatenate([getattr(one, side) for one in examples]) for side in ("before", "after")))
+
+
+@partial(jax.jit, static_argnames=("graph", "window"))
+def _inputs(
+    graph: Any, window: int | None, state: Any, x: Float[Array, "T D"], rope: Rope
+) -> dict[str, Float[Array, "T inputs"]]:
+    found = inputs_of(nnx.merge(graph, state), x, rope, attend_within(window, x.shape[0]))
+    return {group: inputs for group, inputs, _ in found}
 
 
 def _error(layer: nnx.Module, window: int | None, one: Example, rope: Rope) -> float:

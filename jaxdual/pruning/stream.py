@@ -12,7 +12,7 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
-from jaxdual.pruning.linears import inputs_of, with_inputs
+from jaxdual.pruning.linears import with_inputs
 from jaxdual.pruning.moments import Moments
 from models.attention import dense_attend
 from models.layers import LayerAttend
@@ -36,15 +36,6 @@ def with_window(
     return found
 
 
-def inputs_within(
-    layer: nnx.Module, window: int | None, x: Float[Array, "T D"], rope: Rope
-) -> dict[str, Float[Array, "T inputs"]]:
-    """What each group of a layer's matrices is multiplied with; arguments as of `with_window`."""
-    graph, state = nnx.split(layer)
-    found: dict[str, Array] = _inputs_within(graph, window, state, x, rope)
-    return found
-
-
 def behind(layer: nnx.Module, window: int | None, x: Float[Array, "T D"], rope: Rope) -> Float[Array, "T D"]:
     """The residual stream behind a layer; arguments as of `with_window`."""
     graph, state = nnx.split(layer)
@@ -62,14 +53,6 @@ def _with_window(
     graph: Any, window: int | None, moments: dict[str, Moments], state: Any, x: Float[Array, "T D"], rope: Rope
 ) -> dict[str, Moments]:
     return with_inputs(moments, nnx.merge(graph, state), x, rope, attend_within(window, x.shape[0]))
-
-
-@partial(jax.jit, static_argnames=("graph", "window"))
-def _inputs_within(
-    graph: Any, window: int | None, state: Any, x: Float[Array, "T D"], rope: Rope
-) -> dict[str, Float[Array, "T inputs"]]:
-    found = inputs_of(nnx.merge(graph, state), x, rope, attend_within(window, x.shape[0]))
-    return {group: inputs for group, inputs, _ in found}
 
 
 @partial(jax.jit, static_argnames=("graph", "window"))
