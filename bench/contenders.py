@@ -11,9 +11,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
+from pallas_kernels.block_sparse_matmul import unpack_blocks
 from pallas_kernels.paged import Pages
 from pallas_kernels.prefill_attention.reference import gathered
+from pallas_kernels.sparse_matmul import unpack
 
 type Arrays = dict[str, Any]
 type Contender = Callable[[Arrays, dict[str, Any]], Callable[[], Any]]
@@ -127,6 +130,24 @@ def _multiply_with_jax(
     return product(rhs) if gate is None else jax.nn.silu(product(gate)) * product(up)
 
 
+def dense_of_packed(arrays: Arrays, options: dict[str, Any]) -> Callable[[], jax.Array]:
+    """XLA's product with the same weights unpacked: what a server does without a sparse form."""
+    return functools.partial(
+        _multiply, arrays["x"], jax.jit(unpack, static_argnums=2)(arrays["values"], arrays["mask"], options["of"])
+    )
+
+
+def dense_of_blocks(arrays: Arrays, options: dict[str, Any]) -> Callable[[], jax.Array]:
+    """The same of block-sparse weights."""
+    x, blocks, indices = arrays["x"], arrays["blocks"], arrays["indices"]
+    return functools.partial(_multiply, x, jax.jit(unpack_blocks, static_argnums=2)(blocks, indices, x.shape[1]))
+
+
+@jax.jit
+def _multiply(x: jax.Array, weights: jax.Array) -> jax.Array:
+    return jnp.dot(x, weights)
+
+
 CONTENDERS: Mapping[str, Mapping[str, Contender]] = {
     "prefill_attention": {"cudnn_contiguous": cudnn_contiguous, "torch_sdpa": torch_sdpa},
     "decode_attention": {
@@ -135,6 +156,8 @@ CONTENDERS: Mapping[str, Mapping[str, Contender]] = {
         "flashinfer": flashinfer_paged,
     },
     "grouped_matmul": {"jax_ragged_dot": jax_ragged_dot},
+    "sparse_matmul": {"dense": dense_of_packed},
+    "block_sparse_matmul": {"dense": dense_of_blocks},
 }
 
 

@@ -9,6 +9,9 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.block_sparse_matmul import arg_specs as block_specs
+from pallas_kernels.block_sparse_matmul import block_sparse_matmul
+from pallas_kernels.block_sparse_matmul import mosaic as block_mosaic
 from pallas_kernels.decode_attention import arg_specs as decode_specs
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.decode_attention import mosaic as decode_mosaic
@@ -28,6 +31,9 @@ from pallas_kernels.prefill_attention import prefill_attention
 from pallas_kernels.retrieval_scores import arg_specs as scores_specs
 from pallas_kernels.retrieval_scores import mosaic as scores_mosaic
 from pallas_kernels.retrieval_scores import retrieval_scores
+from pallas_kernels.sparse_matmul import arg_specs as sparse_specs
+from pallas_kernels.sparse_matmul import mosaic as sparse_mosaic
+from pallas_kernels.sparse_matmul import sparse_matmul
 
 
 class Spec(Protocol):
@@ -118,6 +124,24 @@ def operations() -> Mapping[str, Mapping[str, Case]]:
         "grouped_matmul": {
             name: Case(spec.function, spec, ("mosaic", "xla"), candidates=matmul_mosaic.candidates(1 + spec.gated))
             for name, spec in matmul_specs.SPECS.items()
+        },
+        "sparse_matmul": {
+            name: Case(
+                sparse_matmul,
+                spec,
+                ("mosaic", "xla", "reference"),
+                candidates=sparse_mosaic.candidates(spec.planes, spec.rows, spec.of),
+            )
+            for name, spec in sparse_specs.SPECS.items()
+        },
+        "block_sparse_matmul": {
+            name: Case(
+                block_sparse_matmul,
+                spec,
+                ("mosaic", "xla", "reference"),
+                candidates=block_mosaic.candidates(spec.size),
+            )
+            for name, spec in block_specs.SPECS.items()
         },
         "kv_blocks": {
             name: Case(

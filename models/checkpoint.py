@@ -121,7 +121,7 @@ def _read_parameter(
 ) -> jax.Array:
     stored = shape[1:] if source.stacked else shape
     for name in source.names:
-        files.check_shape(name, stored[::-1] if source.transpose else stored)
+        files.check_shape(name, stored[::-1] if source.transpose else stored, source.integers)
 
     def part(name: str, index: tuple[slice, ...]) -> np.ndarray:
         values = files.read(name, index[::-1] if source.transpose else index)
@@ -191,7 +191,7 @@ class _StoredTensor:
     """One tensor of the file format: a parameter or one of its stack, transposed back when read."""
 
     def __init__(self, name: str, value: jax.Array, source: TensorSource, place: int, dtype: str) -> None:
-        self.name, self._dtype = name, jnp.dtype("float32" if source.wide else dtype)
+        self.name, self._dtype = name, jnp.dtype(source.integers or ("float32" if source.wide else dtype))
         self._value, self._source, self._place = value, source, place
         shape = value.shape[1:] if source.stacked else value.shape
         self.nbytes = math.prod(shape) * self._dtype.itemsize

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 
+from models.packed_config import PackedConfig
 from pallas_kernels.pseudo_heads import MASKS, Mask, tokens_in_sight
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
@@ -165,6 +166,7 @@ class ModelConfig:
         window W, the query at position p sees the keys at positions j with `p - W < j <= p`.
       moe: mixture of experts, or None for a dense model.
       iha: Interleaved Head Attention in some layers, or None for plain attention in all.
+      packed: projections are stored without what a pruner left out; None for dense ones.
       bos_token_id: first token of a text, if the model has one.
       eos_token_ids: tokens that end a text.
 
@@ -192,6 +194,7 @@ class ModelConfig:
     layer_intermediate_sizes: tuple[int, ...] = ()
     moe: MoEConfig | None = None
     iha: IHAConfig | None = None
+    packed: PackedConfig | None = None
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
 
@@ -227,6 +230,8 @@ class ModelConfig:
                 f"max_position_embeddings ({self.max_position_embeddings}) times iha_pseudo_heads "
                 f"({self.iha.pseudo_heads}) must be at most {MAX_POSITIONS}"
             )
+        if self.packed is not None:
+            self.packed.check(self)
         for token in (*self.eos_token_ids, *(() if self.bos_token_id is None else (self.bos_token_id,))):
             if token < 0:
                 raise ValueError(f"bos_token_id or eos_token_id is {token}; it must be at least 0")

@@ -159,13 +159,13 @@ def write_common(config: ModelConfig, *, uneven: bool = False) -> dict[str, Any]
 
     Args:
       config: to write.
-      uneven: the family's format has a width for each layer, which the caller writes.
+      uneven: the family's format has a width for each layer and packed weights, which the caller writes.
 
     Raises:
-      ValueError: a width for each layer, and a format without.
+      ValueError: a width for each layer, or packed weights, and a format without.
     """
     if not uneven:
-        require_equal(config, layer_intermediate_sizes=())
+        require_equal(config, layer_intermediate_sizes=(), packed=None)
     eos: int | list[int] | None = list(config.eos_token_ids)
     if len(config.eos_token_ids) <= 1:
         eos = config.eos_token_ids[0] if config.eos_token_ids else None

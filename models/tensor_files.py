@@ -17,6 +17,7 @@ WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 ORBAX_FOLDER = "orbax"
 
+INTEGER_TYPES = {"U16": "uint16", "I32": "int32"}
 FLOAT_TYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 # Buffers of older checkpoints that are computed from the configuration.
 HARMLESS_TENSORS = re.compile(r"(^|\.)rotary_emb\.inv_freq$|\.self_attn\.(masked_)?bias$")
@@ -109,13 +110,21 @@ class TensorFiles:
             )
         return FLOAT_TYPES[stored]
 
-    def check_shape(self, name: str, expected: tuple[int, ...]) -> None:
+    def check_shape(self, name: str, expected: tuple[int, ...], integers: str = "") -> None:
         """Refuse a tensor of another shape or of an unsupported type.
+
+        Args:
+          name: of the tensor.
+          expected: its shape.
+          integers: the type of integers that it must have; empty for floating-point numbers.
 
         Raises:
           ModelError: naming tensor, file and both shapes.
         """
-        self.dtype(name)
+        if not integers:
+            self.dtype(name)
+        elif INTEGER_TYPES.get(stored := self._slice(name).get_dtype()) != integers:
+            raise ModelError(f"{self._file_of[name]}: tensor '{name}' has type {stored}; {integers} is expected")
         found = tuple(self._slice(name).get_shape())
         if found != expected:
             raise ModelError(

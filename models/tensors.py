@@ -15,12 +15,14 @@ class TensorSource:
       transpose: a tensor holds `[out, in]`, the parameter `[in, out]`.
       stacked: the parameter is a stack of tensors (experts).
       wide: stored in float32, whatever the type of the others.
+      integers: type of a tensor of integers; empty for floating-point numbers.
     """
 
     names: tuple[str, ...]
     transpose: bool = False
     stacked: bool = False
     wide: bool = False
+    integers: str = ""
 
 
 def model_tensors(config: ModelConfig) -> dict[str, TensorSource]:

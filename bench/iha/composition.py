@@ -13,8 +13,9 @@ import numpy as np
 import optax
 
 from bench.iha.encoder import Encoder, EncoderConfig
-from bench.iha.results import Curves, Result, Setting, Summary, Table, compared
+from bench.iha.results import Curves, Result, Setting, Table
 from bench.iha.training import num_parameters, shuffled, train
+from bench.summary import Summary, compared
 
 _IGNORED = 2  # the symbol of padding
 _EVALUATED = 100  # examples at once: 800 pseudo tokens squared in each of 8 heads for the largest

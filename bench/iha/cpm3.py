@@ -17,8 +17,9 @@ import optax
 
 from bench.iha.cpm3_task import check_coefficients, counts_of
 from bench.iha.encoder import Encoder, EncoderConfig
-from bench.iha.results import Curves, Result, Setting, Summary, Table, compared
+from bench.iha.results import Curves, Result, Setting, Table
 from bench.iha.training import num_parameters, shuffled, train
+from bench.summary import Summary, compared
 
 TOKENS, MODULUS, COEFFICIENT = 8, 5, 13  # N, M, G
 WIDTH, INNER = 96, 512

@@ -18,8 +18,9 @@ import optax
 from flax import nnx
 
 from bench.iha.attention import Mixing, attend
-from bench.iha.results import Curves, Result, Setting, Summary, Table
+from bench.iha.results import Curves, Result, Setting, Table
 from bench.iha.training import num_parameters, train
+from bench.summary import Summary
 from models.layers import INIT_STDDEV
 
 TOKENS, WIDTH, POWERS = 16, 2, 4  # N, d, k

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from bench.iha.results import Summary
+from bench.summary import Summary
 
 
 def summary(values: Sequence[float]) -> dict[str, Any]:

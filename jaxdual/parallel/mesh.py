@@ -47,6 +47,8 @@ class ParallelSizes:
         Args:
           redundant_experts: slots of each layer beyond one for each expert.
         """
+        if model.packed is not None and self.tensor > 1:
+            raise ConfigError(f"tensor_parallel_size={self.tensor}: packed weights can't be divided, it must be 1")
         if model.num_kv_heads % self.tensor:
             raise ConfigError(
                 f"tensor_parallel_size={self.tensor} must divide the model's {model.num_kv_heads} key-value heads: "

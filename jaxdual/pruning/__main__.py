@@ -18,7 +18,7 @@ from jaxdual.config import EngineConfig
 from jaxdual.model_folder import find_model
 from jaxdual.offline.report import write_report
 from jaxdual.pruning.calibration import LENGTH, SEQUENCES, perplexity, split_windows
-from jaxdual.pruning.induction.settings import MODES, REGULARIZERS, STARTS, Induction
+from jaxdual.pruning.induction.options import add_induction, induction_of
 from jaxdual.pruning.layer import Plan
 from jaxdual.pruning.methods import METHODS, UPDATES
 from jaxdual.pruning.pattern import Pattern
@@ -34,7 +34,6 @@ from models.convert import copy_other_files
 from models.fingerprint import model_fingerprint
 
 _PROG = "python -m jaxdual.pruning"
-_DEFAULT = Induction()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -49,12 +48,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=_PROG, description="Leaves weights of a model out, chosen on text.")
     parser.add_argument("--model", required=True, metavar="DIR", help="model folder, or a name on the hub")
     parser.add_argument("--method", required=True, choices=(*METHODS, STRUCTURED), help="how weights are chosen")
-    parser.add_argument("--pattern", required=True, help="share that goes, as 0.5, or N:M: N of M stay")
+    parser.add_argument("--pattern", required=True, help="share that goes, as 0.5, N:M: N of M stay, or 0.5@64: blocks")
     parser.add_argument(
         "--update", choices=UPDATES, help="what is done behind the method, with the choice that it made"
-    )
-    parser.add_argument(
-        "--si", choices=(*MODES, "none"), default="score", help="mode of Sparsity Induction; default %(default)s"
     )
     parser.add_argument("--shift", action="store_true", help="biases make up for the means of what outputs lose")
     parser.add_argument("--calibration", required=True, type=Path, metavar="FILE", help="text, UTF-8")
@@ -73,17 +69,7 @@ def _parser() -> argparse.ArgumentParser:
         "--kv-groups", type=whole(0), default=0, metavar="N", help="KV heads that go from each layer"
     )
     structured.add_argument("--widths", choices=WIDTHS, default="even", help="neurons of each layer; default even")
-    induction = parser.add_argument_group("Sparsity Induction")
-    induction.add_argument("--si-start", choices=STARTS, help="scales at first; rms for magnitude, else ones")
-    induction.add_argument("--si-regularizer", choices=REGULARIZERS, default=_DEFAULT.regularizer)
-    for name, kind, about in (
-        ("weight", float, "of the regularizer"),
-        ("epochs", int, "passes over the text"),
-        ("rate", float, "of Adam"),
-        ("batch", int, "windows in a step"),
-    ):
-        default = getattr(_DEFAULT, name)
-        induction.add_argument(f"--si-{name}", type=kind, default=default, help=f"{about}; default {default}")
+    add_induction(parser)
     parser.add_argument("--no-progress", action="store_true", help="no progress bar")
     return parser
 
@@ -152,22 +138,12 @@ def _prune(options: argparse.Namespace) -> int:
 def _plan(options: argparse.Namespace) -> Plan:
     if options.kv_groups or options.widths != "even":
         raise ValueError(f"--kv-groups and --widths are of --method {STRUCTURED}, and the method is {options.method}")
-    induction = None
-    if options.si != "none":
-        induction = Induction(
-            mode=options.si,
-            start=options.si_start,
-            regularizer=options.si_regularizer,
-            weight=options.si_weight,
-            epochs=options.si_epochs,
-            rate=options.si_rate,
-            batch=options.si_batch,
-        )
+    pattern = Pattern.parse(options.pattern)
     return Plan(
         METHODS[options.method],
-        Pattern.parse(options.pattern),
+        pattern,
         None if options.update is None else UPDATES[options.update],
-        induction,
+        induction_of(options, default="none" if pattern.block else "score"),
         options.shift,
     )
 

@@ -82,6 +82,8 @@ def linears_of(config: ModelConfig, layer: int) -> list[Linear]:
     """
     if config.iha is not None:
         raise ValueError(f"models of the family {config.family} can't be pruned: their heads are mixed")
+    if config.packed is not None:
+        raise ValueError("the model's weights are packed: what it was made of can be pruned")
     found = [Linear(f"attention.{name}.kernel", ATTENTION) for name in ("q", "k", "v")]
     found.append(Linear("attention.o.kernel", ATTENTION_OUT))
     if config.moe is None or not config.is_sparse(layer):

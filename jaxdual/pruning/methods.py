@@ -61,13 +61,15 @@ class Update:
     Attributes:
       run: `(before, kept, moments, pattern)` to new weights, and which stay.
       whole: it needs all products of inputs.
+      swaps: single weights change places.
     """
 
     run: Callable[[Array, Array, Moments, Pattern], tuple[Array, Array]]
     whole: bool = False
+    swaps: bool = False
 
 
-UPDATES = {"dsnot": Update(dsnot), "admm": Update(admm, whole=True)}
+UPDATES = {"dsnot": Update(dsnot, swaps=True), "admm": Update(admm, whole=True)}
 
 
 def prune_matrix(

@@ -54,7 +54,14 @@ def check(model: Decoder, plan: Plan, windows: int) -> None:
     """Raises `ValueError` if a model can't be pruned so, before any work is done."""
     for index, layer in enumerate(model.layers):
         for linear in linears_of(model.config, index):
-            plan.pattern.check(f"{linear.name} of layer {index}", linear.read(layer).shape[1])
+            outputs, inputs = linear.read(layer).shape
+            plan.pattern.check(f"{linear.name} of layer {index}", inputs, outputs)
+    swaps = plan.update is not None and plan.update.swaps
+    if plan.pattern.block and (plan.method.sweeps or plan.induction is not None or swaps):
+        raise ValueError(
+            f"pattern {plan.pattern}: blocks are chosen by scores alone, without Sparsity Induction, by another method "
+            "than sparsegpt, with another update than dsnot"
+        )
     if plan.shift:
         with_biases(model.config)
     least = 1 + (1 if plan.induction is None else plan.induction.batch)

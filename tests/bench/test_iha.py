@@ -18,8 +18,9 @@ from bench.iha.attention import Mixing, attend
 from bench.iha.cpm3_task import brute_force, check_coefficients, counts_of, is_symmetric
 from bench.iha.encoder import Encoder, EncoderConfig
 from bench.iha.experiments import EXPERIMENTS
-from bench.iha.results import Curves, Result, Setting, Summary, Table, compared
+from bench.iha.results import Curves, Result, Setting, Table
 from bench.iha.training import num_parameters
+from bench.summary import Summary, compared
 from models.iha import initial_collapse, initial_mixing
 from tests.models.iha_oracle import collapsed, pseudo_outputs
 

@@ -19,6 +19,7 @@ from jaxdual.pruning.pattern import Pattern
 from jaxdual.pruning.sparsegpt import sparsegpt
 
 PATTERNS = ["0.5", "0.3", "2:4", "4:8", "1:4"]
+BLOCKS = ["0.5@4", "0.25@2", "0.75@8"]
 
 
 def inputs_of(tokens: int, inputs: int, seed: int = 0) -> np.ndarray:
@@ -33,7 +34,29 @@ def moments_of(x: np.ndarray, *, whole: bool = True) -> Moments:
     return Moments.none(x.shape[1], whole=whole).with_tokens(jnp.asarray(first)).with_tokens(jnp.asarray(second))
 
 
-@pytest.mark.parametrize("text", ["0", "1", "1.5", "-0.5", "nan", "4:4", "0:4", "5:4", "2:", ":4", "half", "2:4:8", ""])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "0",
+        "1",
+        "1.5",
+        "-0.5",
+        "nan",
+        "4:4",
+        "0:4",
+        "5:4",
+        "2:",
+        ":4",
+        "half",
+        "2:4:8",
+        "",
+        "0.5@",
+        "@64",
+        "0.5@0",
+        "2:4@8",
+        "1@64",
+    ],
+)
 def test_what_is_no_pattern_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="must be a share between 0 and 1, or N:M"):
         Pattern.parse(text)
@@ -65,6 +88,34 @@ def test_exactly_as_many_weights_go_as_the_pattern_says(
         units = zip([score], [kept], strict=True)
     for values, stays in units:
         assert not stays.any() or stays.all() or values[stays].min() >= values[~stays].max()
+
+
+@given(outputs=st.integers(1, 3), inputs=st.integers(1, 5), seed=st.integers(0, 100), text=st.sampled_from(BLOCKS))
+@settings(max_examples=20, deadline=None)
+def test_whole_blocks_go_and_as_many_of_all_outputs(outputs: int, inputs: int, seed: int, text: str) -> None:
+    pattern = Pattern.parse(text)
+    assert str(pattern) == text
+    size = pattern.block
+    score = np.random.default_rng(seed).normal(size=(outputs * size, inputs * size)).astype(np.float32)
+    kept = np.asarray(pattern.kept(jnp.asarray(score), "matrix"))
+    assert (~kept).sum() == pattern.removed(*score.shape, "row")
+    blocks = kept.reshape(outputs, size, inputs, size)
+    assert (blocks.all(axis=(1, 3)) == blocks.any(axis=(1, 3))).all()
+    energy = (score.astype(np.float64) ** 2).reshape(blocks.shape).sum(axis=(1, 3))
+    for stays, of_outputs in zip(blocks.any(axis=(1, 3)), energy, strict=True):
+        assert (~stays).sum() == int(inputs * float(pattern.share or 0))
+        assert stays.all() or of_outputs[stays].min() >= of_outputs[~stays].max() * (1 - 1e-6)
+
+
+def test_blocks_need_sizes_that_they_divide() -> None:
+    pattern = Pattern.parse("0.5@8")
+    pattern.check("o of layer 1", 16, 24)
+    with pytest.raises(ValueError, match=r"pattern 0.5@8: o of layer 1 has 12 inputs, which are no multiple of 8"):
+        pattern.check("o of layer 1", 12)
+    with pytest.raises(ValueError, match=r"o of layer 1 has 20 outputs, which are no multiple of 8"):
+        pattern.check("o of layer 1", 16, 20)
+    with pytest.raises(ValueError, match="the matrix has 20 outputs"):
+        pattern.kept(jnp.ones((20, 16)), "row")
 
 
 def test_scores_are_those_of_their_papers() -> None:

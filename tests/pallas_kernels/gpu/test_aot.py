@@ -55,7 +55,8 @@ def test_nothing_is_spilled(operations):
 
 def test_products_are_wgmma_and_loads_are_tma(operations):
     seen = set()
-    names = ("prefill_attention", "decode_attention", "iha_prefill", "iha_decode", "retrieval_scores", "grouped_matmul")
+    attention = ("prefill_attention", "decode_attention", "iha_prefill", "iha_decode", "retrieval_scores")
+    names = (*attention, "grouped_matmul", "sparse_matmul", "block_sparse_matmul")
     for name, counts in kernels(operations, *names):
         if not name.endswith("_merge"):  # adds up a few rows
             seen.add(name.split()[0])

@@ -1,0 +1,99 @@
+"""`python -m bench.pruning --json FILE`: what pruners cost with and without Sparsity Induction, claim by claim.
+
+The larger shipped model is pruned on draws of the text that it was trained on, and its perplexity taken on held-out
+files. Arms of a seed see the same calibration text, so changes are paired by seed. Speed and bytes of what is served
+faster are `python -m bench.pruning.speed` and `python -m bench.pruning.packed`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from bench.pruning.claims import tables, verdicts
+from bench.pruning.pictures import check_drawing, draw
+from bench.pruning.quality import PATTERNS, Run, Setting, draw_windows, quality
+from bench.pruning.refresh import refresh
+from bench.report import header, table, write_json
+from jaxdual.arguments import run_command, whole
+from jaxdual.model_folder import shipped_model
+from jaxdual.pruning.induction.options import add_induction, induction_of
+from jaxdual.pruning.pattern import Pattern
+from jaxdual.tokenizer import Tokenizer
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    return run_command(parser.prog, lambda: _run(options))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m bench.pruning", description=__doc__)
+    parser.add_argument("--json", metavar="FILE", help="written anew after each pruned model")
+    parser.add_argument("--picture", type=Path, metavar="FILE.png")
+    parser.add_argument("--model", type=Path, metavar="DIR", help="model folder; the shipped base unless given")
+    parser.add_argument(
+        "--pattern", action="append", metavar="PATTERN", help=f"all of {', '.join(PATTERNS)} unless given"
+    )
+    for name, least, about in (
+        ("seeds", 2, "draws of calibration text"),
+        ("sequences", 2, "windows of calibration text"),
+        ("length", 2, "tokens of a window"),
+        ("evaluated", 1, "windows of held-out text"),
+    ):
+        default = Setting.__dataclass_fields__[name].default
+        parser.add_argument(f"--{name}", type=whole(least), default=default, metavar="N", help=f"{about}; {default}")
+    add_induction(parser)
+    return parser
+
+
+def _run(options: argparse.Namespace) -> int:
+    if options.picture is not None:
+        check_drawing()
+    induction = induction_of(options, default="score")
+    if induction is None:
+        raise ValueError("--si none: the comparison is with Sparsity Induction")
+    patterns = [str(Pattern.parse(text)) for text in options.pattern or PATTERNS]
+    setting = Setting(
+        options.model or shipped_model("base"),
+        induction,
+        options.seeds,
+        options.sequences,
+        options.length,
+        options.evaluated,
+        patterns,
+    )
+    report: dict[str, Any] = header("bench.pruning") | {
+        "setting": asdict(setting) | {"model": setting.model.name},
+    }
+    windows = draw_windows(Tokenizer.from_dir(setting.model), "train", setting.sequences, setting.length, seed=0)
+    report["refresh"] = refresh(setting.model, windows)
+
+    def done(runs: list[Run], dense: float) -> None:
+        last = runs[-1]
+        with_si = " + SI" if last.induced else ""
+        print(
+            f"seed {last.seed}, {last.pattern}, {last.pruner}{with_si}: {last.perplexity:.3f} ({last.seconds} s)",
+            flush=True,
+        )
+        write_json(options.json, report | {"dense": dense, "runs": [asdict(run) for run in runs]})
+
+    runs, dense = quality(setting, done)
+    found = verdicts(runs, patterns, report["refresh"]["ratio"])
+    report |= {"dense": dense, "verdicts": [asdict(one) for one in found], "runs": [asdict(run) for run in runs]}
+    write_json(options.json, report)
+    print(f"\n{tables(runs, patterns, dense)}\n")
+    print(table(["claim", "measured", "verdict"], [[one.claim, one.measured, one.verdict] for one in found]))
+    if options.picture is not None:
+        draw(runs, patterns, dense, options.picture)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
