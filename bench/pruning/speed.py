@@ -4,11 +4,11 @@
 it are the shipped `small` and, with `--trained DIR`, a dense model of the pruned size that was trained as `base` was.
 Larger models of random weights follow, for speed alone: they never were trained, so they have no perplexity.
 
-All engines of a comparison are in one process and compute in float32. Repeats go through all of them, beginning with
-another one each time. Decode steps count after every sequence has its first token and before the first one ends; a
-prefill is the time to one token of a prompt. Wall times are the tenth percentile of all steps (prefills), which other
-work on the machine disturbs least. CPU times are of all threads of the process, the mean of a repeat's steps; their
-ratios are of figures of one repeat, and the interval holds all repeats.
+All engines of a comparison are in one process, compute in float32 and do not overlap steps. Repeats go through all of
+them, beginning with another one each time. Decode steps count after every sequence has its first token and before the
+first one ends; a prefill is the time to one token of a prompt. Wall times are the tenth percentile of all steps
+(prefills), which other work on the machine disturbs least. CPU times are of all threads of the process, the mean of a
+repeat's steps; their ratios are of figures of one repeat, and the interval holds all repeats.
 """
 
 from __future__ import annotations
@@ -179,6 +179,7 @@ def _start(arm: Arm) -> Ours:
             "max_num_seqs": 16,
             "num_kv_blocks": 400,
             "enable_prefix_caching": False,
+            "async_scheduling": False,  # a step then lasts from its plan to its tokens
         },
     )
     return engine
