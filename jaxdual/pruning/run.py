@@ -17,7 +17,15 @@ from jaxtyping import Array, Float, Int32
 from jaxdual.pruning.induction.absorb import Scales
 from jaxdual.pruning.induction.settings import Induction
 from jaxdual.pruning.induction.starts import first_scales
-from jaxdual.pruning.induction.training import Example, Problem, learn_scales, relative_error
+from jaxdual.pruning.induction.training import (
+    Example,
+    Problem,
+    batched,
+    check_windows,
+    held_out_windows,
+    layer_error,
+    learn_scales,
+)
 from jaxdual.pruning.layer import Plan, PrunedMatrix, prune_layer
 from jaxdual.pruning.layer_state import read_layer, write_layer
 from jaxdual.pruning.linears import Linear, inputs_of, linears_of
@@ -26,8 +34,6 @@ from jaxdual.pruning.stream import attend_within, behind, with_window
 from models import Decoder, ModelConfig, pruned_form
 from models.rope import Rope
 
-# Windows of the calibration text that scales and shifts are chosen by, and not learned from.
-_HELD_OUT = 8
 # Of windows whose inputs give the medians of the paper's first scales.
 _SAMPLED = 8
 
@@ -64,11 +70,8 @@ def check(model: Decoder, plan: Plan, windows: int) -> None:
         )
     if plan.shift:
         with_biases(model.config)
-    least = 1 + (1 if plan.induction is None else plan.induction.batch)
-    if (plan.induction is not None or plan.shift) and windows < least:
-        raise ValueError(
-            f"{windows} windows of calibration text; at least {least} are needed, of which one is held out"
-        )
+    if plan.induction is not None or plan.shift:
+        check_windows(windows, 1 if plan.induction is None else plan.induction.batch)
 
 
 def prune_model(
@@ -137,7 +140,7 @@ def _prune(model: Decoder, index: int, plan: Plan, streams: Sequence[Array], tex
     if plan.induction is None and not plan.shift:
         return PrunedLayer(index, prune_layer(layer, config, linears, moments, plan), "plain", {})
 
-    held_out = min(_HELD_OUT, max(1, len(streams) // 4))
+    held_out = held_out_windows(len(streams))
     examples = [Example(x, behind(layer, window, x, text.rope)) for x in streams]
     of_induction: list[Scales | None] = [None]
     if plan.induction is not None:
@@ -151,7 +154,7 @@ def _prune(model: Decoder, index: int, plan: Plan, streams: Sequence[Array], tex
             name = _NAMES[scales is not None, shift]
             copy = nnx.clone(layer)
             ways[name] = copy, prune_layer(copy, config, linears, moments, plan, scales=scales, shift=shift)
-            errors[name] = float(np.mean([_error(copy, window, one, text.rope) for one in examples[-held_out:]]))
+            errors[name] = layer_error(copy, window, examples[-held_out:], text.rope)
     # Of equal ones the first, which is the plainest.
     taken = min(errors, key=errors.__getitem__)
     write_layer(layer, read_layer(ways[taken][0]))
@@ -185,7 +188,7 @@ def _induced(
         graph, state = nnx.split(layer)
         taken = [_inputs(graph, window, state, one.before, text.rope) for one in examples[:_SAMPLED]]
         samples = {group: jnp.concatenate([inputs[group] for inputs in taken]) for group in taken[0]}
-    batches = len(examples) // settings.batch
+    together = batched(examples, settings.batch)
     problem = Problem(
         config,
         window,
@@ -193,18 +196,11 @@ def _induced(
         plan.pattern,
         settings,
         text.length,
-        batches * settings.epochs,
+        len(together) * settings.epochs,
         tuple(dict.fromkeys((one.path, one.kind) for one in linears)),
     )
     begin = first_scales(layer, config, index, linears, moments, settings, samples)
-    together = [_joined(examples[i * settings.batch : (i + 1) * settings.batch]) for i in range(batches)]
     return learn_scales(layer, problem, linears, moments, begin, text.rope, together, held_out)
-
-
-def _joined(examples: Sequence[Example]) -> Example:
-    if len(examples) == 1:
-        return examples[0]
-    return Example(*(jnp.concatenate([getattr(one, side) for one in examples]) for side in ("before", "after")))
 
 
 @partial(jax.jit, static_argnames=("graph", "window"))
@@ -213,7 +209,3 @@ def _inputs(
 ) -> dict[str, Float[Array, "T inputs"]]:
     found = inputs_of(nnx.merge(graph, state), x, rope, attend_within(window, x.shape[0]))
     return {group: inputs for group, inputs, _ in found}
-
-
-def _error(layer: nnx.Module, window: int | None, one: Example, rope: Rope) -> float:
-    return float(relative_error(behind(layer, window, one.before, rope), one.before, one.after))

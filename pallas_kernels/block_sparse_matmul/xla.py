@@ -18,5 +18,6 @@ def block_sparse_matmul(
     gathered = x.reshape(rows, -1, size).swapaxes(0, 1)[indices]  # [P, k, M, b]
     gathered = gathered.swapaxes(1, 2).reshape(parts, rows, kept * size)
     weights = blocks.reshape(parts, kept * size, size)
-    out = jnp.einsum("pmi,pio->mpo", gathered, weights, precision=precision)
-    return out.reshape(rows, parts * size)
+    # Put in order afterwards: a product that writes its rows apart takes more than twice as long on a CPU.
+    out = jnp.einsum("pmi,pio->pmo", gathered, weights, precision=precision)
+    return out.swapaxes(0, 1).reshape(rows, parts * size)

@@ -145,7 +145,7 @@ def test_the_command_writes_a_model_and_goes_on_where_it_was_stopped(
         ({"pattern": "0.5@64", "update": "dsnot"}, "another update than dsnot"),
         ({"pattern": "0.5@48"}, "no multiple of 48"),
         ({"si": "score", "si-rate": 0}, "rate is 0.0; it must be a positive number"),
-        ({"si": "score", "si-batch": 3}, "3 windows of calibration text; at least 4 are needed"),
+        ({"si": "score", "si-batch": 3}, "3 windows of calibration text, of which 1 are held out"),
         ({"pattern": "2:48"}, "no multiple of 48"),
         ({"sequences": 10_000}, "windows of 64 tokens; --sequences 10000 and 8 held out need 10008"),
         ({"length": 4096}, "--length 4096 must be at most 1024"),

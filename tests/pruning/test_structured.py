@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import models
+from jaxdual.pruning.induction.settings import Induction
 from jaxdual.pruning.moments import Moments
 from jaxdual.pruning.structured.plan import MULTIPLE, Structure, smaller_config
 from jaxdual.pruning.structured.refit import refit, relative_error
@@ -106,14 +107,43 @@ def test_importance_is_the_size_of_what_a_neuron_adds() -> None:
     np.testing.assert_allclose(scaled, found * scale, rtol=1e-6)
 
 
-def test_scales_choose_what_stays() -> None:
-    chosen = np.zeros(128)
-    chosen[5:101] = 1
+def with_learned(scales: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> tuple[Decoder, list[SmallerLayer]]:
+    told: list[SmallerLayer] = []
+    monkeypatch.setattr("jaxdual.pruning.structured.run.learn_neuron_scales", lambda *args: jnp.asarray(scales))
     model = models.load(folder("qwen3"), dtype="float32")
     structure, widths = Structure(share=0.25), [96] * model.config.num_layers
-    smaller = prune_structured(model, WINDOWS, structure, widths, scales={0: jnp.asarray(chosen)})
-    gate = load("qwen3").layers[0].mlp.gate.kernel[...]
+    smaller = prune_structured(model, WINDOWS, structure, widths, done=told.append, induction=Induction())
+    return smaller, told
+
+
+def test_learned_scales_choose_what_stays_only_where_that_is_better(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = np.full(128, 1e-6)
+    chosen[5:101] = 1
+    whole, (plain, _) = load("qwen3"), pruned(models.load(folder("qwen3"), dtype="float32"), Structure(share=0.25))
+    smaller, told = with_learned(chosen, monkeypatch)
+    for index, layer in enumerate(told):
+        assert layer.taken == min(layer.errors, key=lambda name: layer.errors[name])
+        gate = whole.layers[index].mlp.gate.kernel[...][:, 5:101]
+        assert np.array_equal(smaller.layers[index].mlp.gate.kernel[...], gate) == (layer.taken == "induced")
+    monkeypatch.setattr("jaxdual.pruning.structured.run.layer_error", lambda *args: next(falling))
+    falling = iter(-np.arange(100.0))
+    smaller, told = with_learned(chosen, monkeypatch)
+    assert [layer.taken for layer in told] == ["induced"] * len(told)
+    gate = whole.layers[0].mlp.gate.kernel[...]
     np.testing.assert_array_equal(smaller.layers[0].mlp.gate.kernel[...], gate[:, 5:101])
+    falling = itertools.repeat(0.0)
+    smaller, told = with_learned(chosen, monkeypatch)
+    assert [layer.taken for layer in told] == ["plain"] * len(told)
+    for path, value in parameters_of(plain).items():
+        np.testing.assert_array_equal(value, parameters_of(smaller)[path])
+
+
+def test_scales_of_neurons_are_learned() -> None:
+    model, told = models.load(folder("qwen3"), dtype="float32"), []  # type: tuple[Decoder, list[SmallerLayer]]
+    structure, widths = Structure(share=0.25), [96] * model.config.num_layers
+    prune_structured(model, WINDOWS, structure, widths, done=told.append, induction=Induction(rate=0.1, epochs=4))
+    assert all(set(layer.errors) == {"plain", "induced"} for layer in told)
+    assert any(layer.errors["induced"] != layer.errors["plain"] for layer in told)
 
 
 @functools.cache

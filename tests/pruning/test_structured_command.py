@@ -43,12 +43,13 @@ def test_even_widths_stay_in_the_family_and_the_report_says_what_went(
     assert report["family"] == "qwen3"
     whole, smaller = (models.load(place, dtype="float32") for place in (SMALL, tmp_path / "out"))
     for key, model in (("dense", whole), ("pruned", smaller)):
-        assert report[key].pop("perplexity") > 1
+        assert report["perplexity"][key] > 1
         assert report[key] == sizes_of(model, "bfloat16")
     assert report["dense"]["parameters"] - report["pruned"]["parameters"] == 4 * 3 * 128 * 192
     for index, layer in enumerate(report["layers"]):
         assert layer.pop("error") > 0
-        assert layer == {"layer": index, "kv_heads": [2, 2], "neurons": [192, 384], "experts": [0, 0]}
+        counts = {"kv_heads": [2, 2], "neurons": [192, 384], "experts": [0, 0]}
+        assert layer == {"layer": index, "taken": "plain", "errors": {}} | counts
     weights = tmp_path / "out" / "model.safetensors"
     assert weights.stat().st_size < (SMALL / weights.name).stat().st_size - 2 * 4 * 3 * 128 * 190
     assert "parameters stay" in capsys.readouterr().out
@@ -122,6 +123,11 @@ def test_a_run_that_was_stopped_goes_on_with_its_layer(
         ({"pattern": "0.99"}, "leaves 0 of the 384 neurons"),
         ({"kv_groups": 2}, "2 key-value heads of 2 can't go"),
         ({"sequences": 2}, "128 tokens of calibration text are too few to fit 192 inputs"),
+        ({"si": "fold"}, "--si fold: with --method structured scales count in the choice alone"),
+        (
+            {"si": "score", "si_batch": 6},
+            "6 windows of calibration text, of which 1 are held out",
+        ),
         ({"update": "dsnot"}, "--update dsnot is not of --method structured"),
         ({"model": folder("iha")}, "jaxdual_iha can't be pruned"),
         ({"method": "wanda", "kv_groups": 1}, "--kv-groups and --widths are of --method structured"),

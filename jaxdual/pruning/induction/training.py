@@ -24,11 +24,14 @@ from jaxdual.pruning.linears import Linear
 from jaxdual.pruning.methods import Method
 from jaxdual.pruning.moments import Moments
 from jaxdual.pruning.pattern import Pattern
+from jaxdual.pruning.stream import behind
 from models import ModelConfig
 from models.attention import dense_attend
 from models.moe import MoE
 from models.rope import Rope
 
+# Windows of the calibration text at most that scales and shifts are chosen by.
+_HELD_OUT = 8
 # Experts that fewer tokens go to keep scales of one.
 _LEAST_TOKENS = 256
 
@@ -73,6 +76,36 @@ class Example:
 
     before: Float[Array, "T D"]
     after: Float[Array, "T D"]
+
+
+def held_out_windows(windows: int) -> int:
+    """How many windows of the calibration text, at its end, are chosen by and not learned from."""
+    return min(_HELD_OUT, max(1, windows // 4))
+
+
+def check_windows(windows: int, batch: int) -> None:
+    """Raises `ValueError` if so many windows of text are too few to learn from `batch` at a time."""
+    if windows - held_out_windows(windows) < batch:
+        raise ValueError(
+            f"{windows} windows of calibration text, of which {held_out_windows(windows)} are held out, are too few to "
+            f"take {batch} at a time"
+        )
+
+
+def batched(examples: Sequence[Example], batch: int) -> list[Example]:
+    """Several windows each; those that are left over are not taken."""
+    if batch == 1:
+        return list(examples)
+    return [
+        Example(*(jnp.concatenate([getattr(one, side) for one in part]) for side in ("before", "after")))
+        for part in (examples[i : i + batch] for i in range(0, len(examples) - batch + 1, batch))
+    ]
+
+
+def layer_error(layer: nnx.Module, window: int | None, examples: Sequence[Example], rope: Rope) -> float:
+    """Mean square of what a changed layer's output is off, relative to what the layer adds to the stream."""
+    errors = [relative_error(behind(layer, window, one.before, rope), one.before, one.after) for one in examples]
+    return float(np.mean(jax.device_get(errors)))
 
 
 def learn_scales(

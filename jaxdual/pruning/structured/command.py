@@ -15,6 +15,8 @@ from jaxdual.config import EngineConfig
 from jaxdual.model_folder import find_model
 from jaxdual.offline.report import write_report
 from jaxdual.pruning.calibration import LENGTH, perplexity, split_windows
+from jaxdual.pruning.induction.options import induction_of
+from jaxdual.pruning.induction.training import check_windows
 from jaxdual.pruning.structured.plan import Structure
 from jaxdual.pruning.structured.run import SmallerLayer, chosen_widths, prune_structured
 from jaxdual.pruning.unfinished import UnfinishedRun
@@ -42,11 +44,16 @@ def prune_structured_folder(options: argparse.Namespace) -> int:
     )
     if options.update is not None:
         raise ValueError(f"--update {options.update} is not of --method {STRUCTURED}, which has its own")
+    induction = induction_of(options, default="none")
+    if induction is not None and induction.mode != "score":
+        raise ValueError(f"--si {induction.mode}: with --method {STRUCTURED} scales count in the choice alone: score")
     if options.report is not None:
         check_writable(options.report)
     folder, name = find_model(EngineConfig(model=options.model))
     model = load(folder, dtype="float32")
     longest = model.config.max_position_embeddings
+    if induction is not None:
+        check_windows(options.sequences, induction.batch)
     structure.check(model.config, options.sequences * (options.length or min(LENGTH, longest)))
     windows, held_out = split_windows(
         options.calibration,
@@ -59,6 +66,7 @@ def prune_structured_folder(options: argparse.Namespace) -> int:
         "model": model_fingerprint(folder, "float32").hex(),
         "method": STRUCTURED,
         "structure": dataclasses.asdict(structure),
+        "induction": None if induction is None else dataclasses.asdict(induction),
         "calibration": hashlib.blake2b(windows.tobytes(), digest_size=16).hexdigest(),
     }
     run = UnfinishedRun(SmallerLayer, options.out, settings)
@@ -74,7 +82,8 @@ def prune_structured_folder(options: argparse.Namespace) -> int:
             told.append(layer)
             bar.update()
 
-        smaller = prune_structured(model, windows, structure, widths, first=len(told), done=done)
+        first = len(told)
+        smaller = prune_structured(model, windows, structure, widths, first=first, done=done, induction=induction)
     after = sizes_of(smaller, dtype) | {"perplexity": perplexity(smaller, held_out)}
     save(smaller, options.out, dtype)
     copy_other_files(folder, options.out, but=OF_SOURCE)
@@ -85,6 +94,7 @@ def prune_structured_folder(options: argparse.Namespace) -> int:
         "family": smaller.config.family,
         "calibration_tokens": int(windows.size),
         "held_out_tokens": int(held_out.size),
+        "perplexity": {"dense": before.pop("perplexity"), "pruned": after.pop("perplexity")},
         "dense": before,
         "pruned": after,
         "seconds": time.perf_counter() - begin,
@@ -95,7 +105,7 @@ def prune_structured_folder(options: argparse.Namespace) -> int:
     print(
         f"{options.out}: {after['parameters']} of {before['parameters']} parameters stay "
         f"({after['parameters'] / before['parameters']:.1%}), in a {smaller.config.family} model; perplexity of "
-        f"held-out text {before['perplexity']:.3f} before, {after['perplexity']:.3f} after"
+        f"held-out text {report['perplexity']['dense']:.3f} before, {report['perplexity']['pruned']:.3f} after"
     )
     return 0
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +13,17 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int32
 
+from jaxdual.pruning.induction.settings import Induction
+from jaxdual.pruning.induction.training import Example, held_out_windows, layer_error
+from jaxdual.pruning.layer_state import read_layer, write_layer
 from jaxdual.pruning.linears import ATTENTION_OUT, MLP_OUT
 from jaxdual.pruning.moments import Moments
 from jaxdual.pruning.stream import attend_within, behind, with_window
+from jaxdual.pruning.structured.induced import learn_neuron_scales
 from jaxdual.pruning.structured.plan import Structure, smaller_config
 from jaxdual.pruning.structured.removal import expert_importance, remove_experts, remove_kv_groups, remove_neurons
 from jaxdual.pruning.structured.widths import ErrorCurve, allocate, error_curve
-from models import Decoder
+from models import Decoder, ModelConfig
 from models.moe import MoE
 from models.rope import Rope
 from models.shapes import parameters_of, with_parameters
@@ -34,6 +38,7 @@ class SmallerLayer:
       kv_heads: key-value heads.
       neurons: of a dense MLP; (0, 0) for a mixture.
       experts: of a mixture; (0, 0) for a dense MLP.
+      taken, errors: as of `jaxdual.pruning.run.PrunedLayer`; neurons' scales are all that is learned.
       error: on the calibration text, mean square of the change of the layer's output, relative to what the layer adds
         to the residual stream.
     """
@@ -43,14 +48,14 @@ class SmallerLayer:
     neurons: tuple[int, int]
     experts: tuple[int, int]
     error: float
+    taken: str
+    errors: dict[str, float]
 
 
 def chosen_widths(
     model: Decoder,
     windows: Int32[np.ndarray, "N L"],
     structure: Structure,
-    *,
-    scales: Mapping[int, Float[Array, " neurons"]] | None = None,
 ) -> list[int]:
     """Neurons that each layer of a whole model shall keep; those of mixtures count for nothing.
 
@@ -60,7 +65,6 @@ def chosen_widths(
       model: before anything goes.
       windows: calibration text, rows of tokens.
       structure: how much goes.
-      scales: see `prune_structured`.
 
     Raises:
       ValueError: a model that doesn't fit.
@@ -78,8 +82,7 @@ def chosen_widths(
         streams = [behind(layer, window, x, rope) for x in streams]
         if moments is not None:
             square = float(np.mean([jnp.mean(jnp.sum(x**2, axis=-1)) for x in streams]))
-            scale = None if scales is None else scales.get(index)
-            curves[index] = error_curve(layer, moments, square, shift=structure.shift, scale=scale)
+            curves[index] = error_curve(layer, moments, square, shift=structure.shift)
     found = allocate(curves, sum(widths[layer] for layer in curves))
     return [found.get(layer, width) for layer, width in enumerate(widths)]
 
@@ -92,7 +95,7 @@ def prune_structured(
     *,
     first: int = 0,
     done: Callable[[SmallerLayer], None] = lambda layer: None,
-    scales: Mapping[int, Float[Array, " neurons"]] | None = None,
+    induction: Induction | None = None,
 ) -> Decoder:
     """Prunes all layers of a model in place, and returns the smaller model that they make up.
 
@@ -106,7 +109,8 @@ def prune_structured(
       widths: of `chosen_widths`, which were asked for before anything went.
       first: layers before it are pruned already.
       done: is told of each layer.
-      scales: by layer, what the importance of each of its neurons counts; None for one each.
+      induction: how scales of neurons are learned, which are taken where the layer is better with them on text that
+        nothing was learned from; None for none.
 
     Raises:
       ValueError: a model that doesn't fit.
@@ -116,11 +120,11 @@ def prune_structured(
     for index, layer in enumerate(model.layers):
         window = model.config.window_of(index)
         if index >= first:
-            scale = None if scales is None else scales.get(index)
             before = nnx.clone(layer)
-            _prune(layer, structure, widths[index], window, streams, rope, scale)
+            plan = _Plan(model.config, structure, widths[index], window, induction)
+            taken, errors = _prune(layer, plan, streams, rope)
             error = _error(before, layer, window, streams, rope)
-            done(_told(index, before, layer, error))
+            done(_told(index, before, layer, error, taken, errors))
         streams = [behind(layer, window, x, rope) for x in streams]
     return with_parameters(smaller_config(model.config, structure, widths), parameters_of(model))
 
@@ -129,20 +133,25 @@ def _begin(model: Decoder, windows: Int32[np.ndarray, "N L"]) -> tuple[list[Arra
     return [model.embed(jnp.asarray(window)) for window in windows], model.rope(jnp.arange(windows.shape[1]))
 
 
-def _prune(
-    layer: Any,
-    structure: Structure,
-    width: int,
-    window: int | None,
-    streams: Sequence[Array],
-    rope: Rope,
-    scale: Array | None,
-) -> None:
+class _Plan(NamedTuple):
+    """How a layer is pruned: the width that it shall have, its window, and the rest as of `prune_structured`."""
+
+    config: ModelConfig
+    structure: Structure
+    width: int
+    window: int | None
+    induction: Induction | None
+
+
+def _prune(layer: Any, plan: _Plan, streams: Sequence[Array], rope: Rope) -> tuple[str, dict[str, float]]:
+    """`taken` and `errors` of `SmallerLayer`."""
+    structure, window = plan.structure, plan.window
+    before = nnx.clone(layer)
     if structure.kv_groups:
         moments = _moments(layer, ATTENTION_OUT, window, streams, rope)
         remove_kv_groups(layer, moments, structure.kv_groups, shift=structure.shift)
     if structure.share == 0:
-        return
+        return "plain", {}
     # The MLP is looked at behind the attention that was pruned.
     if isinstance(layer.mlp, MoE):
         graph, state = nnx.split(layer)
@@ -150,7 +159,37 @@ def _prune(
         remove_experts(layer, importance, structure.experts(layer.mlp.experts.gate.shape[0]))
     else:
         moments = _moments(layer, MLP_OUT, window, streams, rope)
-        remove_neurons(layer, moments, width, shift=structure.shift, scale=scale)
+        if plan.induction is not None:
+            return _prune_induced(layer, before, plan, moments, streams, rope)
+        remove_neurons(layer, moments, plan.width, shift=structure.shift)
+    return "plain", {}
+
+
+def _prune_induced(
+    layer: Any, before: nnx.Module, plan: _Plan, moments: Moments, streams: Sequence[Array], rope: Rope
+) -> tuple[str, dict[str, float]]:
+    assert plan.induction is not None
+    examples = [Example(x, behind(before, plan.window, x, rope)) for x in streams]
+    last = held_out_windows(len(examples))
+    learned = learn_neuron_scales(
+        layer,
+        plan.config,
+        plan.window,
+        moments,
+        plan.width,
+        plan.induction,
+        rope,
+        examples[:-last],
+        examples[-last:],
+    )
+    ways, errors = {}, {}
+    for name, scale in (("plain", None), ("induced", learned)):
+        ways[name] = nnx.clone(layer)
+        remove_neurons(ways[name], moments, plan.width, shift=plan.structure.shift, scale=scale)
+        errors[name] = layer_error(ways[name], plan.window, examples[-last:], rope)
+    taken = min(errors, key=errors.__getitem__)
+    write_layer(layer, read_layer(ways[taken]))
+    return taken, errors
 
 
 def _moments(layer: Any, group: str, window: int | None, streams: Sequence[Array], rope: Rope) -> Moments:
@@ -170,7 +209,7 @@ def _error(before: Any, after: Any, window: int | None, streams: Sequence[Array]
     return changed / max(added, float(np.finfo(np.float32).tiny))
 
 
-def _told(index: int, before: Any, after: Any, error: float) -> SmallerLayer:
+def _told(index: int, before: Any, after: Any, error: float, taken: str, errors: dict[str, float]) -> SmallerLayer:
     def counts(layer: Any) -> tuple[int, int, int]:
         kv_heads = layer.attention.k.kernel.shape[1] // layer.attention.head_dim
         if isinstance(layer.mlp, MoE):
@@ -178,7 +217,7 @@ def _told(index: int, before: Any, after: Any, error: float) -> SmallerLayer:
         return kv_heads, layer.mlp.down.kernel.shape[0], 0
 
     kv_heads, neurons, experts = zip(counts(after), counts(before), strict=True)
-    return SmallerLayer(index, kv_heads, neurons, experts, error)
+    return SmallerLayer(index, kv_heads, neurons, experts, error, taken, errors)
 
 
 @partial(jax.jit, static_argnames=("graph", "window"))

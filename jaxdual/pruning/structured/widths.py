@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Array, Float
 
 from jaxdual.pruning.moments import Moments
 from jaxdual.pruning.structured.plan import MULTIPLE
@@ -41,17 +40,16 @@ def error_curve(
     stream: float,
     *,
     shift: bool = False,
-    scale: Float[Array, " neurons"] | None = None,
 ) -> ErrorCurve:
     """Measures a dense layer.
 
     Args:
-      layer, moments, shift, scale: as of `neuron_importance`.
+      layer, moments, shift: as of `neuron_importance`.
       stream: mean square of the norm of the residual stream behind the layer.
     """
     weights = np.asarray(layer.mlp.down.kernel[...], np.float64).T
     size = weights.shape[1]
-    importance = neuron_importance(layer, moments, shift=shift, scale=scale)
+    importance = neuron_importance(layer, moments, shift=shift)
     products, _ = second_moments(moments)
     output = float(np.sum(weights @ products * weights))
     step = max(size // POINTS // MULTIPLE, 1) * MULTIPLE
