@@ -4,10 +4,11 @@
 it are the shipped `small` and, with `--trained DIR`, a dense model of the pruned size that was trained as `base` was.
 Larger models of random weights follow, for speed alone: they never were trained, so they have no perplexity.
 
-All engines of a comparison are in one process and compute in float32. Repeats go through all of them, beginning with
-another one each time; a ratio is of figures of one repeat, and its interval holds all repeats. A decode step's time is
-the median of those after every sequence has its first token and before the first one ends; a prefill is the time to one
-token of a prompt.
+All engines of a comparison are in one process, compute in float32 and do not overlap steps. Repeats go through all of
+them, beginning with another one each time. Decode steps count after every sequence has its first token and before the
+first one ends; a prefill is the time to one token of a prompt. Wall times are the tenth percentile of all steps
+(prefills), which other work on the machine disturbs least. CPU times are of all threads of the process, the mean of a
+repeat's steps; their ratios are of figures of one repeat, and the interval holds all repeats.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import os
 import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -26,8 +28,9 @@ import numpy as np
 
 import models
 from bench.engine_worker import Ours
-from bench.report import header, write_json
+from bench.report import header, percentile, write_json
 from bench.workload import prompts
+from jaxdual import LLM, SamplingParams
 from jaxdual.arguments import whole
 from jaxdual.model_folder import shipped_model
 from jaxdual.pruning.calibration import perplexity
@@ -42,6 +45,7 @@ from models.convert import copy_other_files
 from models.shapes import abstract
 from models.training import corpus
 
+_PERCENTILE = 10
 _CONTEXT = 640  # tokens of the longest sequence of any load
 _LENGTH, _CALIBRATION, _HELD_OUT = 256, 64, 128  # tokens of a window, and windows
 PRUNED = {
@@ -112,35 +116,56 @@ def speed(arms: Sequence[Arm], repeats: int, loads: Sequence[Load] = LOADS) -> l
     """Measures arms side by side.
 
     Returns:
-      For each arm its name, its bytes, and for each load milliseconds (their median over repeats) and the ratio to the
-      first arm: median, lowest and highest.
+      For each arm its name, its bytes, and for each load "wall_ms" and "wall_ratio" to the first arm, "cpu_ms" (median
+      over repeats) and "cpu_ratio" to the first arm (median, with "cpu_ratio_lowest" and "cpu_ratio_highest").
     """
     engines = [_start(arm) for arm in arms]
     vocab_sizes = [models.load_config(arm.folder).vocab_size for arm in arms]
-    asked: dict[tuple[int, str], list[float]] = {}
+    walls: dict[tuple[int, str], list[float]] = {}
+    cpus: dict[tuple[int, str], list[float]] = {}
     for repeat in range(repeats + 1):  # the first one compiles
         for load in loads:
             work = prompts(load.batch, load.prompt, min(vocab_sizes), 1000 * repeat + load.batch)
             for place in range(len(arms)):
                 index = (place + repeat) % len(arms)
-                answer = engines[index].generate(work, load.new_tokens)
-                seconds = answer["seconds"] if load.new_tokens == 1 else statistics.median(answer["steady_steps"])
+                wall, cpu = _steps(engines[index].llm, work, load.new_tokens)
                 if repeat:
-                    asked.setdefault((index, load.name), []).append(1e3 * seconds)
+                    walls.setdefault((index, load.name), []).extend(wall)
+                    cpus.setdefault((index, load.name), []).append(cpu)
     rows = []
     for index, (arm, engine) in enumerate(zip(arms, engines, strict=True)):
         row: dict[str, Any] = {"name": arm.name, "bytes": _bytes(arm, engine), "loads": {}}
         for load in loads:
-            found, first = asked[index, load.name], asked[0, load.name]
-            ratios = [one / other for one, other in zip(found, first, strict=True)]
+            wall, first = (percentile(walls[place, load.name], _PERCENTILE) for place in (index, 0))
+            ratios = [one / other for one, other in zip(cpus[index, load.name], cpus[0, load.name], strict=True)]
             row["loads"][load.name] = {
-                "ms": statistics.median(found),
-                "ratio": statistics.median(ratios),
-                "ratio_lowest": min(ratios),
-                "ratio_highest": max(ratios),
+                "wall_ms": 1e3 * wall,
+                "wall_ratio": wall / first,
+                "cpu_ms": 1e3 * statistics.median(cpus[index, load.name]),
+                "cpu_ratio": statistics.median(ratios),
+                "cpu_ratio_lowest": min(ratios),
+                "cpu_ratio_highest": max(ratios),
             }
         rows.append(row)
     return rows
+
+
+def _steps(llm: LLM, work: Sequence[Sequence[int]], new_tokens: int) -> tuple[list[float], float]:
+    """Wall seconds of each decode step, or of the prefill if there is one new token; and mean CPU seconds of one."""
+    params = SamplingParams(max_tokens=new_tokens, temperature=0, ignore_eos=True)
+    begin, begin_cpu = time.perf_counter(), time.process_time()
+    outputs = [llm.submit({"prompt_token_ids": list(prompt)}, params) for prompt in work]
+    walls, cpus = [], []
+    while llm.has_unfinished:
+        decoding = all(output.outputs[0].token_ids for output in outputs)
+        wall, cpu = time.perf_counter(), time.process_time()
+        llm.step()
+        if decoding and not any(output.finished for output in outputs):
+            walls.append(time.perf_counter() - wall)
+            cpus.append(time.process_time() - cpu)
+    if new_tokens == 1:
+        return [time.perf_counter() - begin], time.process_time() - begin_cpu
+    return walls, statistics.fmean(cpus)
 
 
 def _start(arm: Arm) -> Ours:
@@ -154,6 +179,7 @@ def _start(arm: Arm) -> Ours:
             "max_num_seqs": 16,
             "num_kv_blocks": 400,
             "enable_prefix_caching": False,
+            "async_scheduling": False,  # a step then lasts from its plan to its tokens
         },
     )
     return engine
@@ -229,7 +255,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(markdown(rows), flush=True)
         write_json(options.json, results)
         if not options.no_large:
-            repeats = (options.repeats + 1) // 2  # its steps take longer, and vary less
+            repeats = (options.repeats + 2) // 3  # its steps take longer, and vary less
             rows = speed(_large_arms(place), repeats, LARGE_LOADS)
             results["large"] = {"repeats": repeats, "loads": [asdict(load) for load in LARGE_LOADS], "arms": rows}
             print(markdown(rows), flush=True)
@@ -262,7 +288,8 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 def _ratio(load: dict[str, float]) -> str:
-    return f"{load['ms']:.2f} ms, {load['ratio']:.2f} ({load['ratio_lowest']:.2f} to {load['ratio_highest']:.2f})"
+    interval = f"{load['cpu_ratio_lowest']:.2f} to {load['cpu_ratio_highest']:.2f}"
+    return f"{load['wall_ms']:.2f} ms, {load['wall_ratio']:.2f}; {load['cpu_ratio']:.2f} ({interval})"
 
 
 def _say(text: str) -> None:

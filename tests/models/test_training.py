@@ -412,6 +412,16 @@ def test_command_line_refuses_a_missing_state_and_a_bad_budget(
     assert "state.npz" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["--size", "small", "--out", str(tmp_path), "--cpu-minutes", "0"])
+    for flag in ("--steps", "--intermediate-size"):
+        with pytest.raises(SystemExit):
+            main(["--size", "small", "--out", str(tmp_path), flag, "0"])
+
+
+def test_a_card_of_so_many_steps_says_how_they_are_repeated() -> None:
+    metrics = json.loads((SHIPPED / "base" / "metrics.json").read_text(encoding="utf-8"))
+    card = model_card(metrics | {"budget_cpu_minutes": None})
+    assert "--size base --out DIR --intermediate-size 704 --steps 949" in card
+    assert "CPU time, so another machine" not in card
 
 
 def _shipped_tokenizer() -> Tokenizer:

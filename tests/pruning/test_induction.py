@@ -259,7 +259,5 @@ def test_wrong_settings_are_refused(changed: dict[str, Any], message: str) -> No
 
 def test_too_few_windows_are_refused() -> None:
     plan = Plan(METHODS["wanda"], Pattern.parse("2:4"), induction=Induction(batch=4))
-    with pytest.raises(
-        ValueError, match="4 windows of calibration text, of which 1 are held out, are too few"
-    ):
+    with pytest.raises(ValueError, match="4 windows of calibration text, of which 1 are held out, are too few"):
         run.check(load("qwen3"), plan, 4)
