@@ -37,8 +37,8 @@ def abstract(config: ModelConfig, dtype: str) -> Decoder:
     return model
 
 
-def parameters_of(model: Decoder) -> dict[str, jax.Array]:
-    """The parameters of a model by dotted path, as "layers.0.attention.q.kernel"."""
+def parameters_of(model: nnx.Module) -> dict[str, jax.Array]:
+    """The parameters of a model or of a layer by dotted path, as "layers.0.attention.q.kernel"."""
     leaves = jax.tree_util.tree_leaves_with_path(nnx.state(model))
     return {parameter_path(path): leaf for path, leaf in leaves}
 

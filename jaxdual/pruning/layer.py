@@ -12,12 +12,13 @@ from jaxtyping import Array, Float
 
 from jaxdual.pruning.induction.absorb import Scales, absorb, input_scales
 from jaxdual.pruning.induction.settings import Induction
-from jaxdual.pruning.layer_state import read_layer, write_layer
+from jaxdual.pruning.layer_state import write_layer
 from jaxdual.pruning.linears import Linear
 from jaxdual.pruning.methods import Method, Update, prune_matrix
 from jaxdual.pruning.moments import Moments
 from jaxdual.pruning.pattern import Pattern
 from models import ModelConfig
+from models.shapes import parameters_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +84,7 @@ def prune_layer(
     found: dict[str, Array] = {}
     if scales is not None and plan.induction is not None:
         if plan.induction.mode == "fold":
-            write_layer(layer, absorb(config, read_layer(layer), scales))
+            write_layer(layer, absorb(config, parameters_of(layer), scales))
             divided = input_scales(config, scales)
             moments = {
                 one.group: moments[one.group].divided(divided[one.kind][_place(one, divided)])

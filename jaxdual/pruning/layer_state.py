@@ -1,26 +1,20 @@
-"""All parameters of a decoder layer by path, whatever their shapes have become."""
+"""Parameters of a decoder layer by path, whatever their shapes become."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import ArrayLike
 
-from models.shapes import parameter_path
-
-
-def read_layer(layer: nnx.Module) -> dict[str, jax.Array]:
-    """The parameters by dotted path."""
-    return {parameter_path(path): value for path, value in jax.tree_util.tree_leaves_with_path(nnx.state(layer))}
+from models.shapes import parameters_of
 
 
 def write_layer(layer: nnx.Module, parameters: Mapping[str, ArrayLike]) -> None:
     """Puts parameters in place, in the type of the layer; those that it doesn't have yet, biases, are added."""
-    dtype = next(iter(read_layer(layer).values())).dtype
+    dtype = next(iter(parameters_of(layer).values())).dtype
     for path, value in parameters.items():
         *parts, last = path.split(".")
         owner: Any = layer

@@ -27,12 +27,13 @@ from jaxdual.pruning.induction.training import (
     learn_scales,
 )
 from jaxdual.pruning.layer import Plan, PrunedMatrix, prune_layer
-from jaxdual.pruning.layer_state import read_layer, write_layer
+from jaxdual.pruning.layer_state import write_layer
 from jaxdual.pruning.linears import Linear, inputs_of, linears_of
 from jaxdual.pruning.moments import Moments
 from jaxdual.pruning.stream import attend_within, behind, with_window
 from models import Decoder, ModelConfig, pruned_form
 from models.rope import Rope
+from models.shapes import parameters_of
 
 # Of windows whose inputs give the medians of the paper's first scales.
 _SAMPLED = 8
@@ -157,7 +158,7 @@ def _prune(model: Decoder, index: int, plan: Plan, streams: Sequence[Array], tex
             errors[name] = layer_error(copy, window, examples[-held_out:], text.rope)
     # Of equal ones the first, which is the plainest.
     taken = min(errors, key=errors.__getitem__)
-    write_layer(layer, read_layer(ways[taken][0]))
+    write_layer(layer, parameters_of(ways[taken][0]))
     return PrunedLayer(index, ways[taken][1], taken, errors)
 
 

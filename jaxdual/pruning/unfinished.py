@@ -13,8 +13,9 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from jaxdual.pruning.layer_state import read_layer, write_layer
+from jaxdual.pruning.layer_state import write_layer
 from models import Decoder
+from models.shapes import parameters_of
 
 _FOLDER, _SETTINGS = "unfinished", "settings.json"
 
@@ -66,7 +67,7 @@ class UnfinishedRun[Record: OfLayer]:
 
     def keep(self, model: Decoder, pruned: Record) -> None:
         """Keeps a layer."""
-        parameters = read_layer(model.layers[pruned.layer])
+        parameters = parameters_of(model.layers[pruned.layer])
         file = self._file(pruned.layer, "safetensors")
         part = file.with_suffix(".part")
         save_file({path: np.ascontiguousarray(value, np.float32) for path, value in parameters.items()}, part)

@@ -13,12 +13,13 @@ from flax import nnx
 
 import models
 from jaxdual.pruning.induction.absorb import QUERIES, absorb, input_scales, scale_sizes
-from jaxdual.pruning.layer_state import read_layer, write_layer
+from jaxdual.pruning.layer_state import write_layer
 from jaxdual.pruning.linears import ATTENTION, ATTENTION_OUT, MLP, MLP_OUT, inputs_of, linears_of
 from jaxdual.pruning.methods import METHODS
 from jaxdual.pruning.moments import Moments
 from jaxdual.pruning.pattern import Pattern
 from models.attention import dense_attend
+from models.shapes import parameters_of
 from tests.engine.models import load
 
 # Grouped and single key-value heads, biases, norms of queries and keys, tied embeddings, experts in all or some layers,
@@ -56,7 +57,7 @@ def outputs(model: models.Decoder) -> np.ndarray:
 
 
 def random_scales(model: models.Decoder, index: int, spread: float = 0.7) -> dict[str, jax.Array]:
-    draw, parameters = np.random.default_rng(index), read_layer(model.layers[index])
+    draw, parameters = np.random.default_rng(index), parameters_of(model.layers[index])
     dtype = next(iter(parameters.values())).dtype
     return {
         key: jnp.asarray(np.exp(spread * draw.normal(size=shape)), dtype)
@@ -69,7 +70,7 @@ def absorb_everywhere(model: models.Decoder, *, inverse: bool = False) -> None:
         scales = random_scales(model, index)
         if inverse:
             scales = {key: 1 / scale for key, scale in scales.items()}
-        write_layer(layer, absorb(model.config, read_layer(layer), scales))
+        write_layer(layer, absorb(model.config, parameters_of(layer), scales))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -77,14 +78,16 @@ def test_scales_in_all_pairs_leave_the_logits_as_they_were(name: str) -> None:
     with jax.enable_x64(True):
         model = wide(name)
         before = outputs(model)
-        first = {path: np.asarray(value) for path, value in read_layer(model.layers[0]).items()}
+        first = {path: np.asarray(value) for path, value in parameters_of(model.layers[0]).items()}
         absorb_everywhere(model)
         assert np.abs(outputs(model) - before).max() < 1e-9
-        changed = [path for path, value in read_layer(model.layers[0]).items() if not np.allclose(value, first[path])]
+        changed = [
+            path for path, value in parameters_of(model.layers[0]).items() if not np.allclose(value, first[path])
+        ]
         kernels = {"attention.v.kernel", "attention.o.kernel", "attention.q.kernel", "attention.k.kernel"}
         assert kernels | {"attention_norm.scale", "mlp_norm.scale"} <= set(changed)
         absorb_everywhere(model, inverse=True)
-        for path, value in read_layer(model.layers[0]).items():
+        for path, value in parameters_of(model.layers[0]).items():
             np.testing.assert_allclose(value, first[path], rtol=0, atol=1e-12)
 
 
@@ -100,7 +103,7 @@ def test_in_float32_too(name: str) -> None:
 def test_every_family_takes_all_scales_that_it_can(name: str) -> None:
     model = load(name)
     for index, layer in enumerate(model.layers):
-        sizes = scale_sizes(model.config, index, read_layer(layer))
+        sizes = scale_sizes(model.config, index, parameters_of(layer))
         assert (QUERIES in sizes) == (not model.config.qk_norm)
         assert set(sizes) - {QUERIES} == {ATTENTION, ATTENTION_OUT, MLP, MLP_OUT}
         experts = model.config.moe.num_experts if model.config.is_sparse(index) and model.config.moe else 1
@@ -122,7 +125,7 @@ def test_a_scale_that_tears_a_rotary_pair_changes_the_logits() -> None:
 def test_scales_behind_a_norm_of_queries_are_refused() -> None:
     model = load("qwen3")
     with pytest.raises(ValueError, match="'queries'"):
-        absorb(model.config, read_layer(model.layers[0]), {QUERIES: jnp.ones((1, 8))})
+        absorb(model.config, parameters_of(model.layers[0]), {QUERIES: jnp.ones((1, 8))})
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "qwen3_moe"])
@@ -149,7 +152,7 @@ def test_moments_of_a_folded_layer_are_those_before_by_the_scales(name: str) -> 
 
         before, chosen = inputs(), masks(inputs())
         scales = random_scales(model, 0)
-        write_layer(layer, absorb(config, read_layer(layer), scales))
+        write_layer(layer, absorb(config, parameters_of(layer), scales))
         after, divided = inputs(), input_scales(config, scales)
         for one in linears:
             scale = divided[one.kind][one.expert if one.expert is not None and len(divided[one.kind]) > 1 else 0]

@@ -20,13 +20,14 @@ from jaxdual.pruning.induction.regularizers import alpha_of, first_vectors, regu
 from jaxdual.pruning.induction.settings import MOST, Induction
 from jaxdual.pruning.induction.starts import first_scales
 from jaxdual.pruning.layer import Plan
-from jaxdual.pruning.layer_state import read_layer, write_layer
+from jaxdual.pruning.layer_state import write_layer
 from jaxdual.pruning.linears import linears_of
 from jaxdual.pruning.methods import METHODS
 from jaxdual.pruning.moments import Moments
 from jaxdual.pruning.pattern import Pattern
 from jaxdual.pruning.run import PrunedLayer, prune_model
 from models.attention import dense_attend
+from models.shapes import parameters_of
 from tests.engine.models import folder, load
 
 WINDOWS = np.random.default_rng(1).integers(0, 90, (12, 24)).astype(np.int32)
@@ -105,12 +106,12 @@ def test_with_a_fixed_mask_folded_scales_have_no_gradient() -> None:
 
         def loss(logs: dict[str, jax.Array]) -> jax.Array:
             copy = nnx.clone(layer)
-            folded = absorb(config, read_layer(layer), {key: jnp.exp(log) for key, log in logs.items()})
+            folded = absorb(config, parameters_of(layer), {key: jnp.exp(log) for key, log in logs.items()})
             write_layer(copy, folded | {path: folded[path] * mask for path, mask in masks.items()})
             out, _ = copy(x, rope, lambda *args: dense_attend(1, 24)(0, *args), None)
             return jnp.mean(jnp.square(out - layer(x, rope, lambda *args: dense_attend(1, 24)(0, *args), None)[0]))
 
-        logs = {key: jnp.zeros(shape) for key, shape in scale_sizes(config, 0, read_layer(layer)).items()}
+        logs = {key: jnp.zeros(shape) for key, shape in scale_sizes(config, 0, parameters_of(layer)).items()}
         value, gradient = jax.value_and_grad(loss)(logs)
         assert float(value) > 1e-4
         for slope in gradient.values():
@@ -124,7 +125,9 @@ def pruned(name: str, plan: Plan) -> tuple[models.Decoder, list[PrunedLayer]]:
 
 
 def parameters(model: models.Decoder) -> dict[str, np.ndarray]:
-    return {f"{i}.{path}": np.asarray(v) for i, one in enumerate(model.layers) for path, v in read_layer(one).items()}
+    return {
+        f"{i}.{path}": np.asarray(v) for i, one in enumerate(model.layers) for path, v in parameters_of(one).items()
+    }
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -181,7 +184,7 @@ def test_every_setting_prunes_as_its_pattern_says_and_does_no_harm_on_held_out_t
             groups = np.asarray(one.read(layer)).reshape(-1, 4)
             assert ((groups == 0).sum(1) == 2).all()
             if shift and one.expert is None:
-                assert f"{one.path.removesuffix('.kernel')}.bias" in read_layer(layer)
+                assert f"{one.path.removesuffix('.kernel')}.bias" in parameters_of(layer)
         assert told[index].errors[told[index].taken] == min(told[index].errors.values())
         assert len(told[index].errors) == (4 if shift else 2)
     assert model.config.o_bias == (shift or load(name).config.o_bias)
@@ -212,7 +215,7 @@ def test_shifts_make_up_for_the_means() -> None:
     before = {one.name: inputs[one.group] @ np.asarray(one.read(layer)).T for one in linears}
     plan = Plan(METHODS["sparsegpt"], Pattern.parse("2:4"), shift=True)
     run.prune_layer(layer, config, linears, moments, plan, shift=True)
-    found = read_layer(layer)
+    found = parameters_of(layer)
     for one in linears:
         bias = found[one.path.removesuffix("kernel") + "bias"]
         after = inputs[one.group] @ np.asarray(one.read(layer)).T + np.asarray(bias)

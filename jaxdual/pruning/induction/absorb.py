@@ -53,7 +53,7 @@ def absorb(config: ModelConfig, parameters: Mapping[str, Any], scales: Scales) -
 
     Args:
       config: of the model.
-      parameters: of the layer, by path (`read_layer`).
+      parameters: of the layer, by path (`parameters_of`).
       scales: positive, of the shapes of `scale_sizes`; those that are left out are one.
 
     Returns:

@@ -10,10 +10,10 @@ from jaxtyping import Array, Float
 
 from jaxdual.pruning.induction.absorb import scale_sizes
 from jaxdual.pruning.induction.settings import Induction, Start
-from jaxdual.pruning.layer_state import read_layer
 from jaxdual.pruning.linears import ATTENTION_OUT, Linear
 from jaxdual.pruning.moments import Moments
 from models import ModelConfig
+from models.shapes import parameters_of
 
 _RMS_POWER = 0.5  # of the root mean square: half-way from magnitudes to Wanda's scores
 _PAPER_MOST = 8.0
@@ -53,7 +53,7 @@ def first_scales(
         key: _shared(levels[key], shape, config.head_dim if key == ATTENTION_OUT else None)
         if key in levels
         else jnp.ones(shape)
-        for key, shape in scale_sizes(config, index, read_layer(layer)).items()
+        for key, shape in scale_sizes(config, index, parameters_of(layer)).items()
     }
 
 

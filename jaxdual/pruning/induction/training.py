@@ -19,7 +19,7 @@ from jaxdual.pruning.induction.absorb import absorb, input_scales
 from jaxdual.pruning.induction.masks import straight_through
 from jaxdual.pruning.induction.regularizers import alpha_of, first_vectors, regularizer
 from jaxdual.pruning.induction.settings import MOST, Induction
-from jaxdual.pruning.layer_state import read_layer, write_layer
+from jaxdual.pruning.layer_state import write_layer
 from jaxdual.pruning.linears import Linear
 from jaxdual.pruning.methods import Method
 from jaxdual.pruning.moments import Moments
@@ -29,6 +29,7 @@ from models import ModelConfig
 from models.attention import dense_attend
 from models.moe import MoE
 from models.rope import Rope
+from models.shapes import parameters_of
 
 # Windows of the calibration text at most that scales and shifts are chosen by.
 _HELD_OUT = 8
@@ -149,7 +150,7 @@ def learn_scales(
     logs = _gauged({key: jnp.log(scale) for key, scale in first.items()}, free)
     vectors, alpha = {}, jnp.float32(0)
     if problem.settings.regularizer != "none":
-        scaled = _scaled(problem, read_layer(layer), {key: jnp.exp(log) for key, log in logs.items()})
+        scaled = _scaled(problem, parameters_of(layer), {key: jnp.exp(log) for key, log in logs.items()})
         vectors = first_vectors(scaled)
         alpha = alpha_of(scaled, vectors)
     optimizer_state = problem.optimizer.init(logs)
@@ -241,7 +242,7 @@ def _relative_error(
     """Mean square of what the layer's output changes, relative to what the layer adds to the stream."""
     layer = nnx.merge(graph, state)
     scales = {key: jnp.exp(log) for key, log in logs.items()}
-    write_layer(layer, _masked(problem, read_layer(layer), scales, fixed[0]))
+    write_layer(layer, _masked(problem, parameters_of(layer), scales, fixed[0]))
     found = run_layer(layer, problem.window, problem.length, before, rope)
     return relative_error(found, before, after)
 
@@ -285,7 +286,7 @@ def _step(
         if settings.regularizer == "none":
             return error, dict(vectors)
         scales = {key: jnp.exp(log) for key, log in logs.items()}
-        parameters = read_layer(nnx.merge(graph, state))
+        parameters = parameters_of(nnx.merge(graph, state))
         value, new = regularizer(settings.regularizer, _scaled(problem, parameters, scales), vectors, alpha)
         return error + settings.weight * value, new
 

@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxdual.pruning.layer_state import read_layer, write_layer
+from jaxdual.pruning.layer_state import write_layer
 from jaxdual.pruning.linears import MLP, MLP_OUT, inputs_of
 from jaxdual.pruning.moments import Moments
 from jaxdual.pruning.structured.refit import refit, second_moments
 from models.layers import LayerAttend
 from models.rope import Rope
+from models.shapes import parameters_of
 
 
 def neuron_importance(
@@ -50,7 +51,7 @@ def remove_neurons(
       keep: at most as many as there are.
     """
     kept = most_important(neuron_importance(layer, moments, shift=shift, scale=scale), keep)
-    before = read_layer(layer)
+    before = parameters_of(layer)
     weights, bias = refit(before["mlp.down.kernel"].T, kept, moments, shift=shift)
     changed: dict[str, Any] = {"mlp.down.kernel": weights.T}
     for name in ("gate", "up"):
@@ -90,7 +91,7 @@ def remove_kv_groups(layer: Any, moments: Moments, count: int, *, shift: bool = 
     kept = most_important(group_importance(layer, moments, shift=shift), len(groups) - count)
     queries = np.concatenate([groups[group] for group in kept])
     keys = np.concatenate([np.arange(layer.attention.head_dim) + group * layer.attention.head_dim for group in kept])
-    before = read_layer(layer)
+    before = parameters_of(layer)
     weights, bias = refit(before["attention.o.kernel"].T, queries, moments, shift=shift)
     changed: dict[str, Any] = {"attention.o.kernel": weights.T}
     for name, columns in (("q", queries), ("k", keys), ("v", keys)):
@@ -131,7 +132,7 @@ def remove_experts(layer: Any, importance: Float[np.ndarray, " experts"], keep: 
       keep: at least as many as a token is sent to.
     """
     kept = most_important(np.asarray(importance), keep)
-    before = read_layer(layer)
+    before = parameters_of(layer)
     changed = {f"mlp.experts.{name}": before[f"mlp.experts.{name}"][kept] for name in ("gate", "up", "down")}
     write_layer(layer, changed | {"mlp.router.kernel": before["mlp.router.kernel"][:, kept]})
 

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int32
 
 from jaxdual.pruning.induction.settings import Induction
 from jaxdual.pruning.induction.training import Example, held_out_windows, layer_error
-from jaxdual.pruning.layer_state import read_layer, write_layer
+from jaxdual.pruning.layer_state import write_layer
 from jaxdual.pruning.linears import ATTENTION_OUT, MLP_OUT
 from jaxdual.pruning.moments import Moments
 from jaxdual.pruning.stream import attend_within, behind, with_window
@@ -188,7 +188,7 @@ def _prune_induced(
         remove_neurons(ways[name], moments, plan.width, shift=plan.structure.shift, scale=scale)
         errors[name] = layer_error(ways[name], plan.window, examples[-last:], rope)
     taken = min(errors, key=errors.__getitem__)
-    write_layer(layer, read_layer(ways[taken]))
+    write_layer(layer, parameters_of(ways[taken]))
     return taken, errors
 
 
