@@ -95,11 +95,11 @@ def test_a_run_that_was_stopped_goes_on_with_its_layer(
     seen: list[int] = []
     prune = structured._prune
 
-    def until_third(layer: Any, *rest: Any) -> None:
+    def until_third(layer: Any, *rest: Any) -> Any:
         seen.append(0)
         if len(seen) == 3:
             raise KeyboardInterrupt
-        prune(layer, *rest)
+        return prune(layer, *rest)
 
     with monkeypatch.context() as patched:
         patched.setattr(structured, "_prune", until_third)
