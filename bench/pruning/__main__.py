@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 
 from bench.pruning.claims import tables, verdicts
 from bench.pruning.pictures import check_drawing, draw
-from bench.pruning.quality import PATTERNS, Run, Setting, draw_windows, quality
+from bench.pruning.quality import PATTERNS, Run, Setting, dense_perplexity, draw_windows, quality
 from bench.pruning.refresh import refresh
 from bench.report import header, table, write_json
 from jaxdual.arguments import run_command, whole
@@ -35,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench.pruning", description=__doc__)
-    parser.add_argument("--json", metavar="FILE", help="written anew after each pruned model")
+    parser.add_argument("--json", metavar="FILE", help="written anew as models are pruned")
     parser.add_argument("--picture", type=Path, metavar="FILE.png")
     parser.add_argument("--model", type=Path, metavar="DIR", help="model folder; the shipped base unless given")
     parser.add_argument(
@@ -49,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     ):
         default = Setting.__dataclass_fields__[name].default
         parser.add_argument(f"--{name}", type=whole(least), default=default, metavar="N", help=f"{about}; {default}")
+    parser.add_argument("--workers", type=whole(1), default=1, metavar="N", help="processes at a time; 1")
     add_induction(parser)
     return parser
 
@@ -75,18 +77,17 @@ def _run(options: argparse.Namespace) -> int:
     windows = draw_windows(Tokenizer.from_dir(setting.model), "train", setting.sequences, setting.length, seed=0)
     report["refresh"] = refresh(setting.model, windows)
 
-    def done(runs: list[Run], dense: float) -> None:
-        last = runs[-1]
-        with_si = " + SI" if last.induced else ""
-        print(
-            f"seed {last.seed}, {last.pattern}, {last.pruner}{with_si}: {last.perplexity:.3f} ({last.seconds} s)",
-            flush=True,
-        )
-        write_json(options.json, report | {"dense": dense, "runs": [asdict(run) for run in runs]})
+    dense = dense_perplexity(setting)
+    report["dense"] = dense
+    begin = time.monotonic()
 
-    runs, dense = quality(setting, done)
+    def done(runs: list[Run]) -> None:
+        print(f"{len(runs)} models pruned, {time.monotonic() - begin:.0f} s", flush=True)
+        write_json(options.json, report | {"runs": [asdict(run) for run in runs]})
+
+    runs = quality(setting, options.workers, done)
     found = verdicts(runs, patterns, report["refresh"]["ratio"])
-    report |= {"dense": dense, "verdicts": [asdict(one) for one in found], "runs": [asdict(run) for run in runs]}
+    report |= {"verdicts": [asdict(one) for one in found], "runs": [asdict(run) for run in runs]}
     write_json(options.json, report)
     print(f"\n{tables(runs, patterns, dense)}\n")
     print(table(["claim", "measured", "verdict"], [[one.claim, one.measured, one.verdict] for one in found]))

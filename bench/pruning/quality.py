@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,23 +75,39 @@ class Run:
     taken: int | None = None
 
 
-def quality(setting: Setting, done: Callable[[list[Run], float], None]) -> tuple[list[Run], float]:
-    """All runs, and the perplexity of the model as it was trained.
+def quality(setting: Setting, workers: int, done: Callable[[list[Run]], None]) -> list[Run]:
+    """All runs, by seed and pattern.
 
     Args:
       setting: how much.
-      done: is told of all runs so far after each.
+      workers: processes, each with the ways to one pattern with one seed at a time.
+      done: is told of all runs so far after each of these.
     """
-    tokenizer = Tokenizer.from_dir(setting.model)
-    held_out = draw_windows(tokenizer, "heldout", setting.evaluated, setting.length, seed=0)
-    dense, runs = perplexity(models.load(setting.model, dtype="float32"), held_out), list[Run]()
-    for seed in range(setting.seeds):
-        text = draw_windows(tokenizer, "train", setting.sequences, setting.length, seed=seed)
-        for pattern in setting.patterns:
-            for pruner, plan in plans(pattern, setting.induction):
-                runs.append(_run(setting, pattern, pruner, plan, seed, text, held_out))
-                done(runs, dense)
-    return runs, dense
+    runs: list[Run] = []
+    tasks = [(seed, pattern) for seed in range(setting.seeds) for pattern in setting.patterns]
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        for found in as_completed([pool.submit(_runs, setting, *task) for task in tasks]):
+            runs += found.result()
+            runs.sort(key=lambda run: tasks.index((run.seed, run.pattern)))
+            done(runs)
+    return runs
+
+
+def dense_perplexity(setting: Setting) -> float:
+    """Of the model as it was trained."""
+    return perplexity(models.load(setting.model, dtype="float32"), _held_out(setting))
+
+
+def _held_out(setting: Setting) -> Int32[np.ndarray, "N L"]:
+    return draw_windows(Tokenizer.from_dir(setting.model), "heldout", setting.evaluated, setting.length, seed=0)
+
+
+def _runs(setting: Setting, seed: int, pattern: str) -> list[Run]:
+    text = draw_windows(Tokenizer.from_dir(setting.model), "train", setting.sequences, setting.length, seed=seed)
+    held_out = _held_out(setting)
+    return [
+        _run(setting, pattern, pruner, plan, seed, text, held_out) for pruner, plan in plans(pattern, setting.induction)
+    ]
 
 
 def plans(pattern: str, induction: Induction) -> Iterator[tuple[str, Plan]]:
