@@ -8,6 +8,7 @@ faster are `python -m bench.pruning.speed` and `python -m bench.pruning.packed`.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Sequence
@@ -50,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     ):
         default = Setting.__dataclass_fields__[name].default
         parser.add_argument(f"--{name}", type=whole(least), default=default, metavar="N", help=f"{about}; {default}")
+    parser.add_argument("--go-on", action="store_true", help="with the models in --json, if its setting is the same")
     parser.add_argument("--workers", type=whole(1), default=1, metavar="N", help="processes at a time; 1")
     add_induction(parser)
     return parser
@@ -77,6 +79,7 @@ def _run(options: argparse.Namespace) -> int:
     windows = draw_windows(Tokenizer.from_dir(setting.model), "train", setting.sequences, setting.length, seed=0)
     report["refresh"] = refresh(setting.model, windows)
 
+    before = _runs_of(options.json, report["setting"]) if options.go_on else []
     dense = dense_perplexity(setting)
     report["dense"] = dense
     begin = time.monotonic()
@@ -85,7 +88,7 @@ def _run(options: argparse.Namespace) -> int:
         print(f"{len(runs)} models pruned, {time.monotonic() - begin:.0f} s", flush=True)
         write_json(options.json, report | {"runs": [asdict(run) for run in runs]})
 
-    runs = quality(setting, options.workers, done)
+    runs = quality(setting, options.workers, done, before)
     found = verdicts(runs, patterns, report["refresh"]["ratio"])
     report |= {"verdicts": [asdict(one) for one in found], "runs": [asdict(run) for run in runs]}
     write_json(options.json, report)
@@ -94,6 +97,21 @@ def _run(options: argparse.Namespace) -> int:
     if options.picture is not None:
         draw(runs, patterns, dense, options.picture)
     return 0
+
+
+def _runs_of(file: str | None, setting: Any) -> list[Run]:
+    """Runs that a stopped call has written.
+
+    Raises:
+      ValueError: there are none, or they are of another setting.
+    """
+    try:
+        found = json.loads(Path(file or "").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--go-on: {file} can't be read ({error})") from None
+    if found["setting"] != json.loads(json.dumps(setting)):
+        raise ValueError(f"--go-on: {file} is of another setting: {found['setting']}")
+    return [Run(**one) for one in found["runs"]]
 
 
 if __name__ == "__main__":

@@ -75,18 +75,20 @@ class Run:
     taken: int | None = None
 
 
-def quality(setting: Setting, workers: int, done: Callable[[list[Run]], None]) -> list[Run]:
+def quality(setting: Setting, workers: int, done: Callable[[list[Run]], None], before: Sequence[Run] = ()) -> list[Run]:
     """All runs, by seed and pattern.
 
     Args:
       setting: how much.
+      before: runs of the same setting that are there already, all ways to a pattern with a seed or none.
       workers: processes, each with the ways to one pattern with one seed at a time.
       done: is told of all runs so far after each of these.
     """
-    runs: list[Run] = []
+    runs = list(before)
     tasks = [(seed, pattern) for seed in range(setting.seeds) for pattern in setting.patterns]
+    there = {(run.seed, run.pattern) for run in runs}
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        for found in as_completed([pool.submit(_runs, setting, *task) for task in tasks]):
+        for found in as_completed([pool.submit(_runs, setting, *task) for task in tasks if task not in there]):
             runs += found.result()
             runs.sort(key=lambda run: tasks.index((run.seed, run.pattern)))
             done(runs)

@@ -34,7 +34,7 @@ from jaxdual import LLM, SamplingParams
 from jaxdual.arguments import whole
 from jaxdual.model_folder import shipped_model
 from jaxdual.pruning.calibration import perplexity
-from jaxdual.pruning.structured.command import sizes_of
+from jaxdual.pruning.structured.command import OF_SOURCE, sizes_of
 from jaxdual.pruning.structured.plan import Structure
 from jaxdual.pruning.structured.run import chosen_widths, prune_structured
 from jaxdual.tokenizer import Tokenizer
@@ -211,7 +211,7 @@ def pruned_arms(source: Path, place: Path, structures: dict[str, Structure] = PR
         smaller = prune_structured(model, windows, structure, chosen_widths(model, windows, structure))
         folder = place / str(number)
         models.save(smaller, folder, stored_dtype(source))
-        copy_other_files(source, folder, but=("README.md", "metrics.json", "config.json"))
+        copy_other_files(source, folder, but=OF_SOURCE)
         arms.append(Arm(name, folder))
         _say(f"{name}: pruned")
     return arms

@@ -17,7 +17,7 @@ from jaxdual.arguments import run_command, whole
 from jaxdual.config import EngineConfig
 from jaxdual.model_folder import find_model
 from jaxdual.offline.report import write_report
-from jaxdual.pruning.calibration import LENGTH, SEQUENCES, perplexity, split_windows
+from jaxdual.pruning.calibration import LENGTH, SEQUENCES, finite_perplexity, perplexity, split_windows
 from jaxdual.pruning.induction.options import add_induction, induction_of
 from jaxdual.pruning.layer import Plan
 from jaxdual.pruning.methods import METHODS, UPDATES
@@ -99,7 +99,7 @@ def _prune(options: argparse.Namespace) -> int:
     }
     run = UnfinishedRun(PrunedLayer, options.out, settings)
     begin = time.perf_counter()
-    dense = perplexity(model, held_out)
+    dense = finite_perplexity(model, held_out)
     pruned = run.resume(model)
     first = len(pruned)
     with tqdm(total=len(model.layers), initial=first, unit=" layers", disable=options.no_progress) as bar:
@@ -113,7 +113,6 @@ def _prune(options: argparse.Namespace) -> int:
     sparse = perplexity(model, held_out)
     save(model, options.out, stored_dtype(folder))
     copy_other_files(folder, options.out, but=OF_SOURCE)
-    run.remove()
     matrices = [one for layer in pruned for one in layer.matrices]
     removed, weights = sum(one.removed for one in matrices), sum(one.weights for one in matrices)
     report = settings | {
@@ -128,6 +127,7 @@ def _prune(options: argparse.Namespace) -> int:
     }
     if options.report is not None:
         write_report(options.report, report)
+    run.remove()
     print(
         f"{options.out}: {removed} of {weights} weights in {len(matrices)} matrices are 0 ({removed / weights:.1%}); "
         f"perplexity of held-out text {dense:.3f} before, {sparse:.3f} after"

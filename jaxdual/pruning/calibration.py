@@ -64,6 +64,18 @@ def read_windows(file: Path, tokenizer: Tokenizer, length: int) -> Int32[np.ndar
     return tokens[: len(tokens) // length * length].reshape(-1, length)
 
 
+def finite_perplexity(model: Decoder, windows: Int32[np.ndarray, "N L"]) -> float:
+    """`perplexity` of a model that is to be pruned.
+
+    Raises:
+      ValueError: it is no number: weights are missing, or not finite.
+    """
+    found = perplexity(model, windows)
+    if not np.isfinite(found):
+        raise ValueError(f"the model's perplexity before pruning is {found}; a model of finite weights is expected")
+    return found
+
+
 def perplexity(model: Decoder, windows: Int32[np.ndarray, "N L"]) -> float:
     """Of every token but the first of each window, after those before it in the window."""
     total = sum(float(_loss(jnp.asarray(model.logits(window[None])[0]), jnp.asarray(window))) for window in windows)

@@ -14,11 +14,14 @@ from jaxdual.pruning.induction.absorb import Scales, absorb, input_scales
 from jaxdual.pruning.induction.settings import Induction
 from jaxdual.pruning.layer_state import write_layer
 from jaxdual.pruning.linears import Linear
-from jaxdual.pruning.methods import Method, Update, prune_matrix
+from jaxdual.pruning.methods import METHODS, Method, Update, prune_matrix
 from jaxdual.pruning.moments import Moments
 from jaxdual.pruning.pattern import Pattern
 from models import ModelConfig
 from models.shapes import parameters_of
+
+# Of the calibration text, below which an expert is pruned by the size of its weights.
+LEAST_TOKENS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,13 +53,15 @@ class PrunedMatrix:
 
     Attributes:
       name: in its layer.
-      removed, weights: how many of how many.
+      removed, weights: how many were left out of how many.
+      tokens: of the calibration text that went through it.
       error: mean square of the change of its outputs on the calibration text, relative to that of the outputs.
     """
 
     name: str
     removed: int
     weights: int
+    tokens: int
     error: float
 
 
@@ -98,13 +103,15 @@ def prune_layer(
     for one in linears:
         before = one.read(layer)
         seen = moments[one.group].centred if shift and one.expert is None else moments[one.group]
-        after, kept = prune_matrix(
-            before, seen, plan.method, plan.pattern, update=plan.update, scale=found.get(one.group)
-        )
+        # Nothing is known of an expert that hardly a token went to, so its smallest weights go.
+        known = one.expert is None or float(seen.tokens) >= LEAST_TOKENS
+        method, update = (plan.method, plan.update) if known else (METHODS["magnitude"], None)
+        after, kept = prune_matrix(before, seen, method, plan.pattern, update=update, scale=found.get(one.group))
         one.write(layer, after)
         if shift and one.expert is None:
             one.shift(layer, (before - after) @ moments[one.group].means)
-        pruned.append(PrunedMatrix(one.name, int(jnp.sum(~kept)), kept.size, _error(before, after, seen)))
+        removed, tokens = int(jnp.sum(~kept)), int(seen.tokens)
+        pruned.append(PrunedMatrix(one.name, removed, kept.size, tokens, _error(before, after, seen)))
     return pruned
 
 

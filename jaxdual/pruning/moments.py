@@ -60,9 +60,17 @@ class Moments:
 
     @cached_property
     def centred(self) -> Moments:
-        """Of the inputs less their means."""
-        products = jnp.outer(self.first, self.means) if self.second.ndim == 2 else self.first * self.means
-        return dataclasses.replace(self, first=jnp.zeros_like(self.first), second=self.second - products)
+        """Of the inputs less their means.
+
+        Rounding leaves a little of an input that is always the same, which may be below zero; it counts as none.
+        """
+        if self.second.ndim == 1:
+            second = jnp.maximum(self.second - self.first * self.means, 0)
+        else:
+            second = self.second - jnp.outer(self.first, self.means)
+            diagonal = jnp.diagonal(second)
+            second = second + jnp.diag(jnp.maximum(diagonal, 0) - diagonal)
+        return dataclasses.replace(self, first=jnp.zeros_like(self.first), second=second)
 
     def divided(self, scale: Float[Array, " inputs"]) -> Moments:
         """Of inputs divided by `scale`."""

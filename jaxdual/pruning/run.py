@@ -62,7 +62,10 @@ def check(model: Decoder, plan: Plan, windows: int) -> None:
     for index, layer in enumerate(model.layers):
         for linear in linears_of(model.config, index):
             outputs, inputs = linear.read(layer).shape
-            plan.pattern.check(f"{linear.name} of layer {index}", inputs, outputs)
+            name = f"{linear.name} of layer {index}"
+            plan.pattern.check(name, inputs, outputs)
+            if plan.pattern.removed(outputs, inputs, plan.method.scope) == 0:
+                raise ValueError(f"pattern {plan.pattern}: nothing of {name} would go, which is {outputs} by {inputs}")
     swaps = plan.update is not None and plan.update.swaps
     if plan.pattern.block and (plan.method.sweeps or plan.induction is not None or swaps):
         raise ValueError(
@@ -146,7 +149,9 @@ def _prune(model: Decoder, index: int, plan: Plan, streams: Sequence[Array], tex
     of_induction: list[Scales | None] = [None]
     if plan.induction is not None:
         of_induction.append(
-            _induced(model, index, plan, linears, moments, examples[:-held_out], examples[-held_out:], text)
+            _induced(
+                model, index, plan, plan.induction, linears, moments, examples[:-held_out], examples[-held_out:], text
+            )
         )
     ways: dict[str, tuple[nnx.Module, list[PrunedMatrix]]] = {}
     errors: dict[str, float] = {}
@@ -174,13 +179,13 @@ def _induced(
     model: Decoder,
     index: int,
     plan: Plan,
+    settings: Induction,
     linears: Sequence[Linear],
     moments: Mapping[str, Moments],
     examples: Sequence[Example],
     held_out: Sequence[Example],
     text: _Text,
 ) -> Scales:
-    settings = plan.induction or Induction()
     if settings.start is None:
         settings = dataclasses.replace(settings, start="rms" if plan.method.power == 0 else "ones")
     layer, config, window = model.layers[index], model.config, model.config.window_of(index)
@@ -188,7 +193,10 @@ def _induced(
     if settings.start == "paper":
         graph, state = nnx.split(layer)
         taken = [_inputs(graph, window, state, one.before, text.rope) for one in examples[:_SAMPLED]]
-        samples = {group: jnp.concatenate([inputs[group] for inputs in taken]) for group in taken[0]}
+        samples = {
+            group: jnp.concatenate([inputs[group][0][np.asarray(inputs[group][1]) > 0] for inputs in taken])
+            for group in taken[0]
+        }
     together = batched(examples, settings.batch)
     problem = Problem(
         config,
@@ -207,6 +215,6 @@ def _induced(
 @partial(jax.jit, static_argnames=("graph", "window"))
 def _inputs(
     graph: Any, window: int | None, state: Any, x: Float[Array, "T D"], rope: Rope
-) -> dict[str, Float[Array, "T inputs"]]:
+) -> dict[str, tuple[Float[Array, "T inputs"], Float[Array, " T"]]]:
     found = inputs_of(nnx.merge(graph, state), x, rope, attend_within(window, x.shape[0]))
-    return {group: inputs for group, inputs, _ in found}
+    return {group: (inputs, jnp.ones(inputs.shape[0]) if counts is None else counts) for group, inputs, counts in found}

@@ -43,10 +43,11 @@ class UnfinishedRun[Record: OfLayer]:
     def __init__(self, record: type[Record], out: Path, settings: dict[str, Any]) -> None:
         self._record = record
         self._folder = out / _FOLDER
-        if out.exists() and (not out.is_dir() or any(entry.name != _FOLDER for entry in out.iterdir())):
+        file = self._folder / _SETTINGS
+        # A run that was stopped while the model was written has both.
+        if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not file.is_file())):
             raise ValueError(f"{out}: exists; a new or an empty folder is expected, or one of a run that was stopped")
         self._folder.mkdir(parents=True, exist_ok=True)
-        file = self._folder / _SETTINGS
         if not file.exists():
             _replace(file, json.dumps(settings))
         elif json.loads(file.read_text()) != settings:

@@ -38,10 +38,8 @@ def induction_of(options: argparse.Namespace, *, default: str) -> Induction | No
       ValueError: a setting outside its range.
     """
     mode = options.si or default
-    if mode == _NONE:
-        return None
-    return Induction(
-        mode=mode,  # type: ignore[arg-type]  # one of the choices
+    induction = Induction(
+        mode="score" if mode == _NONE else mode,  # type: ignore[arg-type]  # one of the choices
         start=options.si_start,
         regularizer=options.si_regularizer,
         weight=options.si_weight,
@@ -50,3 +48,4 @@ def induction_of(options: argparse.Namespace, *, default: str) -> Induction | No
         temperature=options.si_temperature,
         batch=options.si_batch,
     )
+    return None if mode == _NONE else induction

@@ -58,7 +58,7 @@ def first_scales(
 
 
 def _levels(start: Start, moments: Moments, sample: Float[Array, "T inputs"] | None) -> Float[Array, " inputs"]:
-    if start == "ones":
+    if start == "ones" or (sample is not None and not len(sample)):
         return jnp.ones(moments.first.shape)
     if start == "rms":
         means = moments.squares / jnp.maximum(moments.tokens, 1)

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from jaxdual.config import EngineConfig
 from jaxdual.model_folder import find_model
 from jaxdual.offline.report import write_report
-from jaxdual.pruning.calibration import LENGTH, perplexity, split_windows
+from jaxdual.pruning.calibration import LENGTH, finite_perplexity, perplexity, split_windows
 from jaxdual.pruning.induction.options import induction_of
 from jaxdual.pruning.induction.training import check_windows
 from jaxdual.pruning.structured.plan import Structure
@@ -54,6 +54,7 @@ def prune_structured_folder(options: argparse.Namespace) -> int:
     longest = model.config.max_position_embeddings
     if induction is not None:
         check_windows(options.sequences, induction.batch)
+    structure.check_learning(model.config, scales=induction is not None)
     structure.check(model.config, options.sequences * (options.length or min(LENGTH, longest)))
     windows, held_out = split_windows(
         options.calibration,
@@ -71,7 +72,7 @@ def prune_structured_folder(options: argparse.Namespace) -> int:
     }
     run = UnfinishedRun(SmallerLayer, options.out, settings)
     begin, dtype = time.perf_counter(), stored_dtype(folder)
-    before = sizes_of(model, dtype) | {"perplexity": perplexity(model, held_out)}
+    before = sizes_of(model, dtype) | {"perplexity": finite_perplexity(model, held_out)}
     # Of the whole model, which the layers that are done are not put into yet.
     widths = chosen_widths(model, windows, structure)
     told = run.resume(model)
@@ -87,7 +88,6 @@ def prune_structured_folder(options: argparse.Namespace) -> int:
     after = sizes_of(smaller, dtype) | {"perplexity": perplexity(smaller, held_out)}
     save(smaller, options.out, dtype)
     copy_other_files(folder, options.out, but=OF_SOURCE)
-    run.remove()
     report = settings | {
         "model": name,
         "fingerprint": settings["model"],
@@ -102,6 +102,7 @@ def prune_structured_folder(options: argparse.Namespace) -> int:
     }
     if options.report is not None:
         write_report(options.report, report)
+    run.remove()
     print(
         f"{options.out}: {after['parameters']} of {before['parameters']} parameters stay "
         f"({after['parameters'] / before['parameters']:.1%}), in a {smaller.config.family} model; perplexity of "

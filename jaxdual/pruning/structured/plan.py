@@ -77,6 +77,14 @@ class Structure:
         if tokens < fitted:
             raise ValueError(f"{tokens} tokens of calibration text are too few to fit {fitted} inputs of a matrix")
 
+    def check_learning(self, config: ModelConfig, *, scales: bool) -> None:
+        """Raises `ValueError` if scales of neurons or shifts are asked for where there is nothing to have them."""
+        neurons = self.share > 0 and bool(dense_layers(config))
+        if scales and not neurons:
+            raise ValueError("Sparsity Induction is of neurons that go from dense MLPs, and none go")
+        if self.shift and not neurons and not self.kv_groups:
+            raise ValueError("shifts are of dense MLPs and of the attention, and nothing goes from these")
+
     def width(self, size: int) -> int:
         """Neurons that stay of `size` where all layers lose the same share."""
         if self.share == 0:
