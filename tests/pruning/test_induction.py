@@ -19,6 +19,7 @@ from jaxdual.pruning.induction.masks import straight_through
 from jaxdual.pruning.induction.regularizers import alpha_of, first_vectors, regularizer
 from jaxdual.pruning.induction.settings import MOST, Induction
 from jaxdual.pruning.induction.starts import first_scales
+from jaxdual.pruning.induction.training import learn_scales
 from jaxdual.pruning.layer import Plan
 from jaxdual.pruning.layer_state import write_layer
 from jaxdual.pruning.linears import linears_of
@@ -264,3 +265,51 @@ def test_too_few_windows_are_refused() -> None:
     plan = Plan(METHODS["wanda"], Pattern.parse("2:4"), induction=Induction(batch=4))
     with pytest.raises(ValueError, match="4 windows of calibration text, of which 1 are held out, are too few"):
         run.check(load("qwen3"), plan, 4)
+
+
+def watched(monkeypatch: pytest.MonkeyPatch, name: str, plan: Plan) -> list[dict[str, Any]]:
+    """What each layer's scales were learned from, and what came of it."""
+    seen: list[dict[str, Any]] = []
+
+    def learn(
+        layer: Any, problem: Any, linears: Any, moments: Any, first: Any, rope: Any, examples: Any, held_out: Any
+    ) -> Any:
+        found = learn_scales(layer, problem, linears, moments, first, rope, examples, held_out)
+        seen.append({"first": first, "found": found, "examples": examples, "held_out": held_out, "moments": moments})
+        return found
+
+    monkeypatch.setattr(run, "learn_scales", learn)
+    pruned(name, plan)
+    return seen
+
+
+def test_nothing_is_learned_from_what_is_chosen_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = Plan(METHODS["magnitude"], Pattern.parse("2:4"), induction=Induction(epochs=1, rate=0.05))
+    for layer in watched(monkeypatch, "qwen3", plan):
+        learned, chosen = ([np.asarray(one.before) for one in layer[side]] for side in ("examples", "held_out"))
+        assert (len(learned), len(chosen)) == (9, 3)
+        assert not any(np.array_equal(one, other) for one in learned for other in chosen)
+        # Magnitudes begin half-way to Wanda.
+        first = layer["first"]["qkv"][0]
+        moments = layer["moments"]["qkv"]
+        level = np.asarray(moments.squares / moments.tokens) ** 0.25
+        np.testing.assert_allclose(first, level / np.exp(np.log(level).mean()), rtol=1e-3)
+        for scale in layer["found"].values():
+            logs = np.log(np.asarray(scale))
+            assert np.abs(logs).max() > 0.02
+            np.testing.assert_allclose(logs.mean(-1), 0, atol=1e-4)
+
+
+def test_passes_that_made_it_worse_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    wild = Plan(METHODS["wanda"], Pattern.parse("2:4"), induction=Induction(epochs=2, rate=1e4))
+    for layer in watched(monkeypatch, "qwen3", wild):
+        for key, scale in layer["found"].items():
+            np.testing.assert_allclose(scale, layer["first"][key], rtol=1e-6, err_msg="ones at first, and in the end")
+
+
+def test_experts_that_few_tokens_go_to_keep_scales_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = Plan(METHODS["magnitude"], Pattern.parse("2:4"), induction=Induction(epochs=1, rate=0.05, batch=3))
+    for layer in watched(monkeypatch, "qwen3_moe", plan):
+        for key, scale in layer["found"].items():
+            experts = key in ("gate_up", "down")
+            assert np.array_equal(scale, np.ones_like(scale)) == experts, key

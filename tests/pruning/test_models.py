@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -122,8 +123,9 @@ def test_the_command_writes_a_model_and_goes_on_where_it_was_stopped(
         patched.setattr("jaxdual.pruning.layer.prune_matrix", until_third)
         assert call(stopped) == 130
         assert "goes on with the layer" in capsys.readouterr().err
-        assert call(stopped, pattern="4:8") == 2
-        assert "other settings" in capsys.readouterr().err
+        for other in ({"pattern": "4:8"}, {"si": "score"}, {"update": "admm"}, {"method": "ria"}, {"sequences": 4}):
+            assert call(stopped, **other) == 2
+            assert "other settings" in capsys.readouterr().err
         layers[:] = [0] * 100
         assert call(stopped) == 0
         assert len(layers) == 100 + 2 * 7, "the first two layers were done"
@@ -147,6 +149,9 @@ def test_the_command_writes_a_model_and_goes_on_where_it_was_stopped(
         ({"si": "score", "si-rate": 0}, "rate is 0.0; it must be a positive number"),
         ({"si": "score", "si-batch": 3}, "3 windows of calibration text, of which 1 are held out"),
         ({"pattern": "2:48"}, "no multiple of 48"),
+        ({"pattern": "0.001"}, "nothing of attention.q of layer 0 would go, which is 128 by 128"),
+        ({"pattern": "0.3@64"}, "nothing of attention.q of layer 0 would go"),
+        ({"si-rate": "nan"}, "rate is nan"),
         ({"sequences": 10_000}, "windows of 64 tokens; --sequences 10000 and 8 held out need 10008"),
         ({"length": 4096}, "--length 4096 must be at most 1024"),
         ({"calibration": "/nowhere"}, "cannot be read as UTF-8 text"),
@@ -162,6 +167,33 @@ def test_wrong_calls_end_before_the_work_starts(
     (tmp_path / "other").write_text("")
     assert call(tmp_path) == 2
     assert "exists; a new or an empty folder" in capsys.readouterr().err
+
+
+def test_a_run_stopped_while_the_model_is_written_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(command, "copy_other_files", stop)
+        assert call(tmp_path / "out") == 130
+    assert (tmp_path / "out" / "model.safetensors").exists()
+    assert call(tmp_path / "out", report=tmp_path / "report.json") == 0
+    assert len(json.loads((tmp_path / "report.json").read_text())["layers"]) == 4
+    assert not (tmp_path / "out" / "unfinished").exists()
+    assert models.load(tmp_path / "out").config.num_layers == 4
+
+
+def test_a_model_with_weights_that_are_no_numbers_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(shipped_model("small"), tmp_path / "broken")
+    model = models.load(tmp_path / "broken", dtype="float32")
+    model.layers[1].mlp.up.kernel[...] = model.layers[1].mlp.up.kernel[...].at[0, 0].set(np.nan)
+    models.save(model, tmp_path / "broken")
+    assert call(tmp_path / "out", model=tmp_path / "broken") == 2
+    assert "perplexity before pruning is nan" in capsys.readouterr().err
 
 
 def test_models_whose_heads_are_mixed_are_refused() -> None:

@@ -128,6 +128,8 @@ def test_a_run_that_was_stopped_goes_on_with_its_layer(
             {"si": "score", "si_batch": 6},
             "6 windows of calibration text, of which 1 are held out",
         ),
+        ({"si": "score", "pattern": "0", "kv_groups": 1}, "Sparsity Induction is of neurons that go"),
+        ({"si": "score", "model": shipped_model("moe")}, "Sparsity Induction is of neurons that go"),
         ({"update": "dsnot"}, "--update dsnot is not of --method structured"),
         ({"model": folder("iha")}, "jaxdual_iha can't be pruned"),
         ({"method": "wanda", "kv_groups": 1}, "--kv-groups and --widths are of --method structured"),

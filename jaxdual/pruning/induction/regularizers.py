@@ -29,13 +29,11 @@ def regularizer(
     """Its value, and vectors for the next step.
 
     Args:
-      kind: which one; "none" is 0.
+      kind: which one, not "none".
       weights: scaled weights of all matrices.
       vectors: from the step before, or `first_vectors`.
       alpha: of the paper's; see `alpha_of`.
     """
-    if kind == "none":
-        return jnp.float32(0), dict(vectors)
     norms, after = _spectral_norms(weights, vectors)
     if kind == "paper":
         return jnp.exp(-alpha * sum(jnp.sum(norm) for norm in norms.values())), after
