@@ -34,7 +34,7 @@ from jaxdual import LLM, SamplingParams
 from jaxdual.arguments import whole
 from jaxdual.model_folder import shipped_model
 from jaxdual.pruning.calibration import perplexity
-from jaxdual.pruning.structured.command import OF_SOURCE, sizes_of
+from jaxdual.pruning.job import OF_SOURCE, sizes_of
 from jaxdual.pruning.structured.plan import Structure
 from jaxdual.pruning.structured.run import chosen_widths, prune_structured
 from jaxdual.tokenizer import Tokenizer

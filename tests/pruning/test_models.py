@@ -176,7 +176,7 @@ def test_a_run_stopped_while_the_model_is_written_goes_on(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(command, "copy_other_files", stop)
+        patched.setattr("jaxdual.pruning.job.copy_other_files", stop)
         assert call(tmp_path / "out") == 130
     assert (tmp_path / "out" / "model.safetensors").exists()
     assert call(tmp_path / "out", report=tmp_path / "report.json") == 0

@@ -15,8 +15,8 @@ import models
 from jaxdual import LLM, SamplingParams
 from jaxdual.model_folder import shipped_model
 from jaxdual.pruning import __main__ as command
+from jaxdual.pruning.job import sizes_of
 from jaxdual.pruning.structured import run as structured
-from jaxdual.pruning.structured.command import sizes_of
 from tests.engine.models import folder
 
 SMALL = shipped_model("small")
