@@ -24,10 +24,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
-
 import models
 from bench.engine_worker import Ours
+from bench.pruning.quality import draw_windows
 from bench.report import header, percentile, write_json
 from bench.workload import prompts
 from jaxdual import LLM, SamplingParams
@@ -43,7 +42,6 @@ from models.checkpoint import stored_dtype
 from models.checkpoint import write_json as write_config
 from models.convert import copy_other_files
 from models.shapes import abstract
-from models.training import corpus
 
 _PERCENTILE = 10
 _CONTEXT = 640  # tokens of the longest sequence of any load
@@ -204,7 +202,7 @@ def _bytes(arm: Arm, engine: Ours) -> dict[str, Any]:
 def pruned_arms(source: Path, place: Path, structures: dict[str, Structure] = PRUNED) -> list[Arm]:
     """Prunes a model on source code of its training text, once for each structure."""
     tokenizer = Tokenizer.from_dir(source)
-    windows = _windows(tokenizer, "train", _CALIBRATION)
+    windows = draw_windows(tokenizer, "train", _CALIBRATION, _LENGTH, seed=0)
     arms = []
     for number, (name, structure) in enumerate(structures.items()):
         model = models.load(source, dtype="float32")
@@ -217,16 +215,9 @@ def pruned_arms(source: Path, place: Path, structures: dict[str, Structure] = PR
     return arms
 
 
-def _windows(tokenizer: Tokenizer, split: corpus.Split, count: int) -> np.ndarray[Any, Any]:
-    """Windows from anywhere in the standard library's source, the same ones each time."""
-    tokens = np.array(tokenizer.encode("\n".join(corpus.read_texts(split).values())), np.int32)
-    rows = tokens[: len(tokens) // _LENGTH * _LENGTH].reshape(-1, _LENGTH)
-    return rows[np.random.default_rng(0).permutation(len(rows))[:count]]
-
-
 def _quality(arms: Sequence[Arm]) -> dict[str, float]:
     """Perplexity of held-out source code, of which no arm has seen anything."""
-    windows = _windows(Tokenizer.from_dir(arms[0].folder), "heldout", _HELD_OUT)
+    windows = draw_windows(Tokenizer.from_dir(arms[0].folder), "heldout", _HELD_OUT, _LENGTH, seed=0)
     return {arm.name: perplexity(models.load(arm.folder, dtype="float32"), windows) for arm in arms}
 
 

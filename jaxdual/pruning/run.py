@@ -208,7 +208,7 @@ def _induced(
         len(together) * settings.epochs,
         tuple(dict.fromkeys((one.path, one.kind) for one in linears)),
     )
-    begin = first_scales(layer, config, index, linears, moments, settings, samples)
+    begin = first_scales(layer, config, linears, moments, settings, samples)
     return learn_scales(layer, problem, linears, moments, begin, text.rope, together, held_out)
 
 

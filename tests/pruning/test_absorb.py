@@ -61,7 +61,7 @@ def random_scales(model: models.Decoder, index: int, spread: float = 0.7) -> dic
     dtype = next(iter(parameters.values())).dtype
     return {
         key: jnp.asarray(np.exp(spread * draw.normal(size=shape)), dtype)
-        for key, shape in scale_sizes(model.config, index, parameters).items()
+        for key, shape in scale_sizes(model.config, parameters).items()
     }
 
 
@@ -103,7 +103,7 @@ def test_in_float32_too(name: str) -> None:
 def test_every_family_takes_all_scales_that_it_can(name: str) -> None:
     model = load(name)
     for index, layer in enumerate(model.layers):
-        sizes = scale_sizes(model.config, index, parameters_of(layer))
+        sizes = scale_sizes(model.config, parameters_of(layer))
         assert (QUERIES in sizes) == (not model.config.qk_norm)
         assert set(sizes) - {QUERIES} == {ATTENTION, ATTENTION_OUT, MLP, MLP_OUT}
         experts = model.config.moe.num_experts if model.config.is_sparse(index) and model.config.moe else 1

@@ -112,7 +112,7 @@ def test_with_a_fixed_mask_folded_scales_have_no_gradient() -> None:
             out, _ = copy(x, rope, lambda *args: dense_attend(1, 24)(0, *args), None)
             return jnp.mean(jnp.square(out - layer(x, rope, lambda *args: dense_attend(1, 24)(0, *args), None)[0]))
 
-        logs = {key: jnp.zeros(shape) for key, shape in scale_sizes(config, 0, parameters_of(layer)).items()}
+        logs = {key: jnp.zeros(shape) for key, shape in scale_sizes(config, parameters_of(layer)).items()}
         value, gradient = jax.value_and_grad(loss)(logs)
         assert float(value) > 1e-4
         for slope in gradient.values():
@@ -237,7 +237,7 @@ def test_scales_are_gauged_and_within_bounds() -> None:
     for start in ("ones", "rms", "paper"):
         for mode in ("score", "fold"):
             settings = Induction(start=start, mode=mode)  # type: ignore[arg-type]
-            scales = first_scales(graph_layer, model.config, 0, linears, moments, settings, samples)
+            scales = first_scales(graph_layer, model.config, linears, moments, settings, samples)
             for scale in scales.values():
                 assert (np.asarray(scale) > 0).all()
                 assert np.asarray(scale).max() <= MOST

@@ -83,7 +83,7 @@ def test_folded_scales_are_nothing_to_wanda(name: str) -> None:
     draw = np.random.default_rng(1)
     scales = {
         key: jnp.asarray(draw.lognormal(0, 0.7, shape), jnp.float32)
-        for key, shape in scale_sizes(folded.config, 0, parameters_of(folded.layer)).items()
+        for key, shape in scale_sizes(folded.config, parameters_of(folded.layer)).items()
     }
     folded.prune(plan, scales=scales)
     for matrix, zeros in plain.zeros().items():

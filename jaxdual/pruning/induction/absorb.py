@@ -22,8 +22,8 @@ type Scales = Mapping[str, Float[Array, "_stack _size"]]
 QUERIES = "queries"
 
 
-def scale_sizes(config: ModelConfig, layer: int, parameters: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
-    """Shapes `(stack, size)` of the scales that layer `layer` takes; the stack is that of experts, or 1.
+def scale_sizes(config: ModelConfig, parameters: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    """Shapes `(stack, size)` of the scales that a layer takes; the stack is that of experts, or 1.
 
     Keys: `ATTENTION` and `MLP`, the outputs of the norms; `ATTENTION_OUT`, values; `QUERIES`, rotary pairs of query and
     key channels; `MLP_OUT`, hidden channels of the MLP. Models with norms of queries and keys, which would undo such a

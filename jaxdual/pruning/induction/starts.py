@@ -23,7 +23,6 @@ _LEAST = 1e-12
 def first_scales(
     layer: nnx.Module,
     config: ModelConfig,
-    index: int,
     linears: Sequence[Linear],
     moments: Mapping[str, Moments],
     settings: Induction,
@@ -32,7 +31,7 @@ def first_scales(
     """Scales of the inputs of each kind of group, or in mode "fold" those that a layer takes up.
 
     Args:
-      layer, config, index: of the model.
+      layer, config: of the model.
       linears, moments: of the layer.
       settings: with `start` chosen.
       samples: inputs of each group at some tokens; looked at by the start "paper" only.
@@ -53,7 +52,7 @@ def first_scales(
         key: _shared(levels[key], shape, config.head_dim if key == ATTENTION_OUT else None)
         if key in levels
         else jnp.ones(shape)
-        for key, shape in scale_sizes(config, index, parameters_of(layer)).items()
+        for key, shape in scale_sizes(config, parameters_of(layer)).items()
     }
 
 
