@@ -52,6 +52,10 @@ def prepare(out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
 
 
+# Files of a model folder that speak of its weights: of no other model made of it.
+OF_WEIGHTS = ("README.md", "metrics.json", "config.json")
+
+
 def copy_other_files(source: Path, out: Path, but: Container[str] = ()) -> None:
     """Copy the files of a checkpoint folder that are no weights, but those of these names."""
     for file in sorted(source.iterdir()):

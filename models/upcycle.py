@@ -20,7 +20,7 @@ from flax import nnx
 
 from models.checkpoint import load, save, stored_dtype
 from models.config import IHA_COLLAPSES, IHAConfig
-from models.convert import copy_other_files, prepare
+from models.convert import OF_WEIGHTS, copy_other_files, prepare
 from models.decoder import Decoder
 from models.errors import ModelError
 from models.families import load_config, to_hf
@@ -37,7 +37,6 @@ SELECTS = ("mean", "last", "first")
 MAX_NOISE = 100.0  # far beyond any use; weights stay finite
 
 # Files that speak of the source's weights.
-_OF_SOURCE = ("README.md", "metrics.json", "config.json")
 
 
 def upcycled(base: Decoder, iha: IHAConfig, *, select: str = "mean", noise: float = 0.0, seed: int = 0) -> Decoder:
@@ -129,7 +128,7 @@ def upcycle(
     model = upcycled(load(source, dtype=dtype), iha, select=select, noise=noise, seed=seed)
     prepare(out)
     save(model, out, dtype)
-    copy_other_files(source, out, but=_OF_SOURCE)
+    copy_other_files(source, out, but=OF_WEIGHTS)
     return model
 
 

@@ -33,14 +33,14 @@ from jaxdual import LLM, SamplingParams
 from jaxdual.arguments import whole
 from jaxdual.model_folder import shipped_model
 from jaxdual.pruning.calibration import perplexity
-from jaxdual.pruning.job import OF_SOURCE, sizes_of
+from jaxdual.pruning.job import sizes_of
 from jaxdual.pruning.structured.plan import Structure
 from jaxdual.pruning.structured.run import chosen_widths, prune_structured
 from jaxdual.tokenizer import Tokenizer
 from models import ModelConfig
 from models.checkpoint import stored_dtype
 from models.checkpoint import write_json as write_config
-from models.convert import copy_other_files
+from models.convert import OF_WEIGHTS, copy_other_files
 from models.shapes import abstract
 
 _PERCENTILE = 10
@@ -209,7 +209,7 @@ def pruned_arms(source: Path, place: Path, structures: dict[str, Structure] = PR
         smaller = prune_structured(model, windows, structure, chosen_widths(model, windows, structure))
         folder = place / str(number)
         models.save(smaller, folder, stored_dtype(source))
-        copy_other_files(source, folder, but=OF_SOURCE)
+        copy_other_files(source, folder, but=OF_WEIGHTS)
         arms.append(Arm(name, folder))
         _say(f"{name}: pruned")
     return arms

@@ -23,12 +23,9 @@ from jaxdual.result_files import check_writable
 from jaxdual.tokenizer import Tokenizer
 from models import Decoder, load, save
 from models.checkpoint import stored_dtype
-from models.convert import copy_other_files
+from models.convert import OF_WEIGHTS, copy_other_files
 from models.fingerprint import model_fingerprint
 from models.shapes import parameters_of
-
-# Files of a model folder that speak of the source's weights.
-OF_SOURCE = ("README.md", "metrics.json", "config.json")
 
 
 class Job[Record: OfLayer](Protocol):
@@ -106,7 +103,7 @@ def prune_folder[Record: OfLayer](job: Job[Record], options: argparse.Namespace)
         pruned = job.prune(model, windows, prepared, len(told), done)
     after, sparse = sizes_of(pruned, dtype), perplexity(pruned, held_out)
     save(pruned, options.out, dtype)
-    copy_other_files(folder, options.out, but=OF_SOURCE)
+    copy_other_files(folder, options.out, but=OF_WEIGHTS)
     outcome, sentence = job.outcome(told, before, after)
     report = settings | {
         "model": name,

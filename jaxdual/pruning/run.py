@@ -6,34 +6,23 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Int32
 
 from jaxdual.pruning.induction.absorb import Scales
 from jaxdual.pruning.induction.settings import Induction
 from jaxdual.pruning.induction.starts import first_scales
-from jaxdual.pruning.induction.training import (
-    Example,
-    Problem,
-    batched,
-    check_windows,
-    held_out_windows,
-    layer_error,
-    learn_scales,
-)
+from jaxdual.pruning.induction.training import Problem, batched, learn_scales
 from jaxdual.pruning.layer import Plan, PrunedMatrix, prune_layer
-from jaxdual.pruning.layer_state import write_layer
-from jaxdual.pruning.linears import Linear, inputs_of, linears_of
+from jaxdual.pruning.linears import Linear, linears_of
 from jaxdual.pruning.moments import Moments
-from jaxdual.pruning.stream import attend_within, behind, with_window
+from jaxdual.pruning.stream import behind, inputs_behind, with_window
+from jaxdual.pruning.ways import INDUCED, PLAIN, Example, check_windows, held_out_windows, take_best
 from models import Decoder, ModelConfig, pruned_form
 from models.rope import Rope
-from models.shapes import parameters_of
 
 # Of windows whose inputs give the medians of the paper's first scales.
 _SAMPLED = 8
@@ -104,11 +93,11 @@ def prune_model(
     """
     check(model, plan, len(windows))
     streams = [model.embed(jnp.asarray(window)) for window in windows]
-    text = _Text(model.rope(jnp.arange(windows.shape[1])), windows.shape[1])
+    rope = model.rope(jnp.arange(windows.shape[1]))
     for index, layer in enumerate(model.layers):
         if index >= first:
-            done(_prune(model, index, plan, streams, text))
-        streams = [behind(layer, model.config.window_of(index), x, text.rope) for x in streams]
+            done(_prune(model, index, plan, streams, rope))
+        streams = [behind(layer, model.config.window_of(index), x, rope) for x in streams]
     if plan.shift:
         model.config = with_biases(model.config)
 
@@ -123,53 +112,46 @@ def with_biases(config: ModelConfig) -> ModelConfig:
     return pruned_form(dataclasses.replace(config, qkv_bias=True, o_bias=True, mlp_bias=config.mlp_bias or dense))
 
 
-@dataclass(frozen=True, slots=True)
-class _Text:
-    """Windows of calibration text: positions of one, and its length."""
-
-    rope: Rope
-    length: int
-
-
-def _prune(model: Decoder, index: int, plan: Plan, streams: Sequence[Array], text: _Text) -> PrunedLayer:
+def _prune(model: Decoder, index: int, plan: Plan, streams: Sequence[Array], rope: Rope) -> PrunedLayer:
     layer, config = model.layers[index], model.config
     linears, window = linears_of(config, index), config.window_of(index)
     moments = {one.group: Moments.none(one.read(layer).shape[1], whole=plan.whole) for one in linears}
     for x in streams:
-        moments = with_window(moments, layer, window, x, text.rope)
+        moments = with_window(moments, layer, window, x, rope)
     if plan.shift:
         for one in linears:
             if one.expert is None:
                 one.shift(layer, jnp.zeros(one.read(layer).shape[0]))
     if plan.induction is None and not plan.shift:
-        return PrunedLayer(index, prune_layer(layer, config, linears, moments, plan), "plain", {})
+        return PrunedLayer(index, prune_layer(layer, config, linears, moments, plan), PLAIN, {})
 
-    held_out = held_out_windows(len(streams))
-    examples = [Example(x, behind(layer, window, x, text.rope)) for x in streams]
+    examples = [Example(x, behind(layer, window, x, rope)) for x in streams]
+    last = held_out_windows(len(examples))
+    learned_from, chosen_by = examples[:-last], examples[-last:]
     of_induction: list[Scales | None] = [None]
     if plan.induction is not None:
         of_induction.append(
-            _induced(
-                model, index, plan, plan.induction, linears, moments, examples[:-held_out], examples[-held_out:], text
-            )
+            _induced(model, index, plan, plan.induction, linears, moments, learned_from, chosen_by, rope)
         )
-    ways: dict[str, tuple[nnx.Module, list[PrunedMatrix]]] = {}
-    errors: dict[str, float] = {}
+    ways: dict[str, Callable[[nnx.Module], list[PrunedMatrix]]] = {}
     for scales in of_induction:
         for shift in (False, True) if plan.shift else (False,):
-            name = _NAMES[scales is not None, shift]
-            copy = nnx.clone(layer)
-            ways[name] = copy, prune_layer(copy, config, linears, moments, plan, scales=scales, shift=shift)
-            errors[name] = layer_error(copy, window, examples[-held_out:], text.rope)
-    # Of equal ones the first, which is the plainest.
-    taken = min(errors, key=errors.__getitem__)
-    write_layer(layer, parameters_of(ways[taken][0]))
-    return PrunedLayer(index, ways[taken][1], taken, errors)
+            ways[_NAMES[scales is not None, shift]] = partial(
+                prune_layer,
+                config=config,
+                linears=linears,
+                moments=moments,
+                plan=plan,
+                scales=scales,
+                shift=shift,
+            )
+    taken, errors, matrices = take_best(layer, ways, window, chosen_by, rope)
+    return PrunedLayer(index, matrices, taken, errors)
 
 
 _NAMES = {
-    (False, False): "plain",
-    (True, False): "induced",
+    (False, False): PLAIN,
+    (True, False): INDUCED,
     (False, True): "shifted",
     (True, True): "induced and shifted",
 }
@@ -184,19 +166,15 @@ def _induced(
     moments: Mapping[str, Moments],
     examples: Sequence[Example],
     held_out: Sequence[Example],
-    text: _Text,
+    rope: Rope,
 ) -> Scales:
     if settings.start is None:
         settings = dataclasses.replace(settings, start="rms" if plan.method.power == 0 else "ones")
     layer, config, window = model.layers[index], model.config, model.config.window_of(index)
     samples: Mapping[str, Array] = {}
     if settings.start == "paper":
-        graph, state = nnx.split(layer)
-        taken = [_inputs(graph, window, state, one.before, text.rope) for one in examples[:_SAMPLED]]
-        samples = {
-            group: jnp.concatenate([inputs[group][0][np.asarray(inputs[group][1]) > 0] for inputs in taken])
-            for group in taken[0]
-        }
+        taken = [inputs_behind(layer, window, one.before, rope) for one in examples[:_SAMPLED]]
+        samples = {group: jnp.concatenate([inputs[group] for inputs in taken]) for group in taken[0]}
     together = batched(examples, settings.batch)
     problem = Problem(
         config,
@@ -204,17 +182,8 @@ def _induced(
         plan.method,
         plan.pattern,
         settings,
-        text.length,
         len(together) * settings.epochs,
         tuple(dict.fromkeys((one.path, one.kind) for one in linears)),
     )
     begin = first_scales(layer, config, linears, moments, settings, samples)
-    return learn_scales(layer, problem, linears, moments, begin, text.rope, together, held_out)
-
-
-@partial(jax.jit, static_argnames=("graph", "window"))
-def _inputs(
-    graph: Any, window: int | None, state: Any, x: Float[Array, "T D"], rope: Rope
-) -> dict[str, tuple[Float[Array, "T inputs"], Float[Array, " T"]]]:
-    found = inputs_of(nnx.merge(graph, state), x, rope, attend_within(window, x.shape[0]))
-    return {group: (inputs, jnp.ones(inputs.shape[0]) if counts is None else counts) for group, inputs, counts in found}
+    return learn_scales(layer, problem, linears, moments, begin, rope, together, held_out)

@@ -9,10 +9,12 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from jaxdual.pruning.linears import with_inputs
+from jaxdual.pruning.linears import inputs_of, with_inputs
 from jaxdual.pruning.moments import Moments
 from models.attention import dense_attend
 from models.layers import LayerAttend
@@ -48,6 +50,32 @@ def attend_within(window: int | None, length: int) -> LayerAttend:
     return partial(dense_attend(1, length, (window,)), 0)
 
 
+def run_layer(layer: Any, window: int | None, x: Float[Array, "T D"], rope: Rope) -> Float[Array, "T D"]:
+    """The stream behind a layer, traced by the caller, of sequences that are all as long as `rope`, which is of one."""
+    length = rope.cos.shape[0]
+    batch = x.shape[0] // length
+    tiled = rope._replace(cos=jnp.tile(rope.cos, (batch, 1)), sin=jnp.tile(rope.sin, (batch, 1)))
+    out: Array = layer(x, tiled, partial(dense_attend(batch, length, (window,)), 0), None)[0]
+    return out
+
+
+def inputs_behind(
+    layer: nnx.Module, window: int | None, x: Float[Array, "T D"], rope: Rope
+) -> dict[str, Float[Array, "_tokens _inputs"]]:
+    """What each group of matrices is multiplied with, of tokens that count for it; arguments as of `with_window`."""
+    graph, state = nnx.split(layer)
+    found: dict[str, tuple[Array, Array]] = _inputs(graph, window, state, x, rope)
+    return {group: inputs[np.asarray(counts) > 0] for group, (inputs, counts) in found.items()}
+
+
+@partial(jax.jit, static_argnames=("graph", "window"))
+def _inputs(
+    graph: Any, window: int | None, state: Any, x: Float[Array, "T D"], rope: Rope
+) -> dict[str, tuple[Array, Array]]:
+    found = inputs_of(nnx.merge(graph, state), x, rope, attend_within(window, x.shape[0]))
+    return {group: (inputs, jnp.ones(inputs.shape[0]) if counts is None else counts) for group, inputs, counts in found}
+
+
 @partial(jax.jit, static_argnames=("graph", "window"))
 def _with_window(
     graph: Any, window: int | None, moments: dict[str, Moments], state: Any, x: Float[Array, "T D"], rope: Rope
@@ -57,5 +85,4 @@ def _with_window(
 
 @partial(jax.jit, static_argnames=("graph", "window"))
 def _behind(graph: Any, window: int | None, state: Any, x: Float[Array, "T D"], rope: Rope) -> Float[Array, "T D"]:
-    out: Array = nnx.merge(graph, state)(x, rope, attend_within(window, x.shape[0]), None)[0]
-    return out
+    return run_layer(nnx.merge(graph, state), window, x, rope)

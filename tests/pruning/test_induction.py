@@ -153,7 +153,7 @@ def test_scales_of_one_are_the_baseline_bit_for_bit(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(run, "learn_scales", lambda layer, problem, linears, moments, first, *rest: first)
     # Whatever the errors are, the way that is tried last is taken.
     count = itertools.count()
-    monkeypatch.setattr(run, "layer_error", lambda *args: -next(count))
+    monkeypatch.setattr("jaxdual.pruning.ways.layer_error", lambda *args: -next(count))
     for method in METHODS:
         plan = Plan(METHODS[method], Pattern.parse("0.5"))
         baseline = parameters(pruned("qwen3", plan)[0])

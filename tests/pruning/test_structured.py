@@ -125,7 +125,7 @@ def test_learned_scales_choose_what_stays_only_where_that_is_better(monkeypatch:
         assert layer.taken == min(layer.errors, key=lambda name: layer.errors[name])
         gate = whole.layers[index].mlp.gate.kernel[...][:, 5:101]
         assert np.array_equal(smaller.layers[index].mlp.gate.kernel[...], gate) == (layer.taken == "induced")
-    monkeypatch.setattr("jaxdual.pruning.structured.run.layer_error", lambda *args: next(falling))
+    monkeypatch.setattr("jaxdual.pruning.ways.layer_error", lambda *args: next(falling))
     falling = iter(-np.arange(100.0))
     smaller, told = with_learned(chosen, monkeypatch)
     assert [layer.taken for layer in told] == ["induced"] * len(told)

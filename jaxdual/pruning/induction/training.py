@@ -24,15 +24,13 @@ from jaxdual.pruning.linears import Linear
 from jaxdual.pruning.methods import Method
 from jaxdual.pruning.moments import Moments
 from jaxdual.pruning.pattern import Pattern
-from jaxdual.pruning.stream import behind
+from jaxdual.pruning.stream import run_layer
+from jaxdual.pruning.ways import Example, relative_error
 from models import ModelConfig
-from models.attention import dense_attend
 from models.moe import MoE
 from models.rope import Rope
 from models.shapes import parameters_of
 
-# Windows of the calibration text at most that scales and shifts are chosen by.
-_HELD_OUT = 8
 # Experts that fewer tokens go to keep scales of one.
 _LEAST_TOKENS = 256
 
@@ -47,7 +45,6 @@ class Problem:
       config, window: of the model, and the layer's sliding window.
       method, pattern: how weights are chosen.
       settings: how scales are learned.
-      length: tokens of a window of text.
       steps: of the optimiser.
       kinds: the group of each stack of matrices, by path.
     """
@@ -57,7 +54,6 @@ class Problem:
     method: Method
     pattern: Pattern
     settings: Induction
-    length: int
     steps: int
     kinds: tuple[tuple[str, str], ...]
 
@@ -65,32 +61,6 @@ class Problem:
     def optimizer(self) -> optax.GradientTransformation:
         """Adam, whose rate falls to zero."""
         return optax.adam(optax.cosine_decay_schedule(self.settings.rate, self.steps))
-
-
-@dataclass(frozen=True, slots=True)
-class Example:
-    """Windows of text: the stream before a layer, and behind it while nothing is pruned.
-
-    Attributes:
-      before, after: `[windows * length, hidden]`.
-    """
-
-    before: Float[Array, "T D"]
-    after: Float[Array, "T D"]
-
-
-def held_out_windows(windows: int) -> int:
-    """How many windows of the calibration text, at its end, are chosen by and not learned from."""
-    return min(_HELD_OUT, max(1, windows // 4))
-
-
-def check_windows(windows: int, batch: int) -> None:
-    """Raises `ValueError` if so many windows of text are too few to learn from `batch` at a time."""
-    if windows - held_out_windows(windows) < batch:
-        raise ValueError(
-            f"{windows} windows of calibration text, of which {held_out_windows(windows)} are held out, are too few to "
-            f"take {batch} at a time"
-        )
 
 
 def batched(examples: Sequence[Example], batch: int) -> list[Example]:
@@ -101,12 +71,6 @@ def batched(examples: Sequence[Example], batch: int) -> list[Example]:
         Example(*(jnp.concatenate([getattr(one, side) for one in part]) for side in ("before", "after")))
         for part in (examples[i : i + batch] for i in range(0, len(examples) - batch + 1, batch))
     ]
-
-
-def layer_error(layer: nnx.Module, window: int | None, examples: Sequence[Example], rope: Rope) -> float:
-    """Mean square of what a changed layer's output is off, relative to what the layer adds to the stream."""
-    errors = [relative_error(behind(layer, window, one.before, rope), one.before, one.after) for one in examples]
-    return float(np.mean(jax.device_get(errors)))
 
 
 def learn_scales(
@@ -243,23 +207,8 @@ def _relative_error(
     layer = nnx.merge(graph, state)
     scales = {key: jnp.exp(log) for key, log in logs.items()}
     write_layer(layer, _masked(problem, parameters_of(layer), scales, fixed[0]))
-    found = run_layer(layer, problem.window, problem.length, before, rope)
+    found = run_layer(layer, problem.window, before, rope)
     return relative_error(found, before, after)
-
-
-def relative_error(
-    found: Float[Array, "T D"], before: Float[Array, "T D"], after: Float[Array, "T D"]
-) -> Float[Array, ""]:
-    """Mean square of `found - after`, relative to that of `after - before`."""
-    return jnp.mean(jnp.square(found - after)) / jnp.mean(jnp.square(after - before))
-
-
-def run_layer(layer: Any, window: int | None, length: int, x: Float[Array, "T D"], rope: Rope) -> Float[Array, "T D"]:
-    """The stream behind a layer, of several windows of `length` tokens; `rope` is that of one."""
-    batch = x.shape[0] // length
-    tiled = rope._replace(cos=jnp.tile(rope.cos, (batch, 1)), sin=jnp.tile(rope.sin, (batch, 1)))
-    out: Array = layer(x, tiled, partial(dense_attend(batch, length, (window,)), 0), None)[0]
-    return out
 
 
 _error = jax.jit(_relative_error, static_argnums=(0, 1))

@@ -9,12 +9,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
 from jaxdual.pruning.induction.settings import Induction
-from jaxdual.pruning.induction.training import Example, Problem, batched, learn_scales
+from jaxdual.pruning.induction.training import Problem, batched, learn_scales
 from jaxdual.pruning.linears import MLP_OUT, Linear
 from jaxdual.pruning.methods import Method
 from jaxdual.pruning.moments import Moments
 from jaxdual.pruning.pattern import Pattern
 from jaxdual.pruning.scores import norms
+from jaxdual.pruning.ways import Example
 from models import ModelConfig
 from models.rope import Rope
 
@@ -64,7 +65,6 @@ def learn_neuron_scales(
         _NEURONS,
         pattern,
         induction,
-        rope.cos.shape[0],
         len(together) * induction.epochs,
         ((_DOWN.path, _DOWN.kind),),
     )

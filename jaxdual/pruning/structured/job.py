@@ -11,9 +11,9 @@ import numpy as np
 from jaxtyping import Int32
 
 from jaxdual.pruning.induction.options import induction_of
-from jaxdual.pruning.induction.training import check_windows
 from jaxdual.pruning.structured.plan import Structure
 from jaxdual.pruning.structured.run import SmallerLayer, chosen_widths, prune_structured
+from jaxdual.pruning.ways import check_windows
 from models import Decoder
 
 STRUCTURED = "structured"

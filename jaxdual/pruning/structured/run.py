@@ -14,8 +14,6 @@ from flax import nnx
 from jaxtyping import Array, Float, Int32
 
 from jaxdual.pruning.induction.settings import Induction
-from jaxdual.pruning.induction.training import Example, held_out_windows, layer_error
-from jaxdual.pruning.layer_state import write_layer
 from jaxdual.pruning.linears import ATTENTION_OUT, MLP_OUT
 from jaxdual.pruning.moments import Moments
 from jaxdual.pruning.stream import attend_within, behind, with_window
@@ -23,6 +21,7 @@ from jaxdual.pruning.structured.induced import learn_neuron_scales
 from jaxdual.pruning.structured.plan import Structure, smaller_config
 from jaxdual.pruning.structured.removal import expert_importance, remove_experts, remove_kv_groups, remove_neurons
 from jaxdual.pruning.structured.widths import ErrorCurve, allocate, error_curve
+from jaxdual.pruning.ways import INDUCED, PLAIN, Example, held_out_windows, take_best
 from models import Decoder, ModelConfig
 from models.moe import MoE
 from models.rope import Rope
@@ -151,7 +150,7 @@ def _prune(layer: Any, plan: _Plan, streams: Sequence[Array], rope: Rope) -> tup
         moments = _moments(layer, ATTENTION_OUT, window, streams, rope)
         remove_kv_groups(layer, moments, structure.kv_groups, shift=structure.shift)
     if structure.share == 0:
-        return "plain", {}
+        return PLAIN, {}
     # The MLP is looked at behind the attention that was pruned.
     if isinstance(layer.mlp, MoE):
         graph, state = nnx.split(layer)
@@ -162,7 +161,7 @@ def _prune(layer: Any, plan: _Plan, streams: Sequence[Array], rope: Rope) -> tup
         if plan.induction is not None:
             return _prune_induced(layer, before, plan, moments, streams, rope)
         remove_neurons(layer, moments, plan.width, shift=structure.shift)
-    return "plain", {}
+    return PLAIN, {}
 
 
 def _prune_induced(
@@ -182,14 +181,12 @@ def _prune_induced(
         examples[:-last],
         examples[-last:],
     )
-    ways, errors = {}, {}
-    for name, scale in (("plain", None), ("induced", learned)):
-        ways[name] = nnx.clone(layer)
-        remove_neurons(ways[name], moments, plan.width, shift=plan.structure.shift, scale=scale)
-        errors[name] = layer_error(ways[name], plan.window, examples[-last:], rope)
-    taken = min(errors, key=errors.__getitem__)
-    write_layer(layer, parameters_of(ways[taken]))
-    return taken, errors
+    shift = plan.structure.shift
+    ways = {
+        name: partial(remove_neurons, moments=moments, keep=plan.width, shift=shift, scale=scale)
+        for name, scale in ((PLAIN, None), (INDUCED, learned))
+    }
+    return take_best(layer, ways, plan.window, examples[-last:], rope)[:2]
 
 
 def _moments(layer: Any, group: str, window: int | None, streams: Sequence[Array], rope: Rope) -> Moments:
