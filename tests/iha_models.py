@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
-import models
-from models import ModelConfig, RopeConfig
+from models import ModelConfig
 from models.config import IHAConfig
+from tests import seeded_models
 from tests.models.iha_oracle import collapsed, pseudo_outputs
+from tests.seeded_models import SIZES, drawn
 
 # Layers with and without it; windows that end within pages; all masks, rotary forms and collapses that differ in cache.
 KINDS = {
@@ -29,38 +30,20 @@ def config_of(name: str) -> ModelConfig:
     windows, iha = KINDS[name]
     return ModelConfig(
         family="jaxdual_iha",
-        vocab_size=96,
-        hidden_size=32,
-        intermediate_size=48,
-        num_layers=3,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=16,
-        rms_norm_eps=1e-5,
-        rope=RopeConfig(theta=10000.0),
-        max_position_embeddings=512,
         qk_norm=name == "iha_token",
         layer_windows=windows,
         iha=iha,
-        bos_token_id=1,
-        eos_token_ids=(2,),
+        **SIZES,
     )
 
 
 def write(name: str, folder: Path, seed: int = 7) -> Path:
     """Makes the checkpoint of model `name`: random weights large enough that attention looks at something."""
-    models.save(models.init(config_of(name)), folder, dtype="float32")
-    file = folder / "model.safetensors"
-    draw = np.random.default_rng(seed)
-    tensors = {}
-    for key, value in sorted(load_file(file).items()):
-        noise = draw.standard_normal(value.shape)
-        if "iha_" in key:
-            tensors[key] = (value + 0.3 * noise).astype(np.float32)
-        else:
-            tensors[key] = (1.0 + 0.2 * noise if "norm" in key else 0.25 * noise).astype(np.float32)
-    save_file(tensors, file, metadata={"format": "pt"})
-    return folder
+
+    def value(key: str, first: np.ndarray, noise: np.ndarray) -> np.ndarray:
+        return first + 0.3 * noise if "iha_" in key else drawn(key, noise)
+
+    return seeded_models.write(config_of(name), folder, seed, value)
 
 
 def reference_logits(folder: Path, config: ModelConfig, tokens: Sequence[int]) -> np.ndarray:

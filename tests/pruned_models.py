@@ -10,24 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 
 import models
-from models import Decoder, ModelConfig, MoEConfig, RopeConfig
+from models import Decoder, ModelConfig, MoEConfig
 from models.shapes import parameters_of, with_parameters
+from tests.seeded_models import SIZES, drawn
 
 _SIZES = ModelConfig(
     family="jaxdual_pruned",
-    vocab_size=96,
-    hidden_size=32,
-    intermediate_size=48,
-    num_layers=3,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=16,
-    rms_norm_eps=1e-5,
-    rope=RopeConfig(theta=10000.0),
-    max_position_embeddings=512,
     layer_intermediate_sizes=(16, 48, 8),
-    bos_token_id=1,
-    eos_token_ids=(2,),
+    **SIZES,
 )
 KINDS = {
     "pruned": dataclasses.replace(_SIZES, o_bias=True, mlp_bias=True, qk_norm=True),
@@ -54,7 +44,7 @@ def random_model(config: ModelConfig, seed: int = 7) -> Decoder:
     parameters = {}
     for path, value in sorted(parameters_of(models.init(config)).items()):
         noise = draw.standard_normal(value.shape)
-        parameters[path] = jnp.asarray(1.0 + 0.2 * noise if "norm" in path else 0.25 * noise, jnp.float32)
+        parameters[path] = jnp.asarray(drawn(path, noise), jnp.float32)
     return with_parameters(config, parameters)
 
 

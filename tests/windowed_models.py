@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
-import models
-from models import ModelConfig, RopeConfig
+from models import ModelConfig
+from tests import seeded_models
+from tests.seeded_models import SIZES
 
 WINDOW = 20
 KINDS: dict[str, tuple[int | None, ...]] = {
@@ -23,33 +24,14 @@ def config_of(name: str) -> ModelConfig:
     """Configuration of the model called `name` in `KINDS`."""
     return ModelConfig(
         family="mistral",
-        vocab_size=96,
-        hidden_size=32,
-        intermediate_size=48,
-        num_layers=3,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=16,
-        rms_norm_eps=1e-5,
-        rope=RopeConfig(theta=10000.0),
-        max_position_embeddings=512,
         layer_windows=KINDS[name],
-        bos_token_id=1,
-        eos_token_ids=(2,),
+        **SIZES,
     )
 
 
 def write(name: str, folder: Path, seed: int = 7) -> Path:
     """Makes the checkpoint of model `name`: random weights large enough that attention looks at something."""
-    models.save(models.init(config_of(name)), folder, dtype="float32")
-    file = folder / "model.safetensors"
-    draw = np.random.default_rng(seed)
-    tensors = {}
-    for key, value in sorted(load_file(file).items()):
-        noise = draw.standard_normal(value.shape)
-        tensors[key] = (1.0 + 0.2 * noise if "norm" in key else 0.25 * noise).astype(np.float32)
-    save_file(tensors, file, metadata={"format": "pt"})
-    return folder
+    return seeded_models.write(config_of(name), folder, seed)
 
 
 def reference_logits(folder: Path, config: ModelConfig, tokens: Sequence[int]) -> np.ndarray:

@@ -253,7 +253,8 @@ def _planes(there: jax.Array, waiting: list[jax.Array], first: int, of: int, dty
         made.append(jax.lax.bitcast_convert_type(waiting[0] & has, dtype))
         # As many as places are left; what stands behind the last value is never taken.
         later = [*waiting[1:], waiting[-1]]
-        waiting = [(now & ~has) | (after & has) for now, after in zip(waiting, later, strict=True)][: of - place - 1]
+        waiting = [(now & ~has) | (after & has) for now, after in zip(waiting, later, strict=True)]
+        waiting = waiting[: of - place - 1]
     return made
 
 

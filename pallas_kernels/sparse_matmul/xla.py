@@ -35,7 +35,7 @@ def planes(values: Float[Array, "V N G"], mask: UInt16[Array, "N G"], of: int) -
             there = (mask >> (first + place)) & 1 != 0
             found.append(jnp.where(there, waiting[0], 0))
             # As many as places are left; what stands behind the last value is never taken.
-            waiting = [
-                jnp.where(there, later, now) for now, later in zip(waiting, [*waiting[1:], waiting[-1]], strict=True)
-            ][: of - place - 1]
+            later = [*waiting[1:], waiting[-1]]
+            waiting = [jnp.where(there, after, now) for now, after in zip(waiting, later, strict=True)]
+            waiting = waiting[: of - place - 1]
     return found
