@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxdual.cascade.gate import Gate
 from jaxdual.config import EngineConfig
 from jaxdual.engine.build import Built, build_engine
 from jaxdual.engine.engine import Engine
@@ -178,6 +179,7 @@ class LLM(ServedModel):
         *,
         priority: int = 0,
         user: str | None = None,
+        gate: Gate | None = None,
     ) -> RequestOutput:
         """Queues a prompt; `step` works on it.
 
@@ -187,12 +189,13 @@ class LLM(ServedModel):
           request_id: unique among unfinished requests; made if left out.
           priority: smaller goes first.
           user: who asks; see `generate`.
+          gate: refuses the prompt where the model is not sure enough; see `Request.gate`.
 
         Raises:
           ValueError: a prompt, parameter, id or user that can't be used.
         """
         params = self._params_for(sampling_params, 1)[0]
-        return self._front.submit(prompt, params, request_id, priority=priority, user=user)
+        return self._front.submit(prompt, params, request_id, priority=priority, user=user, gate=gate)
 
     def step(self) -> list[RequestOutput]:
         """Runs one engine step; returns the outputs that changed."""

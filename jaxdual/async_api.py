@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from jaxdual.cascade.gate import Gate
 from jaxdual.config import MAX_QUEUED_REQUESTS, ClusterConfig, ConfigError, EngineConfig
 from jaxdual.engine.request import TokenEvent
 from jaxdual.engine.supervisor import EngineState, EngineSupervisor
@@ -229,13 +230,14 @@ class AsyncLLM(ServedModel):
         *,
         priority: int = 0,
         user: str | None = None,
+        gate: Gate | None = None,
     ) -> RequestStream:
         """Queues a prompt. Whoever submits closes the stream in the end.
 
         While the engine is started again, requests wait for it.
 
         Args:
-          prompt, sampling_params, request_id, priority, user: as for `LLM.submit`.
+          prompt, sampling_params, request_id, priority, user, gate: as for `LLM.submit`.
 
         Raises:
           ValueError: a prompt, parameter, id or user that can't be used.
@@ -248,7 +250,7 @@ class AsyncLLM(ServedModel):
         if not isinstance(prompt, TokenizedPrompt):
             prompt = await self.tokenize(prompt)
             self.check_door(params.n)
-        output = self._front.submit(prompt, params, request_id, priority=priority, user=user)
+        output = self._front.submit(prompt, params, request_id, priority=priority, user=user, gate=gate)
         stream = RequestStream(output, self._close)
         self._streams[id(output)] = stream
         self._idle.clear()

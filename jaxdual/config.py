@@ -84,6 +84,8 @@ class EngineConfig:
       expert_window: steps whose choices a relocation looks at.
       router_statistics: what is counted of the routers' choices: "off", "activations" of experts, or also "transitions"
         between neighbouring layers; None for what `expert_placement` needs.
+      probe: file of a P(IK) probe of the model, as `python -m jaxdual.cascade train` writes it, which gates of requests
+        ask; None for none.
       dysco_profile: heads and limits of the requests that are decoded by DySCO and name neither: a profile that ships
         with jaxdual, or a file; what it needs is compiled with all else, while otherwise the first such request waits
         for it. None for the profile of the model's name.
@@ -142,6 +144,7 @@ class EngineConfig:
     expert_interval: int = 3000
     expert_window: int = 1000
     router_statistics: Literal["off", "activations", "transitions"] | None = None
+    probe: str | None = None
     dysco_profile: str | None = None
     dysco_requests: Literal["any", "compiled", "none"] = "any"
     dispatch_policy: Literal["rr", "vllm_counts", "gimbal", "gimbal_relaxed", "score"] = "vllm_counts"

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from jaxdual.cascade.gate import Gate
 from jaxdual.decoding.dysco import DyscoModel
 from jaxdual.detokenizer import IncrementalDetokenizer
 from jaxdual.engine.request import Request, Selection, TokenEvent, TokenLogprobs
@@ -83,6 +84,8 @@ class Front:
       vocab_size: of the model.
       max_model_len: tokens of prompt and output together.
       dysco: what requests that are decoded so can ask.
+      gate_refusal: why requests can't have a gate; "" where they can.
+      has_probe: whether gates may ask for P(IK).
     """
 
     def __init__(
@@ -93,12 +96,15 @@ class Front:
         vocab_size: int,
         max_model_len: int,
         dysco: DyscoModel = _NO_DYSCO,
+        gate_refusal: str = "the engine does not say that it can",
+        has_probe: bool = False,
     ) -> None:
         self.tokenizer = tokenizer
         self._engine = engine
         self._vocab_size = vocab_size
         self._max_model_len = max_model_len
         self._dysco = dysco
+        self._gate_refusal, self._has_probe = gate_refusal, has_probe
         self._tracked: dict[str, _Tracked] = {}  # by the caller's id
         self._by_engine_id: dict[str, _Tracked] = {}
         self._aborted: list[RequestOutput] = []  # not yet returned by `take`
@@ -116,6 +122,7 @@ class Front:
         *,
         priority: int = 0,
         user: str | None = None,
+        gate: Gate | None = None,
     ) -> RequestOutput:
         """Sends a prompt to the engine.
 
@@ -125,6 +132,7 @@ class Front:
           request_id: unique among unfinished requests; made if left out.
           priority: smaller goes first.
           user: who asks, at most `MAX_USER_CHARS` characters.
+          gate: refuses the prompt where the model is not sure enough: see `Request.gate`.
 
         Returns:
           The request's output, which `take` goes on filling.
@@ -148,6 +156,8 @@ class Front:
             raise ValueError("stop strings need a tokenizer, and this model folder has none; use stop_token_ids")
         limit = room if params.max_tokens is None else min(room, params.max_tokens)
         params = dataclasses.replace(params, max_tokens=limit, min_tokens=min(params.min_tokens, limit))
+        if gate is not None:
+            self._check_gate(gate, params)
         dysco = None
         if params.dysco is not None:
             dysco = self._dysco.resolved(params.dysco, len(tokens), prompt.opening)
@@ -174,7 +184,7 @@ class Front:
             metrics=RequestMetrics(arrival),
         )
         engine_id = f"{number}"
-        request = Request(engine_id, tokens, params, arrival, priority, user, dysco=dysco)
+        request = Request(engine_id, tokens, params, arrival, priority, user, dysco=dysco, gate=gate)
         self._engine.add(request)
         detokenizers = [
             IncrementalDetokenizer(
@@ -328,6 +338,17 @@ class Front:
             )
         return _not_empty(TokenizedPrompt(text, tokenizer.encode(text, add_special_tokens)))
 
+    def _check_gate(self, gate: Gate, params: SamplingParams) -> None:
+        if self._gate_refusal:
+            raise ValueError(f"no gates here: {self._gate_refusal}")
+        if gate.uses_probe and not self._has_probe:
+            raise ValueError("the gate asks for P(IK), and the engine has no probe")
+        if params.n != 1 or params.dysco is not None or params.prompt_logprobs is not None:
+            raise ValueError("a request with a gate has one output, no dysco and no prompt_logprobs")
+        tokens = () if gate.confidence is None else (token for each in gate.confidence.tokens for token in each)
+        if any(not 0 <= token < self._vocab_size for token in tokens):
+            raise ValueError(f"tokens of the gate must be token ids in [0, {self._vocab_size - 1}]")
+
     def _token_ids(self, prompt: object) -> list[int]:
         try:
             items = list(prompt) if not isinstance(prompt, bytes) else None  # type: ignore[call-overload]
@@ -358,6 +379,10 @@ class Front:
             request.metrics.read_seconds = event.read_seconds
         if event.selections:
             output.selection = _with_steps(output.selection or [], event.selections)
+        if event.verdict is not None:
+            request.verdict = event.verdict
+        if event.work is not None:
+            request.work += event.work
         if event.prompt_logprobs is not None:
             request.prompt_logprobs = [None]
             request.prompt_logprobs += [

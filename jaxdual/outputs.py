@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from jaxdual.cascade.gate import Verdict
+from jaxdual.cascade.work import LayerSizes, Work
 from jaxdual.decoding.profiles import DyscoProfile
 from jaxdual.scheduling.plan import FinishReason
 
@@ -52,7 +54,7 @@ class CompletionOutput:
       token_ids: output tokens, a stop token included.
       logprobs: for each token, by token id: the chosen one and the likeliest ones; None if not asked for.
       cumulative_logprob: sum over the chosen tokens; None without `logprobs`.
-      finish_reason: "stop", "length", "abort" or "error" once it has ended.
+      finish_reason: "stop", "length", "abort" or "error" once it has ended; "refused" by the request's gate.
       stop_reason: the stop string or stop token id that ended it; None for the model's own end of sequence.
       error: what went wrong, where `finish_reason` is "error".
       selection: of each step with raised attention, where `DyscoParams.return_selection` asks for it.
@@ -109,6 +111,8 @@ class RequestOutput:
       finished: whether all have ended.
       num_cached_tokens: tokens of the prompt that came from the prefix cache.
       metrics: times.
+      verdict: of the request's gate, where it has one, once it is known.
+      work: what was computed for its outputs that have ended.
     """
 
     request_id: str
@@ -119,6 +123,8 @@ class RequestOutput:
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     finished: bool = False
     num_cached_tokens: int = 0
+    verdict: Verdict | None = None
+    work: Work = field(default_factory=Work)
 
     def snapshot(self) -> RequestOutput:
         """A copy that later steps don't change, unlike the object that a stream yields again and again."""
@@ -156,6 +162,8 @@ class EngineInfo:
       dysco_refusal: why requests can't be decoded by DySCO; "" where they can.
       dysco_profile: of requests that name none, that of `EngineConfig.dysco_profile`.
       dysco_only_compiled: whether they may ask for nothing else.
+      layer_sizes: parameters of its layers, below and above the tap of its probe, if it has one.
+      gate_refusal: why requests can't have a gate; "" where they can.
     """
 
     model_folder: str
@@ -177,6 +185,13 @@ class EngineInfo:
     dysco_refusal: str = ""
     dysco_profile: DyscoProfile | None = None
     dysco_only_compiled: bool = False
+    layer_sizes: LayerSizes = field(default_factory=LayerSizes)
+    gate_refusal: str = "the engine does not say that they can"
+
+    @property
+    def has_probe(self) -> bool:
+        """Whether P(IK) can be asked."""
+        return self.layer_sizes.tap > 0
 
     @property
     def system_fingerprint(self) -> str:
@@ -213,6 +228,7 @@ class EngineStats:
       num_running, num_waiting: sequences that run now, and that wait for their turn.
       prompt_tokens, generation_tokens: of finished and running requests: prompt tokens computed or found, tokens given.
       computed_prompt_tokens: prompt tokens that were computed, those of preempted sequences each time.
+      work: tokens computed, prompt and output alike, by the part of the layers that they went through.
       prefix_cache_queries, prefix_cache_hits: prompt tokens looked up, and found.
       host_cache_hits: of the found ones, those that had to be copied from host memory.
       store_cache_hits: of the found ones, those that were read from the block store.
@@ -276,4 +292,5 @@ class EngineStats:
     routers: RouterFigures | None = None
     dispatch_decisions: Mapping[str, int] = field(default_factory=dict)
     card_bytes: Mapping[str, int] = field(default_factory=dict)
+    work: Work = field(default_factory=Work)
     engines: Mapping[str, EngineStats] = field(default_factory=dict)

@@ -76,4 +76,6 @@ def front_of(engine: TokenEngine, info: EngineInfo) -> Front:
         vocab_size=info.vocab_size,
         max_model_len=info.max_model_len,
         dysco=dysco_model(info),
+        gate_refusal=info.gate_refusal,
+        has_probe=info.has_probe,
     )

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from jaxdual.cascade.gate import Gate, Verdict
+from jaxdual.cascade.work import Work
 from jaxdual.decoding.dysco import Dysco
 from jaxdual.sampling_params import SamplingParams
 from jaxdual.scheduling.plan import FinishReason
@@ -34,6 +36,7 @@ class Request:
       resumed: of a request that was under way in an engine that is gone, the tokens that each output had; None for an
         output that has ended. Empty for a new request.
       dysco: what `params.dysco` means for this prompt.
+      gate: refuses the request where the model is not sure enough; of one output, which then ends as "refused".
     """
 
     request_id: str
@@ -45,6 +48,7 @@ class Request:
     salt: bytes = b""
     resumed: tuple[tuple[int, ...] | None, ...] = ()
     dysco: Dysco | None = None
+    gate: Gate | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +113,8 @@ class TokenEvent:
         ran for its turn, for memory of a decode engine, and for stored blocks.
       error: what went wrong, where `finish_reason` is "error".
       selections: of the steps since the last event, where they are wanted.
+      verdict: of the request's gate, once it is known.
+      work: on the last event of an output: what was computed for it.
     """
 
     request_id: str
@@ -124,3 +130,5 @@ class TokenEvent:
     read_seconds: float | None = None
     error: str | None = None
     selections: tuple[Selection, ...] = ()
+    verdict: Verdict | None = None
+    work: Work | None = None

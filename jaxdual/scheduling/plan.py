@@ -18,7 +18,7 @@ class Phase(Enum):
     FINISHED = "finished"
 
 
-FinishReason = Literal["stop", "length", "abort", "error"]
+FinishReason = Literal["stop", "length", "abort", "error", "refused"]
 
 
 @dataclass(slots=True, eq=False)
