@@ -18,6 +18,7 @@ import uvicorn
 from jaxdual.async_api import AsyncLLM
 from jaxdual.config import ClusterConfig, ConfigError, EngineConfig, ServerConfig
 from jaxdual.engine.supervisor import EngineState
+from jaxdual.served_models import ServedModels
 from server.grpc import GrpcServer, create_server
 from server.http import create_app
 from server.metrics import Metrics
@@ -43,7 +44,8 @@ class Server:
         self._llm = AsyncLLM.from_config(
             engine_config, cluster=cluster_config, max_queued_requests=server_config.max_queued_requests
         )
-        self._metrics = Metrics(self._llm)
+        self._models = ServedModels(self._llm)
+        self._metrics = Metrics(self._models)
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
 
@@ -58,7 +60,7 @@ class Server:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._on_signal, number)
-        self._llm.on_state(self._on_state)
+        self._models.on_state(self._on_state)
         config = self._config
         self._check_certificate()
         with self._listen() as listener:
@@ -98,8 +100,8 @@ class Server:
     async def _ended(self) -> None:
         """Returns when no engine can be started any more."""
         changed = asyncio.Event()
-        self._llm.on_state(lambda _: changed.set())
-        while self._llm.state is not EngineState.STOPPED:
+        self._models.on_state(lambda _: changed.set())
+        while self._models.state is not EngineState.STOPPED:
             changed.clear()
             await changed.wait()
 
@@ -120,7 +122,7 @@ class Server:
             _logger.info(
                 "%s: finishing %d requests, for at most %g s",
                 signal.Signals(number).name,
-                self._llm.num_unfinished,
+                self._models.num_unfinished,
                 self._config.shutdown_timeout,
             )
             self._stop.set()
@@ -174,7 +176,7 @@ class Server:
 
     def _http(self) -> uvicorn.Server:
         config = uvicorn.Config(
-            create_app(self._llm, self._metrics, api_key=self._config.api_key),
+            create_app(self._models, self._metrics, api_key=self._config.api_key),
             log_config=None,
             access_log=False,
             lifespan="off",
@@ -193,7 +195,7 @@ class Server:
             credentials = grpc.ssl_server_credentials([pair])
         host = f"[{config.host}]" if ":" in config.host else config.host
         return create_server(
-            self._llm, self._metrics, f"{host}:{config.grpc_port}", credentials=credentials, api_key=config.api_key
+            self._models, self._metrics, f"{host}:{config.grpc_port}", credentials=credentials, api_key=config.api_key
         )
 
 

@@ -10,7 +10,7 @@ import msgspec
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from jaxdual.errors import EngineDeadError, NotServingError, QueueFullError
+from jaxdual.errors import EngineDeadError, NotServingError, QueueFullError, UnknownModelError
 from jaxdual.openai_protocol import ProtocolError, error_body
 
 _RETRY = {"Retry-After": "1"}
@@ -62,8 +62,8 @@ class JSONResponse(Response):
 def problem_of(error: Exception) -> Problem:
     """The problem that an exception stands for; one that no client can have caused is an internal error."""
     match error:
-        case ProtocolError(code="model_not_found"):
-            return Problem(404, error_body(error.message, error.param, error.code), "model_not_found")
+        case UnknownModelError():
+            return Problem(404, error_body(str(error), "model", "model_not_found"), "model_not_found")
         case ProtocolError():
             return Problem(400, error_body(error.message, error.param, error.code), "invalid_request")
         case BodyTooLargeError():
