@@ -29,9 +29,7 @@ def confidence_of(spec: ConfidenceSpec, tokenizer: Tokenizer, tier: str, tempera
     for letter, tokens in zip(spec.letters, letters, strict=True):
         for token in tokens:
             if token in seen:
-                raise ValueError(
-                    f"tier {tier!r}: the letters {seen[token]!r} and {letter!r} are the same token {token}"
-                )
+                raise ValueError(f"tier {tier!r}: {seen[token]!r} and {letter!r} are the same token, {token}")
             seen[token] = letter
     scaled = temperature if spec.mode == "choices" else 1.0
     return Confidence("choices", letters, spec.mode, scaled)
