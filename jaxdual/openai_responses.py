@@ -101,8 +101,8 @@ def completion_response(
 def usage(outputs: Iterable[RequestOutput], cached_tokens: bool = True, generated: bool = True) -> dict[str, Any]:
     """Token counts; a prompt counts once, whatever its number of choices."""
     outputs = list(outputs)
-    prompt = sum(len(output.prompt_token_ids) for output in outputs)
-    completion = sum(len(c.token_ids) for output in outputs for c in output.outputs) if generated else 0
+    prompt = sum(output.num_prompt_tokens for output in outputs)
+    completion = sum(output.num_output_tokens for output in outputs) if generated else 0
     counts: dict[str, Any] = {
         "prompt_tokens": prompt,
         "completion_tokens": completion,

@@ -18,7 +18,7 @@ from jaxdual.async_api import AsyncLLM
 from jaxdual.engine.supervisor import EngineState
 from jaxdual.errors import NotServingError, UnknownModelError
 from jaxdual.outputs import EngineStats, RequestOutput, RouterFigures
-from jaxdual.request_stream import RequestStream
+from jaxdual.request_stream import AnswerStream
 from jaxdual.served_models import ServedModels
 
 _PREFIX = "jaxdual:"
@@ -88,7 +88,7 @@ class Metrics:
             "request_generation_tokens", "Generated tokens of a request, all outputs together.", _TOKEN_COUNTS
         )
 
-    def observe(self, stream: RequestStream, model: str) -> ObservedStream:
+    def observe(self, stream: AnswerStream, model: str) -> ObservedStream:
         """`stream`, with its tokens counted and its times measured as it is read.
 
         Iterate over the result in place of the stream, and close the result in place of the stream.
@@ -164,7 +164,7 @@ class _ModelMetrics:
 
     def first(self, output: RequestOutput) -> None:
         """Counts a request that has its first token."""
-        self.prompt_tokens.inc(len(output.prompt_token_ids))
+        self.prompt_tokens.inc(output.num_prompt_tokens)
         times = output.metrics
         if times.first_token_time is not None:
             self.first_token.observe(times.first_token_time - times.arrival_time)
@@ -178,8 +178,8 @@ class _ModelMetrics:
         self.finished.labels(self.model, reason).inc()
         if reason in ("error", "abort"):
             return
-        self.prompt_lengths.observe(len(output.prompt_token_ids))
-        self.output_lengths.observe(sum(len(completion.token_ids) for completion in output.outputs))
+        self.prompt_lengths.observe(output.num_prompt_tokens)
+        self.output_lengths.observe(output.num_output_tokens)
         times = output.metrics
         if times.finished_time is not None:
             self.latency.observe(times.finished_time - times.arrival_time)
@@ -190,7 +190,7 @@ class ObservedStream:
 
     __slots__ = ("_counted", "_counts", "_iterator", "_last", "_metrics", "_stream")
 
-    def __init__(self, stream: RequestStream, metrics: _ModelMetrics) -> None:
+    def __init__(self, stream: AnswerStream, metrics: _ModelMetrics) -> None:
         self._stream = stream
         self._iterator: AsyncIterator[RequestOutput] = aiter(stream)
         self._metrics = metrics
