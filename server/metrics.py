@@ -15,11 +15,13 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from jaxdual.async_api import AsyncLLM
+from jaxdual.cascade.service import CascadeLLM
 from jaxdual.engine.supervisor import EngineState
 from jaxdual.errors import NotServingError, UnknownModelError
 from jaxdual.outputs import EngineStats, RequestOutput, RouterFigures
 from jaxdual.request_stream import AnswerStream
-from jaxdual.served_models import ServedModels
+from jaxdual.served_models import Model, ServedModels
+from server.cascade_metrics import CascadeMetrics
 
 _PREFIX = "jaxdual:"
 _LABELS = ("model_name",)
@@ -67,6 +69,8 @@ class Metrics:
         self._models = models
         self._bound: dict[str, _ModelMetrics] = {}
         self.registry.register(_EngineCollector(models.engines))
+        if isinstance(models.default, CascadeLLM):
+            CascadeMetrics(models.default, self.registry)
         self._finished = self._counter("request_success", "Requests that ended, by reason.", "finished_reason")
         self._refused = self._counter("request_refused", "Requests that were not taken, by reason.", "reason")
         self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of requests that gave a token.")
@@ -369,7 +373,7 @@ def _of_engines(model: str, load: EngineStats) -> Iterator[Metric]:
         yield counter
 
 
-def _model_name(llm: AsyncLLM) -> str:
+def _model_name(llm: Model) -> str:
     try:
         return llm.served_model_name
     except NotServingError:  # not known yet

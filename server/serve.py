@@ -16,9 +16,11 @@ import grpc
 import uvicorn
 
 from jaxdual.async_api import AsyncLLM
+from jaxdual.cascade.config import CascadeConfig
+from jaxdual.cascade.service import CascadeLLM
 from jaxdual.config import ClusterConfig, ConfigError, EngineConfig, ServerConfig
 from jaxdual.engine.supervisor import EngineState
-from jaxdual.served_models import ServedModels
+from jaxdual.served_models import Model, ServedModels
 from server.grpc import GrpcServer, create_server
 from server.http import create_app
 from server.metrics import Metrics
@@ -35,14 +37,22 @@ class Server:
     Args:
       engine_config, server_config: what to serve, and how.
       cluster_config: by how many engines, if by more than one.
+      cascade_config: the models that answer as one, in place of that of `engine_config`.
     """
 
     def __init__(
-        self, engine_config: EngineConfig, server_config: ServerConfig, cluster_config: ClusterConfig | None = None
+        self,
+        engine_config: EngineConfig,
+        server_config: ServerConfig,
+        cluster_config: ClusterConfig | None = None,
+        cascade_config: CascadeConfig | None = None,
     ) -> None:
         self._config = server_config
-        self._llm = AsyncLLM.from_config(
-            engine_config, cluster=cluster_config, max_queued_requests=server_config.max_queued_requests
+        most_queued = server_config.max_queued_requests
+        self._llm: Model = (
+            AsyncLLM.from_config(engine_config, cluster=cluster_config, max_queued_requests=most_queued)
+            if cascade_config is None
+            else CascadeLLM.from_config(cascade_config, most_queued)
         )
         self._models = ServedModels(self._llm)
         self._metrics = Metrics(self._models)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -16,6 +17,7 @@ from jaxdual.config import ConfigError, EngineConfig, refuse_unknown
 from jaxdual.config_sources import read_config_file
 
 _DEVICE_PART = 0.9  # of a device's memory, that tiers without a `memory_fraction` share
+_NAME = re.compile(r"[!-+\--~]{1,128}")  # of a tier: headers of responses list them
 # Settings of an engine that tiers have keys of their own for.
 _OF_TIERS = {"model": "model", "served_model_name": "name", "probe": "probe"}
 
@@ -126,8 +128,10 @@ class CascadeConfig:
         if not self.local:
             raise ConfigError("a cascade needs at least one [[tier]] with a model of its own")
         for name in names:
-            if not name or name == self.name or names.count(name) > 1:
+            if name == self.name or names.count(name) > 1:
                 raise ConfigError(f"name={name!r} of a tier must be one that no other tier has, nor the cascade")
+            if not _NAME.fullmatch(name):
+                raise ConfigError(f"name={name!r} of a tier must be of ASCII characters without blanks and commas")
         for tier in self.tiers[:-1]:
             if isinstance(tier, ExternalTier):
                 raise ConfigError(f"tier {tier.name!r}: only the last tier may have a url")

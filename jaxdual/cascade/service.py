@@ -18,7 +18,7 @@ from jaxdual.cascade.config import CascadeConfig, ExternalTier, LocalTier
 from jaxdual.cascade.decision import Decision, Failure
 from jaxdual.cascade.external import RemoteTier
 from jaxdual.cascade.gate import Gate, Verdict
-from jaxdual.cascade.options import CascadeOptions, ConfidenceSpec
+from jaxdual.cascade.options import CascadeOptions, CascadeRequestError, ConfidenceSpec
 from jaxdual.cascade.prompt import CascadePrompt, ChatPrompt, PlainPrompt
 from jaxdual.cascade.route import Route
 from jaxdual.cascade.stream import CascadeStream, UnderWay, first_verdict
@@ -58,8 +58,8 @@ class CascadeLLM:
             RemoteTier(tier) if isinstance(tier, ExternalTier) else EngineTier(tier, engines[tier.name])
             for tier in config.tiers
         ]
-        self._default_gates: list[Gate | None] | None = None  # from the start on
-        self._one_tokenizer = False
+        self._default_gates: list[Gate | None] | None = None  # until the engines have started
+        self._one_tokenizer: bool | None = None  # likewise
         self._under_way: dict[str, UnderWay] = {}
         self._idle = asyncio.Event()
         self._idle.set()
@@ -206,8 +206,11 @@ class CascadeLLM:
         """An engine that makes the same tokens of a text as all others do.
 
         Raises:
+          NotServingError: that is known only when all have started.
           TokenizerError: there is none.
         """
+        if self._one_tokenizer is None:
+            raise NotServingError("the engines have not started yet")
         if not self._one_tokenizer:
             raise TokenizerError(
                 f"the tiers of {self.config.name!r} have different tokenizers; name one of {', '.join(self.engines)}"
@@ -414,7 +417,10 @@ class CascadeLLM:
     def _gates(self, spec: ConfidenceSpec) -> list[Gate | None]:
         if spec == self.config.confidence and self._default_gates is not None:
             return self._default_gates
-        return [*(tier.gate(spec) for tier in self._tiers[:-1]), None]
+        try:
+            return [*(tier.gate(spec) for tier in self._tiers[:-1]), None]
+        except ValueError as error:
+            raise CascadeRequestError(f"cascade: {error}") from None
 
     def _resolve(self) -> None:
         """Looks at the engines once, when they have started."""
@@ -425,7 +431,7 @@ class CascadeLLM:
         try:
             self._default_gates = self._gates(self.config.confidence)
         except ValueError as error:
-            raise ConfigError(str(error)) from None
+            raise ConfigError(str(error).removeprefix("cascade: ")) from None
         names = {_tokenizer_name(engine) for engine in self.engines.values()}
         self._one_tokenizer = len(names) == 1 and len(self.engines) == len(self._tiers)
 

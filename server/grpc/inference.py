@@ -7,15 +7,18 @@ from typing import TYPE_CHECKING
 
 import grpc
 
+from jaxdual.cascade.prompt import CascadePrompt
+from jaxdual.cascade.service import CascadeLLM
 from jaxdual.engine.supervisor import EngineState
 from jaxdual.front import Prompt, TokenizedPrompt
 from jaxdual.outputs import Logprob, RequestOutput
 from jaxdual.sampling_params import SamplingParams
-from jaxdual.served_models import Model, ServedModels
+from jaxdual.served_models import Model, ServedModels, submit
 from jaxdual.tokenizer import TokenizerError
+from server.grpc.cascade import cascade_options, decision_message
 from server.grpc.deltas import Delta, Deltas
 from server.grpc.errors import raise_if_failed
-from server.grpc.prompts import chat_messages, no_prompt, sampling_params, template_variables
+from server.grpc.prompts import conversation, left_open, no_prompt, sampling_params
 from server.proto.jaxdual.v1 import inference_pb2 as pb
 from server.proto.jaxdual.v1 import inference_pb2_grpc
 
@@ -63,13 +66,15 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         self, request: pb.TokenizeRequest, context: grpc.aio.ServicerContext
     ) -> pb.TokenizeResponse:
         """Token ids of a text or a conversation."""
-        model = self._model(request.model)
+        model = self._models.tokenizing(request.model or None)
         match request.WhichOneof("input"):
             case "text":
                 special = request.add_special_tokens if request.HasField("add_special_tokens") else True
                 prompt = await model.tokenize(request.text, add_special_tokens=special)
             case "chat":
-                prompt = await _render(model, request.chat, add_special_tokens=request.add_special_tokens)
+                prompt = await model.tokenize_chat(
+                    **conversation(request.chat), add_special_tokens=request.add_special_tokens
+                )
             case _:
                 raise no_prompt(("text", "chat"))
         return pb.TokenizeResponse(token_ids=prompt.tokens, max_model_len=model.max_model_len)
@@ -78,7 +83,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         self, request: pb.DetokenizeRequest, context: grpc.aio.ServicerContext
     ) -> pb.DetokenizeResponse:
         """Text of token ids."""
-        model = self._model(request.model)
+        model = self._models.tokenizing(request.model or None)
         vocab_size = model.info.vocab_size
         ids = list(request.token_ids)
         if ids and max(ids) >= vocab_size:
@@ -99,6 +104,15 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
     ) -> pb.GetModelInfoResponse:
         """What is served."""
         model = self._model(request.model)
+        if isinstance(model, CascadeLLM):
+            return pb.GetModelInfoResponse(
+                model=model.served_model_name,
+                family="cascade",
+                max_model_len=model.max_model_len,
+                system_fingerprint=model.system_fingerprint,
+                models=self._models.names,
+                tiers=model.tier_names,
+            )
         info = model.info
         try:
             tokenizer = model.get_tokenizer()
@@ -146,7 +160,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         params = sampling_params(
             request.sampling_params, model.get_default_sampling_params(), open_ended=kind == "chat"
         )
-        prompt: Prompt | TokenizedPrompt
+        prompt: Prompt | TokenizedPrompt | CascadePrompt
         match kind:
             case "text":
                 prompt = request.text
@@ -154,22 +168,20 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
                 prompt = {"prompt_token_ids": request.token_ids.ids}
             case "chat":
                 model.check_door(params.n)
-                prompt = await _render(model, request.chat, add_special_tokens=False)
+                prompt = await model.tokenize_chat(**conversation(request.chat), add_special_tokens=False)
             case _:
                 raise no_prompt(("text", "token_ids", "chat"))
-        stream = await model.submit(
-            prompt, params, request.request_id or None, priority=request.priority, user=request.user
+        stream = await submit(
+            model,
+            prompt,
+            params,
+            request.request_id or None,
+            priority=request.priority,
+            user=request.user,
+            options=cascade_options(request),
+            left_open=left_open(request.sampling_params),
         )
         return self._metrics.observe(stream, model.served_model_name), params
-
-
-async def _render(model: Model, chat: pb.Chat, *, add_special_tokens: bool) -> TokenizedPrompt:
-    return await model.tokenize_chat(
-        chat_messages(chat),
-        add_generation_prompt=chat.add_generation_prompt if chat.HasField("add_generation_prompt") else True,
-        add_special_tokens=add_special_tokens,
-        template_vars=template_variables(chat),
-    )
 
 
 class _Responses:
@@ -194,9 +206,11 @@ class _Responses:
                 for entries in output.prompt_logprobs
             )
         if output.finished:
-            response.usage.prompt_tokens = len(output.prompt_token_ids)
-            response.usage.completion_tokens = sum(len(completion.token_ids) for completion in output.outputs)
+            response.usage.prompt_tokens = output.num_prompt_tokens
+            response.usage.completion_tokens = output.num_output_tokens
             response.usage.cached_tokens = output.num_cached_tokens
+            if output.decision is not None:
+                response.cascade.CopyFrom(decision_message(output.decision))
         return response
 
 

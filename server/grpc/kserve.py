@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.metadata
+import json
 from collections.abc import AsyncIterator, Iterable
 from contextlib import closing
 from typing import TYPE_CHECKING
@@ -13,7 +14,7 @@ import grpc
 from jaxdual.engine.supervisor import EngineState
 from jaxdual.errors import NotServingError, UnknownModelError
 from jaxdual.outputs import RequestOutput
-from jaxdual.served_models import Model, ServedModels
+from jaxdual.served_models import Model, ServedModels, submit
 from server.grpc.deltas import Delta, Deltas
 from server.grpc.errors import CallError, raise_if_failed, status_of
 from server.grpc.guard import Malformed, count_refusal
@@ -180,7 +181,15 @@ class KServeServicer(open_inference_pb2_grpc.GRPCInferenceServiceServicer):
     async def _submit(self, model: Model, wanted: InferRequest, until: float | None) -> ObservedStream:
         """Queues a request; the caller closes the stream."""
         async with asyncio.timeout_at(until):
-            stream = await model.submit(wanted.prompt, wanted.params, priority=wanted.priority, user=wanted.user)
+            stream = await submit(
+                model,
+                wanted.prompt,
+                wanted.params,
+                priority=wanted.priority,
+                user=wanted.user,
+                options=wanted.cascade,
+                left_open=wanted.left_open,
+            )
         return self._metrics.observe(stream, model.served_model_name)
 
     def _read(self, request: pb.ModelInferRequest) -> tuple[Model, InferRequest]:
@@ -250,8 +259,10 @@ class _Responses:
                     tensor.shape[0] = len(ids)
             response.raw_output_contents.append(raw)
         if output.finished:
-            completion_tokens = sum(len(completion.token_ids) for completion in output.outputs)
-            response.parameters["prompt_tokens"].int64_param = len(output.prompt_token_ids)
-            response.parameters["completion_tokens"].int64_param = completion_tokens
+            response.parameters["prompt_tokens"].int64_param = output.num_prompt_tokens
+            response.parameters["completion_tokens"].int64_param = output.num_output_tokens
             response.parameters["cached_tokens"].int64_param = output.num_cached_tokens
+            if output.decision is not None:
+                response.parameters["cascade_tier"].string_param = output.decision.tier
+                response.parameters["cascade"].string_param = json.dumps(output.decision.as_json())
         return response

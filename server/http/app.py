@@ -18,6 +18,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from jaxdual.cascade.service import CascadeLLM
 from jaxdual.engine.supervisor import EngineState
 from jaxdual.errors import NotServingError, UnknownModelError
 from jaxdual.openai_protocol import ProtocolError, parse_chat, parse_completion
@@ -95,7 +96,11 @@ class _About:
 
     async def health(self, request: Request) -> Response:
         state = self._models.state
-        return JSONResponse({"status": state.value}, 200 if state is EngineState.SERVING else 503)
+        content: dict[str, object] = {"status": state.value}
+        if isinstance(self._models.default, CascadeLLM):
+            # A tier that has stopped for good does not make it unhealthy: here is where it shows.
+            content["tiers"] = {name: engine.state.value for name, engine in self._models.default.engines.items()}
+        return JSONResponse(content, 200 if state is EngineState.SERVING else 503)
 
     async def metrics(self, request: Request) -> Response:
         content, content_type = self._metrics.expose(request.headers.get("accept", ""))
@@ -111,6 +116,7 @@ class _About:
             "created": self._created,
             "owned_by": "jaxdual",
             "max_model_len": model.max_model_len,
+            **({"tiers": model.tier_names} if isinstance(model, CascadeLLM) else {}),
         }
 
 

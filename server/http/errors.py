@@ -11,7 +11,8 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from jaxdual.errors import EngineDeadError, NotServingError, QueueFullError, UnknownModelError
-from jaxdual.openai_protocol import ProtocolError, error_body
+from jaxdual.openai_protocol import ProtocolError
+from jaxdual.openai_responses import error_body
 
 _RETRY = {"Retry-After": "1"}
 _encode = msgspec.json.Encoder().encode

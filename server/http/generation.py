@@ -13,6 +13,9 @@ from typing import Any
 import msgspec
 from starlette.types import Message, Receive, Scope, Send
 
+from jaxdual.cascade.options import CascadeRequestError
+from jaxdual.cascade.prompt import CascadePrompt
+from jaxdual.cascade.service import CascadeLLM
 from jaxdual.decoding.dysco import DyscoError
 from jaxdual.errors import PromptTooLongError, UnknownModelError
 from jaxdual.front import TokenizedPrompt
@@ -21,7 +24,7 @@ from jaxdual.openai_responses import chat_response, completion_response
 from jaxdual.openai_stream import ChatStream, CompletionStream
 from jaxdual.outputs import RequestOutput
 from jaxdual.sampling_params import RECOMMENDED_SAMPLING
-from jaxdual.served_models import Model, ServedModels
+from jaxdual.served_models import Model, ServedModels, submit
 from jaxdual.tokenizer import Tokenizer, TokenizerError
 from server.http.connection import DisconnectedError, decode_json, read_body, unless_disconnected
 from server.http.errors import GenerationError, JSONResponse, problem_of
@@ -86,12 +89,9 @@ class GenerationEndpoint:
         response_id = f"{prefix}-{uuid.uuid4().hex}"
         created = int(time.time())
         with contextlib.ExitStack() as closing:
-            streams: list[ObservedStream] = []
-            prompts = _prompts(request)
-            _check_door(model, request, len(prompts))
-            for number, prompt in enumerate(prompts):
-                streams.append(await self._submit(model, request, prompt, f"{response_id}-{number}"))
-                closing.callback(streams[-1].close)
+            _check_door(model, request, len(_prompts(request)))
+            streams = await self._submit_all(model, request, response_id, closing)
+            reply.headers = _tier_header(streams)
             if request.stream:
                 await _stream(model, request, streams, response_id, created, reply)
                 return
@@ -99,7 +99,7 @@ class GenerationEndpoint:
                 async for numbers in changes:
                     _check(streams, numbers)
         content = _whole(model, request, [stream.output for stream in streams], response_id, created)
-        await JSONResponse(content)(scope, receive, reply.send)
+        await JSONResponse(content, headers=reply.headers)(scope, receive, reply.send)
 
     def _request(self, body: bytes) -> tuple[Model, ChatRequest | CompletionRequest]:
         """What a body asks for, and of which model."""
@@ -116,6 +116,32 @@ class GenerationEndpoint:
         except RecursionError:
             raise ProtocolError("the request body is nested too deeply", None, "invalid_json") from None
 
+    async def _submit_all(
+        self,
+        model: Model,
+        request: ChatRequest | CompletionRequest,
+        response_id: str,
+        closing: contextlib.ExitStack,
+    ) -> list[ObservedStream]:
+        """Streams of all prompts, which `closing` closes."""
+        prompts = [(prompt, f"{response_id}-{number}") for number, prompt in enumerate(_prompts(request))]
+        if not isinstance(model, CascadeLLM):
+            streams = []
+            for prompt, request_id in prompts:
+                streams.append(await self._submit(model, request, prompt, request_id))
+                closing.callback(streams[-1].close)
+            return streams
+        # Each waits until its tier is found, so they are asked for at once.
+        tasks = [asyncio.ensure_future(self._submit(model, request, *prompt)) for prompt in prompts]
+        try:
+            return list(await asyncio.gather(*tasks))
+        finally:
+            for task in tasks:
+                task.cancel()
+            for stream in await asyncio.gather(*tasks, return_exceptions=True):
+                if isinstance(stream, ObservedStream):
+                    closing.callback(stream.close)
+
     async def _submit(
         self,
         model: Model,
@@ -126,13 +152,23 @@ class GenerationEndpoint:
         """Sends one prompt to a model; None stands for the prompt that the messages of a chat make."""
         try:
             tokenized = await _tokenize(model, request, prompt)
-            stream = await model.submit(tokenized, request.params, request_id, user=request.user)
+            stream = await submit(
+                model,
+                tokenized,
+                request.params,
+                request_id,
+                user=request.user,
+                options=request.cascade,
+                left_open=request.left_open,
+            )
             return self._metrics.observe(stream, model.served_model_name)
         except PromptTooLongError as error:
             param = "messages" if isinstance(request, ChatRequest) else "prompt"
             raise ProtocolError(str(error), param, "context_length_exceeded") from None
         except DyscoError as error:
             raise ProtocolError(str(error), "dysco") from None
+        except CascadeRequestError as error:
+            raise ProtocolError(str(error), "cascade") from None
         except ValueError as error:
             param = "messages" if isinstance(request, ChatRequest) else "prompt"
             raise ProtocolError(str(error), param if isinstance(error, TokenizerError) else None) from None
@@ -143,12 +179,14 @@ class _Reply:
 
     Attributes:
         model: name of the model that answers; None while it is not known.
+        headers: that a whole or streamed answer has beside the usual ones.
     """
 
     def __init__(self, send: Send) -> None:
         self._send = send
         self.started = False
         self.model: str | None = None
+        self.headers: Mapping[str, str] = {}
 
     async def send(self, message: Message) -> None:
         self.started = True
@@ -159,7 +197,8 @@ class _Reply:
         if not values:
             return
         if not self.started:
-            await self.send({"type": "http.response.start", "status": 200, "headers": list(_EVENT_STREAM)})
+            further = [(name.lower().encode(), value.encode()) for name, value in self.headers.items()]
+            await self.send({"type": "http.response.start", "status": 200, "headers": [*_EVENT_STREAM, *further]})
         body = b"".join([b"data: %b\n\n" % _encode(value) for value in values])
         await self._send({"type": "http.response.body", "body": body, "more_body": True})
 
@@ -178,13 +217,17 @@ def _check_door(model: Model, request: ChatRequest | CompletionRequest, prompts:
     """Refuses all prompts of a request, or none, and before any is tokenized."""
     try:
         model.check_door(prompts * request.params.n)
+        if isinstance(model, CascadeLLM) and prompts > 1 and request.params.logprobs is not None:
+            raise ProtocolError("logprobs of a cascade are given for one prompt at a time", "logprobs")
+    except ProtocolError:
+        raise
     except ValueError as error:
         raise ProtocolError(str(error), "n" if prompts == 1 else "prompt") from None
 
 
 async def _tokenize(
     model: Model, request: ChatRequest | CompletionRequest, prompt: str | tuple[int, ...] | None
-) -> TokenizedPrompt:
+) -> TokenizedPrompt | CascadePrompt:
     if isinstance(request, ChatRequest):
         return await model.tokenize_chat(
             request.messages,
@@ -221,7 +264,7 @@ def _chunks(
     response_id: str,
     created: int,
 ) -> ChatStream | CompletionStream:
-    facts = _facts(model, response_id, created) | {"system_fingerprint": model.system_fingerprint}
+    facts = _facts(model, outputs, response_id, created) | {"system_fingerprint": model.system_fingerprint}
     if isinstance(request, ChatRequest):
         return ChatStream(request, outputs, **facts)
     return CompletionStream(request, outputs, **facts)
@@ -234,7 +277,7 @@ def _whole(
     response_id: str,
     created: int,
 ) -> dict[str, Any]:
-    facts = _facts(model, response_id, created)
+    facts = _facts(model, outputs, response_id, created)
     if isinstance(request, ChatRequest):
         body = chat_response(request, outputs[0], **facts)
     else:
@@ -242,17 +285,30 @@ def _whole(
     return {**body, "system_fingerprint": model.system_fingerprint}
 
 
-def _facts(model: Model, response_id: str, created: int) -> dict[str, Any]:
-    try:
-        tokenizer: Tokenizer | None = model.get_tokenizer()
-    except TokenizerError:
-        tokenizer = None
+def _facts(model: Model, outputs: Sequence[RequestOutput], response_id: str, created: int) -> dict[str, Any]:
     return {
         "response_id": response_id,
         "created": created,
         "model": model.served_model_name,
-        "tokenizer": tokenizer,
+        "tokenizer": _tokenizer(model, outputs[0]),
     }
+
+
+def _tokenizer(model: Model, output: RequestOutput) -> Tokenizer | None:
+    """That of the model, or the tier, that gives an output."""
+    if isinstance(model, CascadeLLM):
+        return None if output.decision is None else model.tokenizer_of(output.decision.tier)
+    try:
+        return model.get_tokenizer()
+    except TokenizerError:
+        return None
+
+
+def _tier_header(streams: Sequence[ObservedStream]) -> dict[str, str]:
+    """Names of the tiers that answer the prompts of a cascade's request."""
+    decisions = [stream.output.decision for stream in streams]
+    tiers = [decision.tier for decision in decisions if decision is not None]
+    return {"X-Jaxdual-Tier": ", ".join(tiers)} if tiers else {}
 
 
 def _check(streams: Sequence[ObservedStream], numbers: Sequence[int]) -> None:
