@@ -313,7 +313,7 @@ class CascadeLLM:
         if not isinstance(prompt, (PlainPrompt, ChatPrompt)):
             prompt = PlainPrompt(prompt)
         options = options or CascadeOptions()
-        self._check(prompt, sampling_params)
+        self.check(prompt, sampling_params)
         request_id = self._new_id(request_id)
         question = Question(prompt, sampling_params, left_open, request_id, priority, user)
         route = Route(
@@ -386,7 +386,8 @@ class CascadeLLM:
             raise ValueError(f"request_id={request_id!r} is in use")
         return request_id
 
-    def _check(self, prompt: CascadePrompt, params: SamplingParams) -> None:
+    def check(self, prompt: CascadePrompt, params: SamplingParams) -> None:
+        """Raises `ValueError` for what no cascade, or not this one, can do."""
         name = self.config.name
         if not isinstance(params, SamplingParams):
             raise ValueError(f"sampling parameters must be SamplingParams, not {type(params).__name__}")
