@@ -98,6 +98,8 @@ class CascadeLLM:
           NotServingError: none will, or not any more.
         """
         self._check_open()
+        if self._default_gates is not None and self.state is not EngineState.STOPPED:
+            return
         results = await asyncio.gather(*(engine.ready() for engine in self.engines.values()), return_exceptions=True)
         errors = [result for result in results if isinstance(result, BaseException)]
         if len(errors) == len(results):

@@ -28,7 +28,9 @@ class Job:
             {"custom_id": f"line-{number}", "method": "POST", "url": url, "body": {"max_tokens": 2} | body}
             for number, body in enumerate(bodies)
         ]
-        (self.folder / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        source, content = self.folder / "in.jsonl", "".join(json.dumps(line) + "\n" for line in lines)
+        if not source.exists() or source.read_text() != content:  # its time is in the rows
+            source.write_text(content)
         files = ["-i", str(self.folder / "in.jsonl"), "-o", str(self.folder / "out.jsonl")]
         report = ["--report", str(self.folder / "report.json")]
         status = command.main([*files, *report, "--cascade", "some.toml", "--no-progress", *further])
