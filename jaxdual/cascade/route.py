@@ -80,8 +80,7 @@ class Route:
         step = self._now()
         self._hops.append(Hop(self._tiers[step.tier], failure, spent=spent))
         self._lost.add(step.tier)
-        # Below the tiers that have failed, the way leads down.
-        self.step = self._fall() if step.reason == "fallback" else self._climb(step.tier + 1, step.reason)
+        self.step = self._climb(step.tier + 1, step.reason)
 
     def answered(self, verdict: Verdict | None, spent: Spent = NOTHING_SPENT) -> Decision:
         """The tier answers; of a gate that has let it pass there is a verdict. May be told again, with more spent."""

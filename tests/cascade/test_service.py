@@ -10,6 +10,7 @@ from jaxdual.cascade.config import ExternalTier, Prices
 from jaxdual.cascade.decision import Spent
 from jaxdual.cascade.options import CascadeOptions, ConfidenceSpec
 from jaxdual.cascade.service import CascadeLLM
+from jaxdual.cascade.stream import UnderWay
 from jaxdual.cascade.work import Work
 from jaxdual.config import ConfigError
 from jaxdual.decoding.dysco import DyscoParams
@@ -93,6 +94,15 @@ async def test_the_stream_begins_with_the_first_token_and_ends_once():
     with pytest.raises(StopAsyncIteration):
         await anext(stream)
     assert cascade.num_unfinished == 0
+
+
+@in_loop
+async def test_the_first_token_is_read_at_once_though_no_other_comes():
+    small, _, cascade = pair(SURE)
+    stream = await cascade.submit("abc", SamplingParams(max_tokens=1))
+    small.hold()
+    assert [len(output.outputs[0].token_ids) async for output in stream] == [1]
+    assert stream.output.finished
 
 
 @in_loop
@@ -237,6 +247,19 @@ def test_an_abort_reaches_a_request_while_tiers_are_asked(scores):
         assert not cascade.abort("mine")
 
     test()
+
+
+def test_an_abort_between_two_tiers_ends_the_request_in_the_next_one():
+    class Stream:
+        closed = False
+
+        def close(self):
+            self.closed = True
+
+    under_way, stream = UnderWay(0.0), Stream()
+    under_way.abort()
+    under_way.enter(stream)
+    assert stream.closed
 
 
 @in_loop
@@ -417,7 +440,7 @@ async def test_a_remote_answers_last_with_the_prompt_as_it_came():
         _, cascade = remote_pair(remote.url, parameters=10, prices=Prices(input=1.0, output=2.0))
         messages = [{"role": "user", "content": "hello"}]
         prompt = await cascade.tokenize_chat(messages)
-        params = SamplingParams(max_tokens=5, temperature=0.5, stop=["x"], seed=3)
+        params = SamplingParams(max_tokens=5, temperature=0.5, top_p=0.5, stop=["x"], seed=3)
         output = await ask(cascade, prompt, params, left_open=("top_p",))
         assert (output.outputs[0].text, output.outputs[0].finish_reason) == ("Hello", "stop")
         assert (output.num_prompt_tokens, output.num_output_tokens) == (11, 2)

@@ -86,6 +86,9 @@ class TierLLM(ScriptedLLM):
 
     async def shutdown(self):
         self.drained.append("shutdown")
+        if self._turns is not None:
+            self._turns.cancel()
+            await asyncio.gather(self._turns, return_exceptions=True)
 
     def check_door(self, outputs=1):
         if self.closed_by is not None:

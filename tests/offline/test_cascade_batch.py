@@ -118,6 +118,19 @@ def test_options_reach_the_gates(job):
     assert {gate.confidence.kind for gate in job.small.gates if gate} == {"opening"}
 
 
+def test_what_a_line_leaves_open_is_each_model_s_own(job, monkeypatch):
+    make = job._make
+
+    def with_defaults(path, config):
+        llm = make(path, config)
+        job.small.defaults, job.large.defaults = {"top_k": 9}, {"top_k": 7}
+        return llm
+
+    monkeypatch.setattr(command, "_cascade", with_defaults)
+    job({"prompt": [5]})
+    assert [tier.params[0].top_k for tier in (job.small, job.large)] == [9, 7]
+
+
 def test_a_tier_that_breaks_everywhere_is_told_as_such(job, monkeypatch):
     make = job._make
 

@@ -115,6 +115,13 @@ def test_the_options_of_a_request_reach_its_gate(server):
     assert server.small.gates[-1].confidence.kind == "opening"
 
 
+def test_what_a_body_leaves_open_is_each_model_s_own(server):
+    server.small.defaults, server.large.defaults = {"temperature": 0.25, "top_k": 9}, {"temperature": 0.5}
+    server.post(temperature=..., top_k=3)
+    sampled = [(tier.params[0].temperature, tier.params[0].top_k) for tier in (server.small, server.large)]
+    assert sampled == [(0.25, 3), (0.5, 3)]
+
+
 @pytest.mark.parametrize(
     ("fields", "status_code", "param", "message"),
     [
@@ -265,6 +272,9 @@ async def test_grpc_refuses_what_can_not_be_asked():
             found, details = await status(face.stub.GenerateUnary(request))
             assert found.name == code
             assert message in details
+        assert face.sample("request_refused_total", reason="invalid_request") == 2
+        labels = {"reason": "invalid_request", "model_name": "small"}
+        assert face.metrics.registry.get_sample_value("jaxdual:request_refused_total", labels) == 1
 
 
 @in_loop
