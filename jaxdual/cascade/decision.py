@@ -26,7 +26,7 @@ class Spent:
     Attributes:
       work: tokens computed, by the part of the layers that they went through.
       flops: of that; None if the size of the model is not known.
-      prompt_tokens, output_tokens: of the request, as this tier counts them.
+      prompt_tokens, output_tokens: of the request, as this tier counts them, those that only its gate saw among them.
       seconds: from the tier's turn to its end.
       price: USD; None if the tier has no price.
     """

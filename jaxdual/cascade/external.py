@@ -83,7 +83,7 @@ class RemoteTier:
     def failure(self, stream: AnswerStream) -> Failure:
         return cast(_RemoteStream, stream).failure
 
-    def spent(self, output: RequestOutput, seconds: float) -> Spent:
+    def spent(self, output: RequestOutput, seconds: float, judged: int = 0) -> Spent:
         prompt, generated = output.num_prompt_tokens, output.num_output_tokens
         parameters, prices = self.config.parameters, self.config.prices
         return Spent(

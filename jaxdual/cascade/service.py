@@ -358,13 +358,12 @@ class CascadeLLM:
             except BaseException:
                 stream.close()
                 raise
-            output, spent = stream.output, tier.spent(stream.output, time.monotonic() - began)
-            ended = output.outputs[0].finish_reason
-            if ended == "error":
+            output, seconds = stream.output, time.monotonic() - began
+            if output.outputs[0].finish_reason == "error":
                 errors.append(EngineDeadError(f"tier {tier.name!r}: {output.outputs[0].error or 'it failed'}"))
-                route.lost(tier.failure(stream), spent)
+                route.lost(tier.failure(stream), tier.spent(output, seconds))
             elif verdict is not None and not verdict.passed:
-                route.refused(verdict, spent)
+                route.refused(verdict, tier.spent(output, seconds, _judged(verdict, step.gate)))
             else:
                 output.metrics.arrival_time = under_way.arrival
                 return CascadeStream(stream, partial(_decided, route, verdict, tier, output, began), self._ended)
@@ -441,6 +440,13 @@ class CascadeLLM:
     def _tell_state(self) -> None:
         for listener in self._state_listeners:
             listener(self.state)
+
+
+def _judged(verdict: Verdict, gate: Gate | None) -> int:
+    """Output tokens that a refusal has taken: a model by the token bills them, whether or not anybody sees them."""
+    if verdict.refused_by == "p_ik" or gate is None or gate.confidence is None:
+        return 0
+    return gate.confidence.positions
 
 
 def _decided(route: Route, verdict: Verdict | None, tier: Tier, output: RequestOutput, began: float) -> Decision:

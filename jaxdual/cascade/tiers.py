@@ -69,8 +69,14 @@ class Tier(Protocol):
     def failure(self, stream: AnswerStream) -> Failure:
         """Why a stream of its that has ended with an error did."""
 
-    def spent(self, output: RequestOutput, seconds: float) -> Spent:
-        """What it has taken for an output so far."""
+    def spent(self, output: RequestOutput, seconds: float, judged: int = 0) -> Spent:
+        """What it has taken for an output so far.
+
+        Args:
+          output: of it.
+          seconds: since its turn began.
+          judged: tokens that its gate has looked at and that nobody was given.
+        """
 
 
 class EngineTier:
@@ -111,8 +117,8 @@ class EngineTier:
     def failure(self, stream: AnswerStream) -> Failure:
         return "failed"
 
-    def spent(self, output: RequestOutput, seconds: float) -> Spent:
-        prompt, generated, prices = output.num_prompt_tokens, output.num_output_tokens, self.config.prices
+    def spent(self, output: RequestOutput, seconds: float, judged: int = 0) -> Spent:
+        prompt, generated, prices = output.num_prompt_tokens, output.num_output_tokens + judged, self.config.prices
         return Spent(
             output.work,
             self.llm.info.layer_sizes.flops(output.work),

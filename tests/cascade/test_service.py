@@ -72,6 +72,7 @@ def test_an_unsure_tier_hands_the_prompt_on_and_its_work_is_counted(scores, outc
         tokens = len(output.prompt_token_ids)
         first, last = (hop.spent for hop in output.decision.hops)
         assert first.work == Work(tokens, tokens if upper else 0)
+        assert first.output_tokens == (1 if upper else 0)
         assert first.flops == 2 * (60 * tokens + (40 * tokens if upper else 0))
         assert (last.work, last.prompt_tokens, last.output_tokens) == (Work(tokens, tokens), tokens, 3)
         assert output.decision.flops == first.flops + SIZES.flops(last.work)

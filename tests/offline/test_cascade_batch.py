@@ -59,7 +59,7 @@ def test_each_row_has_its_decision_without_anything_that_varies(job):
         "p_ik": None,
         "p_t": None,
         "hops": [
-            {"tier": "small", "outcome": "p_t", "p_ik": 0.9, "p_t": 0.5, "prompt_tokens": 3, "output_tokens": 0},
+            {"tier": "small", "outcome": "p_t", "p_ik": 0.9, "p_t": 0.5, "prompt_tokens": 3, "output_tokens": 1},
             {"tier": "large", "outcome": "answered", "p_ik": None, "p_t": None, "prompt_tokens": 3}
             | {"output_tokens": 2},
         ],

@@ -61,7 +61,7 @@ def test_the_cascade_answers_requests_that_name_it_or_nothing(server, path, name
     small, large = decision["hops"]
     assert (small["tier"], small["outcome"], small["p_ik"], small["p_t"]) == ("small", "p_t", 0.9, 0.5)
     tokens = body["usage"]["prompt_tokens"]
-    assert (small["lower_tokens"], small["upper_tokens"], small["output_tokens"]) == (tokens, tokens, 0)
+    assert (small["lower_tokens"], small["upper_tokens"], small["output_tokens"]) == (tokens, tokens, 1)
     assert (large["outcome"], large["output_tokens"]) == ("answered", 3)
     assert decision["flops"] == small["flops"] + large["flops"] == 2 * 2 * 100 * tokens
     assert small["seconds"] > 0
