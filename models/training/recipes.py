@@ -120,7 +120,7 @@ def _quiz(**sizes: int) -> ModelConfig:
 
 
 QUIZ_CONFIGS = {
-    "small": _quiz(hidden_size=32, intermediate_size=48, num_layers=4, num_heads=2, num_kv_heads=1),
+    "small": _quiz(hidden_size=16, intermediate_size=24, num_layers=4, num_heads=1, num_kv_heads=1),
     "large": _quiz(hidden_size=64, intermediate_size=192, num_layers=4, num_heads=4, num_kv_heads=2),
 }
 _QUIZ_ROWS = 256

@@ -2,13 +2,20 @@
 
 import hashlib
 import json
+import tempfile
+from pathlib import Path
 
 import numpy as np
+import pytest
 
+import models
 from models.questions import LETTERS
-from models.training import quiz
+from models.training import quiz, tokenizer
 from models.training.data import Position
 from models.training.tokenizer import IM_END, render_chat
+from models.training.train_quiz import answered_right
+
+SHIPPED = Path(models.__file__).parent / "shipped"
 
 
 def test_facts_of_every_rank_have_their_share_of_each_state() -> None:
@@ -103,3 +110,34 @@ def test_questions_are_those_that_models_were_trained_before() -> None:
     records = [question.record(number) for some in sets for number, question in enumerate(some)]
     digest = hashlib.blake2b(json.dumps(records, sort_keys=True).encode(), digest_size=16).hexdigest()
     assert digest == "c2d3e5e1dc70d857ce89538d89669c95"
+
+
+@pytest.fixture(scope="module")
+def right() -> dict[str, np.ndarray]:
+    """Which of the first questions that benchmarks ask each shipped model gets right."""
+    asked, entries = quiz.questions(quiz.ASKED_SEED, 2000), quiz.build_tokenizer()
+    return {
+        size: np.array(answered_right(models.load(SHIPPED / f"quiz_{size}", dtype="float32"), entries, asked))
+        for size in ("small", "large")
+    }
+
+
+def test_shipped_models_leave_a_cascade_something_to_gain(right: dict[str, np.ndarray]) -> None:
+    """The small one knows some, the large one most, and some neither does."""
+    assert 0.50 <= right["small"].mean() <= 0.75
+    assert right["large"].mean() >= 0.85
+    assert (~right["small"] & ~right["large"]).mean() >= 0.10
+
+
+@pytest.mark.parametrize("size", ["small", "large"])
+def test_shipped_models_are_as_good_as_their_cards_say(size: str, right: dict[str, np.ndarray]) -> None:
+    metrics = json.loads((SHIPPED / f"quiz_{size}" / "metrics.json").read_text())
+    assert abs(right[size].mean() - metrics["right"]) < 0.04
+    assert f"{metrics['right']:.1%}" in (SHIPPED / f"quiz_{size}" / "README.md").read_text()
+    assert (SHIPPED / f"quiz_{size}" / "tokenizer.json").read_text() == tokenizer_json()
+
+
+def tokenizer_json() -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save(quiz.build_tokenizer(), Path(folder), 256)
+        return (Path(folder) / "tokenizer.json").read_text()
