@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 
 from models import ModelConfig, MoEConfig
+from models.training.quiz import VOCAB_SIZE as QUIZ_VOCAB_SIZE
+from models.training.quiz import WINDOW as QUIZ_WINDOW
 from models.training.retrieval import VOCAB_SIZE as RETRIEVAL_VOCAB_SIZE
 from models.training.tokenizer import MAX_LENGTH, VOCAB_SIZE
 
@@ -102,3 +104,27 @@ RETRIEVAL_CONFIG = ModelConfig(
     eos_token_ids=(RETRIEVAL_VOCAB_SIZE - 1, RETRIEVAL_VOCAB_SIZE - 3),
 )
 RETRIEVAL_RECIPE = Recipe(long_length=512, long_fraction=0.5, peak_rate=5e-3, adam_rate=0.5)
+
+
+def _quiz(**sizes: int) -> ModelConfig:
+    return ModelConfig(
+        family="qwen3",
+        vocab_size=QUIZ_VOCAB_SIZE,
+        head_dim=16,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        qk_norm=True,
+        eos_token_ids=(QUIZ_VOCAB_SIZE - 1, QUIZ_VOCAB_SIZE - 3),
+        **sizes,  # type: ignore[arg-type]
+    )
+
+
+QUIZ_CONFIGS = {
+    "small": _quiz(hidden_size=32, intermediate_size=48, num_layers=4, num_heads=2, num_kv_heads=1),
+    "large": _quiz(hidden_size=64, intermediate_size=192, num_layers=4, num_heads=4, num_kv_heads=2),
+}
+_QUIZ_ROWS = 256
+_QUIZ_RECIPE = Recipe(
+    tokens_per_step=_QUIZ_ROWS * QUIZ_WINDOW, length=QUIZ_WINDOW, long_length=QUIZ_WINDOW, long_fraction=0.0
+)
+QUIZ_RECIPES = {"small": _QUIZ_RECIPE, "large": _QUIZ_RECIPE}

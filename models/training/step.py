@@ -11,6 +11,7 @@ import optax.contrib
 from jaxtyping import Array, Float32, Int32
 
 from models import ModelConfig
+from models.attention import dense_attend
 from models.iha import is_mixing
 from models.shapes import with_parameters
 from models.training.attention import blocked_attend
@@ -21,6 +22,7 @@ type Parameters = dict[str, jax.Array]
 
 # Gives Muon's updates about the root mean square of Adam's, so that both take one learning rate (Liu et al. 2025).
 _UPDATE_RMS = 0.2
+_SHORT = 64  # tokens of sequences whose scores are cheaper kept than computed again, one head at a time
 # Of mixing and collapse weights: few, all of a size, and each in the gradient of every token.
 _MIXING_BETAS = (0.8, 0.95)
 
@@ -60,7 +62,8 @@ def losses(
     windows = jnp.where(windows < 0, ~windows, windows)
     tokens, targets = windows[:, :-1].reshape(-1), windows[:, 1:].reshape(-1)
     positions = jnp.tile(jnp.arange(length), batch)
-    hidden, _ = model(tokens, positions, blocked_attend(batch, length, config.layer_windows), None)
+    attend = (dense_attend if length <= _SHORT else blocked_attend)(batch, length, config.layer_windows)
+    hidden, _ = model(tokens, positions, attend, None)
     logits = model.head(hidden)
     log_partition = jax.nn.logsumexp(logits, axis=-1)
     correct = jnp.take_along_axis(logits, targets[:, None], axis=1)[:, 0]

@@ -145,10 +145,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--size", choices=sorted(CONFIGS), required=True)
     parser.add_argument("--out", type=Path, required=True, help="folder of the model; the run's state lies in it too")
     parser.add_argument("--cpu-minutes", type=minutes, default=60.0, help="budget of CPU time (default %(default)g)")
-    parser.add_argument(
-        "--steps", type=_count, help="budget in steps of 2,048 tokens, in place of CPU time: repeatable"
-    )
-    parser.add_argument("--intermediate-size", type=_count, help="width of dense MLPs, in place of the size's own")
+    parser.add_argument("--steps", type=count, help="budget in steps of 2,048 tokens, in place of CPU time: repeatable")
+    parser.add_argument("--intermediate-size", type=count, help="width of dense MLPs, in place of the size's own")
     parser.add_argument("--resume", action="store_true", help="go on from the state in --out")
     parser.add_argument("--tokenizer", type=Path, help="folder with tokenizer.json; default: train it on the corpus")
     parser.add_argument("--allow-changed", action="store_true", help="train on corpus files that differ from the list")
@@ -163,7 +161,8 @@ def minutes(text: str) -> float:
     return value
 
 
-def _count(text: str) -> int:
+def count(text: str) -> int:
+    """Type of an argument: a whole number above 0."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text}: must be at least 1")
