@@ -20,6 +20,7 @@ ARRAY_MODULES = [
     "models.layers",
     "models.moe",
     "models.rope",
+    "jaxdual.cascade.collect",
     "jaxdual.cascade.probe",
     "jaxdual.engine.layerwise.programs",
     "jaxdual.engine.mesh_programs",

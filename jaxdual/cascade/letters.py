@@ -7,10 +7,6 @@ from collections.abc import Sequence
 from jaxdual.tokenizer import Tokenizer
 from models.questions import OPENING
 
-# What letters stand behind: tokenizers write a letter with the space before it, without it, or differently at the
-# beginning of a text.
-_BEFORE = ("", " ", "\n", ":", ": ")
-
 
 def letter_tokens(tokenizer: Tokenizer, letters: Sequence[str]) -> tuple[tuple[int, ...], ...]:
     """Of each letter, the ids of the single tokens that stand for it: "A" and " A".
@@ -22,16 +18,18 @@ def letter_tokens(tokenizer: Tokenizer, letters: Sequence[str]) -> tuple[tuple[i
 
 
 def opening_tokens(tokenizer: Tokenizer, opening: str = OPENING) -> tuple[tuple[int, ...], ...]:
-    """Of each position of the word that answers open with, the ids that may stand there."""
-    first, *rest = tokenizer.encode(opening, add_special_tokens=False)
-    if rest:
-        return ((first,), *((token,) for token in rest))
-    return (_single(tokenizer, opening),)
+    """Of each position of the word that answers open with, the ids that may stand there: the first one may have a
+    blank before it, where the rest is the same."""
+    plain, spaced = (tokenizer.encode(text, add_special_tokens=False) for text in (opening, f" {opening}"))
+    first = dict.fromkeys((plain[0], *(spaced[:1] if spaced[1:] == plain[1:] else ())))
+    return (tuple(first), *((token,) for token in plain[1:]))
 
 
-def _single(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
-    lasts = [tokenizer.encode(before + text, add_special_tokens=False)[-1] for before in _BEFORE]
-    found = [token for token in dict.fromkeys(lasts) if tokenizer.token_bytes(token).strip(b" ") == text.encode()]
+def _single(tokenizer: Tokenizer, letter: str) -> tuple[int, ...]:
+    variants = [tokenizer.encode(text, add_special_tokens=False) for text in (letter, f" {letter}")]
+    found = dict.fromkeys(tokens[0] for tokens in variants if len(tokens) == 1)
     if not found:
-        raise ValueError(f"{text!r} is no single token of this tokenizer, with a space before it or without")
+        raise ValueError(
+            f"the letter {letter!r} is no single token of this tokenizer, with a blank before it or without"
+        )
     return tuple(found)

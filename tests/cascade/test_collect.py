@@ -1,0 +1,206 @@
+"""Signals of models, against runs of one question alone without padding."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import models
+from jaxdual.cascade.collect import Reader, collect, layer_sizes
+from jaxdual.cascade.items import Item, item_of
+from jaxdual.cascade.prompts import prompt_of
+from jaxdual.cascade.signals import Signals, check_same_questions, read_signals
+from jaxdual.cascade.work import LayerSizes
+from jaxdual.tokenizer import Tokenizer
+from models import Decoder, load
+from models.attention import dense_attend
+from models.fingerprint import model_fingerprint
+from models.shapes import parameters_of
+from models.training import quiz
+from tests.cascade import quiz_models
+
+LAYERS, TAP = 2, 1
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return quiz_models.write(tmp_path_factory.mktemp("models") / "tiny", num_layers=LAYERS)
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> Decoder:
+    return load(folder, dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder: Path) -> Tokenizer:
+    return Tokenizer.from_dir(folder)
+
+
+@pytest.fixture(scope="module")
+def items() -> list[Item]:
+    return [item_of(one.record(number), "") for number, one in enumerate(quiz.questions(7, 21))]
+
+
+def signals(folder: Path, model: Decoder, tokenizer: Tokenizer, items: list[Item], **options: object) -> Signals:
+    arguments = {"source": "items", "tap": TAP, "form": "chat", "batch": 8} | options
+    return collect(folder, "tiny", model, tokenizer, items, ["test"] * len(items), **arguments)
+
+
+@pytest.fixture(scope="module")
+def taken(folder: Path, model: Decoder, tokenizer: Tokenizer, items: list[Item]) -> Signals:
+    return signals(folder, model, tokenizer, items)
+
+
+def state_behind(model: Decoder, prompt: list[int], layers: int) -> np.ndarray:
+    """Of the last token, the prompt alone."""
+    x, rope = model.embed(jnp.asarray(prompt)), model.rope(jnp.arange(len(prompt)))
+    for index in range(layers):
+        x, _ = model.layer(index, x, rope, dense_attend(1, len(prompt)), None)
+    return np.asarray(x[-1])
+
+
+def test_padding_and_batches_change_nothing(
+    model: Decoder, tokenizer: Tokenizer, items: list[Item], taken: Signals
+) -> None:
+    for place, item in enumerate(items[:9]):
+        prompt = prompt_of(tokenizer, item, "chat")
+        np.testing.assert_allclose(taken.hidden[place], state_behind(model, prompt, TAP), atol=1e-5)
+        logprobs = np.asarray(jax.nn.log_softmax(model.logits(np.array([prompt]))[0, -1]))
+        for letter, tokens in enumerate(taken.header.tokens):
+            np.testing.assert_allclose(taken.logprobs[place, letter], logprobs[list(tokens)], atol=1e-5)
+        assert taken.prompt_tokens[place] == len(prompt)
+        shares = [np.exp(logprobs[list(tokens)]).sum() for tokens in taken.header.tokens]
+        assert taken.given[place] == "ABCD"[int(np.argmax(shares))]
+        assert taken.correct[place] == (int(np.argmax(shares)) == item.answer)
+        assert taken.right[place] == "ABCD"[item.answer]
+
+
+def test_prompts_of_any_length_give_what_they_give_alone(model: Decoder) -> None:
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, quiz.VOCAB_SIZE, length).tolist() for length in (17, 1, 16, 33, 1, 16, 17, 33, 17)]
+    found = Reader(model, TAP, batch=4).read(prompts, [5, 9])
+    for place, prompt in enumerate(prompts):
+        np.testing.assert_allclose(found.hidden[place], state_behind(model, prompt, TAP), atol=1e-5)
+        logits = model.logits(np.array([prompt]))[0, -1]
+        np.testing.assert_allclose(found.logprobs[place], jax.nn.log_softmax(logits)[jnp.array([5, 9])], atol=1e-5)
+        assert found.likeliest[place] == int(jnp.argmax(logits))
+        # Wrong rows would show: no two prompts have like states.
+        assert np.abs(found.hidden - found.hidden[place]).max(axis=1)[np.arange(len(prompts)) != place].min() > 1e-2
+
+
+def test_prompts_must_fit(model: Decoder) -> None:
+    for prompts in ([[1] * 257], [[1], []]):
+        with pytest.raises(ValueError, match="1 to 256 can be read"):
+            Reader(model, TAP).read(prompts, [1])
+
+
+def test_a_file_gives_back_the_signals(tmp_path: Path, folder: Path, taken: Signals) -> None:
+    taken.save(tmp_path / "signals.npz")
+    found = read_signals(tmp_path / "signals.npz")
+    assert found.header == taken.header
+    assert found.header.fingerprint == model_fingerprint(folder, "float32").hex()
+    for field in dataclasses.fields(Signals):
+        if field.name != "header":
+            np.testing.assert_array_equal(getattr(found, field.name), getattr(taken, field.name))
+    assert [one.name for one in tmp_path.iterdir()] == ["signals.npz"]
+
+
+def test_files_that_are_no_signals_are_refused(tmp_path: Path, taken: Signals) -> None:
+    file = tmp_path / "signals.npz"
+    with pytest.raises(ValueError, match=r"signals.npz: can't be read"):
+        read_signals(file)
+    file.write_bytes(b"no zip")
+    with pytest.raises(ValueError, match=r"signals.npz: can't be read"):
+        read_signals(file)
+    np.savez(file, hidden=np.zeros(3))
+    with pytest.raises(ValueError, match=r"signals.npz: is no usable file of signals"):
+        read_signals(file)
+    dataclasses.replace(taken, correct=taken.correct[:-1]).save(file)
+    with pytest.raises(ValueError, match="rows"):
+        read_signals(file)
+
+
+def test_questions_without_a_right_choice_are_never_right(folder: Path, model: Decoder, tokenizer: Tokenizer) -> None:
+    items = [item_of(one.record(number), "") for number, one in enumerate(quiz.questions_without_answer(7, 5))]
+    found = signals(folder, model, tokenizer, items)
+    assert not found.correct.any()
+    assert set(found.right) == {""}
+
+
+def test_questions_of_fewer_choices_have_fewer_letters(folder: Path, model: Decoder, tokenizer: Tokenizer) -> None:
+    items = [Item(str(count), "Which?", tuple("wxyz"[:count]), 0, "letters") for count in (2, 4, 3) * 4]
+    items = [dataclasses.replace(item, id=str(place)) for place, item in enumerate(items)]
+    found = signals(folder, model, tokenizer, items, form="text")
+    for place, item in enumerate(items):
+        assert "ABCD".index(found.given[place]) < len(item.choices)
+        assert np.isneginf(found.logprobs[place, len(item.choices) :]).all()
+        assert np.isfinite(found.logprobs[place, : len(item.choices)]).all()
+
+
+def test_short_answers_are_greedy_and_their_opening_is_watched(
+    folder: Path, model: Decoder, tokenizer: Tokenizer
+) -> None:
+    items = [item_of(one.record(place), "") for place, one in enumerate(quiz.questions(7, 3, short=True))]
+    found = signals(folder, model, tokenizer, items, max_output=4)
+    ((*opening,),) = found.header.tokens
+    for place, item in enumerate(items):
+        sequence = prompt_of(tokenizer, item, "chat")
+        first = np.asarray(jax.nn.log_softmax(model.logits(np.array([sequence]))[0, -1]))
+        np.testing.assert_allclose(found.logprobs[place, 0], first[opening], atol=1e-5)
+        output: list[int] = []
+        while len(output) < 4 and not (output and output[-1] in model.config.eos_token_ids):
+            output.append(int(jnp.argmax(model.logits(np.array([sequence + output]))[0, -1])))
+        ends = model.config.eos_token_ids
+        assert found.output_tokens[place] == len(output)
+        text = tokenizer.decode([token for token in output if token not in ends])
+        assert found.given[place] in text
+        assert found.right[place] == item.answer
+    with pytest.raises(ValueError, match="no letters"):
+        found.letters()
+
+
+def test_p_true_takes_one_more_pass(folder: Path, model: Decoder, tokenizer: Tokenizer, items: list[Item]) -> None:
+    found = signals(folder, model, tokenizer, items[:4], p_true=True)
+    assert ((found.p_true > 0) & (found.p_true < 1)).all()
+    assert (found.p_true_tokens > found.prompt_tokens).all()
+    short = [Item("1", "Who?", (), "me", "people")]
+    with pytest.raises(ValueError, match="with choices"):
+        signals(folder, model, tokenizer, short, p_true=True, max_output=1)
+
+
+def test_sizes_are_parameters_of_layers_below_and_above_the_tap(model: Decoder) -> None:
+    sizes = layer_sizes(model, TAP)
+    parameters = {name: value.size for name, value in parameters_of(model).items()}
+    of_layers = [
+        sum(size for name, size in parameters.items() if name.startswith(f"layers.{i}.")) for i in range(LAYERS)
+    ]
+    assert sizes == LayerSizes(sum(of_layers[:TAP]), of_layers[TAP], LAYERS, TAP)
+    others = sum(size for name, size in parameters.items() if not name.startswith("layers."))
+    assert sizes.parameters + others == sum(parameters.values())
+
+
+def test_of_experts_those_that_a_token_meets_count() -> None:
+
+    mixture = models.init(quiz_models.config(family="qwen3_moe", moe=quiz_models.MOE))
+    dense = models.init(quiz_models.config(family="qwen3_moe", moe=dataclasses.replace(quiz_models.MOE, num_experts=2)))
+    router = 16 * (quiz_models.MOE.num_experts - 2) * 4  # of each of its layers
+    assert layer_sizes(mixture, TAP).parameters == layer_sizes(dense, TAP).parameters + router
+
+
+def test_tap_must_be_a_layer(folder: Path, model: Decoder, tokenizer: Tokenizer, items: list[Item]) -> None:
+    with pytest.raises(ValueError, match="tap=3 must be 1 to 2"):
+        signals(folder, model, tokenizer, items, tap=3)
+
+
+def test_tiers_must_have_been_asked_the_same(taken: Signals) -> None:
+    check_same_questions([taken, taken])
+    with pytest.raises(ValueError, match="different ids"):
+        check_same_questions([taken, taken.taken(np.arange(len(taken))[::-1])])
+    with pytest.raises(ValueError, match="have no train questions"):
+        taken.of("train")
