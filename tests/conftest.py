@@ -22,6 +22,7 @@ ARRAY_MODULES = [
     "models.rope",
     "jaxdual.cascade.collect",
     "jaxdual.cascade.probe",
+    "jaxdual.cascade.train",
     "jaxdual.engine.layerwise.programs",
     "jaxdual.engine.mesh_programs",
     "jaxdual.engine.paged",

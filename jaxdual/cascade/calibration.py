@@ -153,18 +153,32 @@ def logit(p: Float[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
     return values
 
 
-def _logistic(features: list[np.ndarray], correct: np.ndarray) -> tuple[float, ...]:
-    """Weights of a logistic regression, the constant's last; a tiny ridge keeps separable data finite."""
-    if correct.all() or not correct.any():
-        raise ValueError(f"{int(correct.sum())} of {len(correct)} answers are right; a fit needs right and wrong ones")
-    x = np.stack([*features, np.ones(len(correct))], axis=1)
+def fit_logistic(
+    features: Float[np.ndarray, "N F"], correct: Bool[np.ndarray, " N"], ridge: float = 1e-6
+) -> Float[np.ndarray, " F"]:
+    """Weights of a logistic regression; a tiny ridge keeps those of separable data finite.
+
+    Args:
+      features: a column of ones among them, for the constant.
+      correct: what is predicted.
+      ridge: weight of the squared weights.
+    """
     sign = np.where(correct, -1.0, 1.0)
 
     def loss(weights: np.ndarray) -> tuple[float, np.ndarray]:
-        z = sign * (x @ weights)
-        value = np.logaddexp(0, z).mean() + 1e-6 * (weights @ weights)
-        return float(value), (x.T @ (sign * expit(z))) / len(z) + 2e-6 * weights
+        z = sign * (features @ weights)
+        value = np.logaddexp(0, z).mean() + ridge * (weights @ weights)
+        return float(value), (features.T @ (sign * expit(z))) / len(z) + 2 * ridge * weights
 
-    start = np.zeros(x.shape[1])
+    start = np.zeros(features.shape[1])
     found = optimize.minimize(loss, start, jac=True, method="BFGS", options={"gtol": 1e-8, "maxiter": 500})
-    return tuple(float(weight) for weight in found.x)
+    weights: np.ndarray = found.x
+    return weights
+
+
+def _logistic(columns: list[np.ndarray], correct: np.ndarray) -> tuple[float, ...]:
+    """Weights of a logistic regression, the constant's last."""
+    if correct.all() or not correct.any():
+        raise ValueError(f"{int(correct.sum())} of {len(correct)} answers are right; a fit needs right and wrong ones")
+    features = np.stack([*columns, np.ones(len(correct))], axis=1)
+    return tuple(float(weight) for weight in fit_logistic(features, correct))

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-import models
 from jaxdual.cascade.collect import Reader, collect, layer_sizes
 from jaxdual.cascade.items import Item, item_of
 from jaxdual.cascade.prompts import prompt_of
@@ -20,7 +22,7 @@ from jaxdual.tokenizer import Tokenizer
 from models import Decoder, load
 from models.attention import dense_attend
 from models.fingerprint import model_fingerprint
-from models.shapes import parameters_of
+from models.shapes import abstract, parameters_of
 from models.training import quiz
 from tests.cascade import quiz_models
 
@@ -57,12 +59,19 @@ def taken(folder: Path, model: Decoder, tokenizer: Tokenizer, items: list[Item])
     return signals(folder, model, tokenizer, items)
 
 
-def state_behind(model: Decoder, prompt: list[int], layers: int) -> np.ndarray:
-    """Of the last token, the prompt alone."""
-    x, rope = model.embed(jnp.asarray(prompt)), model.rope(jnp.arange(len(prompt)))
-    for index in range(layers):
-        x, _ = model.layer(index, x, rope, dense_attend(1, len(prompt)), None)
-    return np.asarray(x[-1])
+@partial(jax.jit, static_argnums=0)
+def _alone(graphdef: Any, state: Any, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+    model = nnx.merge(graphdef, state)
+    x, rope = model.embed(tokens), model.rope(jnp.arange(len(tokens)))
+    for index in range(TAP):
+        x, _ = model.layer(index, x, rope, dense_attend(1, len(tokens)), None)
+    return x[-1], jax.nn.log_softmax(model.dense_logits(tokens[None])[0, -1])
+
+
+def alone(model: Decoder, prompt: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Of the last token of a prompt by itself: the state behind the tap, and all log-probabilities."""
+    state, logprobs = _alone(*nnx.split(model), jnp.asarray(prompt))
+    return np.asarray(state), np.asarray(logprobs)
 
 
 def test_padding_and_batches_change_nothing(
@@ -70,8 +79,8 @@ def test_padding_and_batches_change_nothing(
 ) -> None:
     for place, item in enumerate(items[:9]):
         prompt = prompt_of(tokenizer, item, "chat")
-        np.testing.assert_allclose(taken.hidden[place], state_behind(model, prompt, TAP), atol=1e-5)
-        logprobs = np.asarray(jax.nn.log_softmax(model.logits(np.array([prompt]))[0, -1]))
+        state, logprobs = alone(model, prompt)
+        np.testing.assert_allclose(taken.hidden[place], state, atol=1e-5)
         for letter, tokens in enumerate(taken.header.tokens):
             np.testing.assert_allclose(taken.logprobs[place, letter], logprobs[list(tokens)], atol=1e-5)
         assert taken.prompt_tokens[place] == len(prompt)
@@ -83,13 +92,13 @@ def test_padding_and_batches_change_nothing(
 
 def test_prompts_of_any_length_give_what_they_give_alone(model: Decoder) -> None:
     rng = np.random.default_rng(0)
-    prompts = [rng.integers(0, quiz.VOCAB_SIZE, length).tolist() for length in (17, 1, 16, 33, 1, 16, 17, 33, 17)]
+    prompts = [rng.integers(0, quiz.VOCAB_SIZE, length).tolist() for length in (17, 1, 16, 1, 16, 17, 17)]
     found = Reader(model, TAP, batch=4).read(prompts, [5, 9])
     for place, prompt in enumerate(prompts):
-        np.testing.assert_allclose(found.hidden[place], state_behind(model, prompt, TAP), atol=1e-5)
-        logits = model.logits(np.array([prompt]))[0, -1]
-        np.testing.assert_allclose(found.logprobs[place], jax.nn.log_softmax(logits)[jnp.array([5, 9])], atol=1e-5)
-        assert found.likeliest[place] == int(jnp.argmax(logits))
+        state, logprobs = alone(model, prompt)
+        np.testing.assert_allclose(found.hidden[place], state, atol=1e-5)
+        np.testing.assert_allclose(found.logprobs[place], logprobs[[5, 9]], atol=1e-5)
+        assert found.likeliest[place] == logprobs.argmax()
         # Wrong rows would show: no two prompts have like states.
         assert np.abs(found.hidden - found.hidden[place]).max(axis=1)[np.arange(len(prompts)) != place].min() > 1e-2
 
@@ -146,16 +155,15 @@ def test_questions_of_fewer_choices_have_fewer_letters(folder: Path, model: Deco
 def test_short_answers_are_greedy_and_their_opening_is_watched(
     folder: Path, model: Decoder, tokenizer: Tokenizer
 ) -> None:
-    items = [item_of(one.record(place), "") for place, one in enumerate(quiz.questions(7, 3, short=True))]
-    found = signals(folder, model, tokenizer, items, max_output=4)
+    items = [item_of(one.record(place), "") for place, one in enumerate(quiz.questions(7, 2, short=True))]
+    found = signals(folder, model, tokenizer, items, max_output=3)
     ((*opening,),) = found.header.tokens
     for place, item in enumerate(items):
         sequence = prompt_of(tokenizer, item, "chat")
-        first = np.asarray(jax.nn.log_softmax(model.logits(np.array([sequence]))[0, -1]))
-        np.testing.assert_allclose(found.logprobs[place, 0], first[opening], atol=1e-5)
+        np.testing.assert_allclose(found.logprobs[place, 0], alone(model, sequence)[1][opening], atol=1e-5)
         output: list[int] = []
-        while len(output) < 4 and not (output and output[-1] in model.config.eos_token_ids):
-            output.append(int(jnp.argmax(model.logits(np.array([sequence + output]))[0, -1])))
+        while len(output) < 3 and not (output and output[-1] in model.config.eos_token_ids):
+            output.append(int(alone(model, sequence + output)[1].argmax()))
         ends = model.config.eos_token_ids
         assert found.output_tokens[place] == len(output)
         text = tokenizer.decode([token for token in output if token not in ends])
@@ -187,8 +195,10 @@ def test_sizes_are_parameters_of_layers_below_and_above_the_tap(model: Decoder) 
 
 def test_of_experts_those_that_a_token_meets_count() -> None:
 
-    mixture = models.init(quiz_models.config(family="qwen3_moe", moe=quiz_models.MOE))
-    dense = models.init(quiz_models.config(family="qwen3_moe", moe=dataclasses.replace(quiz_models.MOE, num_experts=2)))
+    few = dataclasses.replace(quiz_models.MOE, num_experts=quiz_models.MOE.num_experts_per_tok)
+    mixture, dense = (
+        abstract(quiz_models.config(family="qwen3_moe", moe=moe), "float32") for moe in (quiz_models.MOE, few)
+    )
     router = 16 * (quiz_models.MOE.num_experts - 2) * 4  # of each of its layers
     assert layer_sizes(mixture, TAP).parameters == layer_sizes(dense, TAP).parameters + router
 
