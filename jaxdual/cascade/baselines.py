@@ -87,7 +87,8 @@ def models_at_random(chain: Chain) -> Curve:
     """Single models, and draws between neighbours on the upper hull of their points: what needs no signal at all. Of
     two tiers it is the straight line between them."""
     ledgers = [chain.alone(tier) for tier in range(len(chain.tiers))]
-    points = [(ledger.flops().mean(), chain.tiers[place].correct.mean()) for place, ledger in enumerate(ledgers)]
+    accuracies = chain.correct.mean(axis=0)
+    points = [(float(one.flops().mean()), float(right)) for one, right in zip(ledgers, accuracies, strict=True)]
     kept = _upper_hull(points)
 
     def at(place: float) -> tuple[np.ndarray, np.ndarray, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -117,9 +118,8 @@ def bootstrap(
       figure: of the means of all columns, arrays of one mean or of one for each draw.
     """
     count = len(columns[0])
-    weights = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), resamples).astype(np.float64)
     stacked = np.stack([np.asarray(column, np.float64) for column in columns], axis=1)
-    drawn = figure(*(weights @ stacked / count).T)
+    drawn = figure(*(_draws(count, seed, resamples) @ stacked / count).T)
     tail = 100 * (1 - LEVEL) / 2
     low, high = np.percentile(drawn, (tail, 100 - tail))
     return Estimate(float(figure(*stacked.mean(axis=0))), (float(low), float(high)))
@@ -170,3 +170,12 @@ def lift(router: tuple[float, float], small: tuple[float, float], large: tuple[f
 
 def _share(part: float, whole: float) -> float:
     return part / whole if whole else 0.0
+
+
+@functools.lru_cache(maxsize=2)
+def _draws(count: int, seed: int, resamples: int) -> Float[np.ndarray, "draws N"]:
+    """How often each question is in each draw; kept, since drawing takes longer than all else."""
+    rng, every = np.random.default_rng(seed), np.empty((resamples, count))
+    for row in every:
+        row[:] = np.bincount(rng.integers(0, count, count), minlength=count)
+    return every

@@ -29,6 +29,22 @@ class Scores:
 
 
 @dataclass(frozen=True, slots=True)
+class Compared:
+    """What it compares: calibrated, and only what it asks.
+
+    Attributes:
+      count: questions.
+      p_ik, p_t: `[N]` each.
+      fused: `[N]`, in place of both.
+    """
+
+    count: int
+    p_ik: Float[np.ndarray, " N"] | None
+    p_t: Float[np.ndarray, " N"] | None
+    fused: Float[np.ndarray, " N"] | None
+
+
+@dataclass(frozen=True, slots=True)
 class Routes:
     """Where questions went.
 
@@ -80,45 +96,42 @@ def p_t_of(confidence: Confidence, logprobs: Float[np.ndarray, "N places variant
     return opening
 
 
-def calibrated(platt: Platt | None, scores: Float[np.ndarray, " N"] | None) -> Float[np.ndarray, " N"] | None:
-    """Scores as a gate compares them, to the last bit."""
-    if platt is None or scores is None:
-        return scores
-    return np.array([platt(float(score)) for score in scores])
+def compared(gate: Gate, scores: Scores) -> Compared:
+    """What a gate compares with its thresholds, to the last bit as `Gate` computes it.
+
+    Raises:
+      ValueError: the gate asks P(T), and there is none, or no score at all.
+    """
+    if gate.confidence is not None and scores.p_t is None:
+        raise ValueError("the gate asks P(T), which these scores lack")
+    known = [len(one) for one in (scores.p_ik, scores.p_t) if one is not None]
+    if not known:
+        raise ValueError("neither P(IK) nor P(T) is known of these questions")
+    p_ik = _calibrated(gate.platt_ik, scores.p_ik) if gate.uses_probe else None
+    p_t = None if gate.confidence is None else _calibrated(gate.platt_t, scores.p_t)
+    if gate.fusion is None or p_t is None:
+        return Compared(known[0], p_ik, p_t, None)
+    if p_ik is None:
+        return Compared(known[0], p_ik, p_t, np.zeros(known[0]))
+    pairs = zip(p_ik.tolist(), p_t.tolist(), strict=True)
+    return Compared(known[0], p_ik, p_t, np.array([gate.fusion(one, other) for one, other in pairs]))
 
 
 def refusals(gate: Gate, scores: Scores) -> Int[np.ndarray, " N"]:
-    """What the gate says of each question, as index into `REFUSALS`.
-
-    Raises:
-      ValueError: the gate asks P(T), and there is none.
-    """
-    p_ik = calibrated(gate.platt_ik, scores.p_ik) if gate.uses_probe else None
-    if gate.confidence is None:
-        if p_ik is None:
-            count = 0 if scores.p_t is None else len(scores.p_t)
-            return np.zeros(len(scores.p_ik) if scores.p_ik is not None else count, np.int8)
-        return np.where(p_ik >= gate.tau_ik, 0, 1).astype(np.int8)
-    p_t = calibrated(gate.platt_t, scores.p_t)
-    if p_t is None:
-        raise ValueError("the gate asks P(T), which these scores lack")
-    if gate.fusion is not None:
-        fused = np.zeros(len(p_t)) if p_ik is None else fused_scores(gate, scores)
-        return np.where(fused >= gate.fusion.tau, 0, 3).astype(np.int8)
-    by_answer = np.where(p_t >= gate.tau_t, 0, 2)
-    return (by_answer if p_ik is None else np.where(p_ik >= gate.tau_ik, by_answer, 1)).astype(np.int8)
+    """What the gate says of each question, as index into `REFUSALS`; raises as `compared`."""
+    return by_thresholds(gate, compared(gate, scores))
 
 
-def fused_scores(gate: Gate, scores: Scores) -> Float[np.ndarray, " N"]:
-    """What a gate with a fusion compares.
-
-    Raises:
-      ValueError: a gate without one, or scores that lack one of both.
-    """
-    p_ik, p_t = calibrated(gate.platt_ik, scores.p_ik), calibrated(gate.platt_t, scores.p_t)
-    if gate.fusion is None or p_ik is None or p_t is None:
-        raise ValueError("a fusion needs a gate that has one, P(IK) and P(T)")
-    return np.array([gate.fusion(float(one), float(other)) for one, other in zip(p_ik, p_t, strict=True)])
+def by_thresholds(gate: Gate, scores: Compared) -> Int[np.ndarray, " N"]:
+    """`refusals` of scores that were calibrated before, by this gate or one that differs in thresholds alone."""
+    if scores.fused is not None and gate.fusion is not None:
+        return np.where(scores.fused >= gate.fusion.tau, 0, 3).astype(np.int8)
+    codes = np.zeros(scores.count, np.int8)
+    if scores.p_t is not None:
+        codes[~(scores.p_t >= gate.tau_t)] = 2
+    if scores.p_ik is not None:  # asked first, so it is what has refused
+        codes[~(scores.p_ik >= gate.tau_ik)] = 1
+    return codes
 
 
 def route(refused: Sequence[Int[np.ndarray, " N"]], count: int) -> Routes:
@@ -138,3 +151,7 @@ def route(refused: Sequence[Int[np.ndarray, " N"]], count: int) -> Routes:
         waiting &= ~stays
     asked[waiting, -1] = 0
     return Routes(answered_by, asked)
+
+
+def _calibrated(platt: Platt | None, scores: Float[np.ndarray, " N"] | None) -> Float[np.ndarray, " N"] | None:
+    return scores if platt is None or scores is None else np.array([platt(score) for score in scores.tolist()])

@@ -16,7 +16,7 @@ from jaxdual.cascade.calibration import fit_fusion, fit_platt, fit_temperature
 from jaxdual.cascade.gate import Gate, PtMode
 from jaxdual.cascade.ledger import Ledger
 from jaxdual.cascade.measures import Estimate, bootstrap
-from jaxdual.cascade.rules import NOT_ASKED, Routes, calibrated, fused_scores, refusals
+from jaxdual.cascade.rules import NOT_ASKED, Routes, by_thresholds, compared
 from jaxdual.cascade.tiers import Chain, Tier
 from models.questions import LETTERS
 
@@ -107,11 +107,10 @@ def calibrated_gate(tier: Tier, *, rule: Rule, calibration: Calibration, mode: P
         )
     if rule != "fusion":
         return gate
-    scores = tier.scores(gate)
-    p_ik, p_t = calibrated(gate.platt_ik, scores.p_ik), calibrated(gate.platt_t, scores.p_t)
-    if p_ik is None or p_t is None:
+    found = compared(gate, tier.scores(gate))
+    if found.p_ik is None or found.p_t is None:
         raise ValueError(f"{tier.name}: a fusion needs both scores")
-    return dataclasses.replace(gate, fusion=fit_fusion(p_ik, p_t, tier.correct, gate.tau_t))
+    return dataclasses.replace(gate, fusion=fit_fusion(found.p_ik, found.p_t, tier.correct, gate.tau_t))
 
 
 def choose(chain: Chain, templates: Sequence[Gate], goal: Goal, points: int = POINTS) -> Chosen:
@@ -171,15 +170,15 @@ def _grids(chain: Chain, templates: Sequence[Gate], points: int) -> list[list[Ga
 
 
 def _grid(tier: Tier, gate: Gate, points: int) -> list[Gate]:
-    scores = tier.scores(gate)
-    if gate.fusion is not None:
+    found = compared(gate, tier.scores(gate))
+    if gate.fusion is not None and found.fused is not None:
         fusion = gate.fusion
-        taus = _taus(fused_scores(gate, scores), points * points, fusion.tau)
+        taus = _taus(found.fused, points * points, fusion.tau)
         return [dataclasses.replace(gate, fusion=dataclasses.replace(fusion, tau=tau)) for tau in taus]
-    p_ik = calibrated(gate.platt_ik, scores.p_ik) if gate.uses_probe else None
-    p_t = calibrated(gate.platt_t, scores.p_t)
-    of_ik = [gate.tau_ik] if p_ik is None else _taus(p_ik, points, gate.tau_ik)
-    of_t = [gate.tau_t] if p_t is None else _taus(p_t, points if p_ik is not None else points * points, gate.tau_t)
+    both = found.p_ik is not None and found.p_t is not None
+    points = points if both else points * points
+    of_ik = [gate.tau_ik] if found.p_ik is None else _taus(found.p_ik, points, gate.tau_ik)
+    of_t = [gate.tau_t] if found.p_t is None else _taus(found.p_t, points, gate.tau_t)
     return [dataclasses.replace(gate, tau_ik=one, tau_t=two) for one, two in itertools.product(of_ik, of_t)]
 
 
@@ -213,7 +212,8 @@ def _totals(chain: Chain, grids: Sequence[Sequence[Gate]]) -> _Totals:
     tails = [np.zeros((1, len(chain))), np.zeros((1, len(chain))), last]  # gain, differing, cost
     for place in reversed(range(len(grids))):
         tier = chain.tiers[place]
-        codes = np.stack([refusals(gate, tier.scores(gate)) for gate in grids[place]])
+        scores = compared(grids[place][0], tier.scores(grids[place][0]))
+        codes = np.stack([by_thresholds(gate, scores) for gate in grids[place]])
         stays = (codes == 0).astype(np.float64)
         gain = tier.correct - largest
         own = [stays * gain, stays * np.abs(gain), _pass_costs(chain, place, codes)]
