@@ -245,7 +245,9 @@ class Front:
                     tuple(output.token_ids) if output.finish_reason is None else None
                     for output in tracked.output.outputs
                 )
-                self._engine.add(dataclasses.replace(tracked.request, resumed=resumed))
+                # Its gate has let it pass, or no token of it was told.
+                gate = tracked.request.gate if tracked.output.verdict is None else None
+                self._engine.add(dataclasses.replace(tracked.request, resumed=resumed, gate=gate))
 
     def take(self, events: Iterable[TokenEvent]) -> list[RequestOutput]:
         """Brings outputs up to date, and returns those that changed, each once."""

@@ -115,8 +115,29 @@ class Decoder(nnx.Module):
         Returns:
           Residual stream before the final norm, and the cache.
         """
-        x, rope = self.embed(tokens), self.rope(positions)
-        for index in range(self.config.num_layers):
+        return self.run(range(self.config.num_layers), self.embed(tokens), positions, attend, cache, mix)
+
+    def run(
+        self,
+        layers: range,
+        x: Float[Array, "T D"],
+        positions: Int[Array, "T"],
+        attend: Attend,
+        cache: Any,
+        mix: Mix | None = None,
+    ) -> tuple[Float[Array, "T D"], Any]:
+        """Some layers, one after the other.
+
+        Args:
+          layers: their indices.
+          x: residual stream before the first of them, `[T, hidden]`.
+          positions, attend, cache, mix: as for `__call__`.
+
+        Returns:
+          Residual stream after the last of them, and the cache.
+        """
+        rope = self.rope(positions)
+        for index in layers:
             x, cache = self.layer(index, x, rope, attend, cache, mix)
         return x, cache
 

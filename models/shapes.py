@@ -43,6 +43,19 @@ def parameters_of(model: nnx.Module) -> dict[str, jax.Array]:
     return {parameter_path(path): leaf for path, leaf in leaves}
 
 
+def active_parameters(config: ModelConfig) -> tuple[int, ...]:
+    """Parameters of each layer that a token meets: of a mixture of experts, those that it chooses."""
+    moe = config.moe
+    sizes = []
+    for layer in abstract(config, "float32").layers:
+        parameters = parameters_of(layer)
+        experts = sum(value.size for name, value in parameters.items() if ".experts." in f".{name}")
+        every = sum(value.size for value in parameters.values())
+        chosen = 0 if moe is None else experts * moe.num_experts_per_tok // moe.num_experts
+        sizes.append(every - experts + chosen)
+    return tuple(sizes)
+
+
 def with_parameters(config: ModelConfig, parameters: Mapping[str, jax.Array]) -> Decoder:
     """A model that holds `parameters`, in the type that they have; inside a trace they may be tracers.
 

@@ -149,6 +149,7 @@ def _runner_of(
         count_routers=config.counted_of_routers,
         placement=loaded.placement,
         dysco_layers=loaded.dysco_layers,
+        probe=loaded.probe,
     )
 
 

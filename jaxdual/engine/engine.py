@@ -10,8 +10,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from jaxdual.cascade.gate import Verdict
+from jaxdual.cascade.work import Work
 from jaxdual.engine.dysco_slots import SlotDysco, slot_dysco
 from jaxdual.engine.expert_balancer import ExpertBalancer
+from jaxdual.engine.judge import Judge
 from jaxdual.engine.ranks import Ranks
 from jaxdual.engine.request import Hits, Request, Selection, Target, TokenEvent, TokenLogprobs
 from jaxdual.engine.router_log import RouterLog
@@ -49,6 +52,13 @@ class _Output:
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     dysco: SlotDysco | None = None
     selections: list[Selection] = field(default_factory=list)
+    judge: Judge | None = None  # until there is a verdict
+    verdict: Verdict | None = None  # until it is told
+
+    @property
+    def work(self) -> Work:
+        """What is computed for it once all planned steps have run."""
+        return Work(self.sequence.lower_tokens, self.sequence.upper_tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,6 +221,7 @@ class Engine:
             if before is None:
                 continue
             wants_prompt = params.prompt_logprobs is not None and index == 0 and not before
+            judge = None if request.gate is None else Judge(request.gate)
             dysco = None if request.dysco is None else slot_dysco(request.dysco, request.prompt_token_ids)
             sequence = SequenceState(
                 seq_id=next(self._ids),
@@ -226,9 +237,12 @@ class Engine:
                 private_from=sys.maxsize if dysco is None else dysco.observed_from,
                 whole_from=sys.maxsize if dysco is None else dysco.raised_from,
                 single_from=sys.maxsize if dysco is None else dysco.single_from,
+                part="lower" if request.gate is not None and request.gate.uses_probe else "whole",
+                undecided=judge is not None,
             )
-            sampling = slot_sampling(params, base_seed, index, stops)
+            sampling = slot_sampling(params, base_seed, index, stops, () if judge is None else judge.watched)
             output = _Output(request, index, rank, sequence, sampling, wants_prompt, self._clock(), dysco=dysco)
+            output.judge = judge
             outputs.append(output)
         self._requests[request.request_id] = outputs
         self.prompt_tokens += len(request.prompt_token_ids)
@@ -308,6 +322,7 @@ class Engine:
             "prompt_tokens": self.prompt_tokens,
             "generation_tokens": self.generation_tokens,
             "steps": self.steps,
+            "work": self.runner.work,
             **({} if transfers is None else transfers.stats()),
             **({} if self.balancer is None else self.balancer.stats()),
             "routers": self._router_figures(),
@@ -439,7 +454,32 @@ class Engine:
         for seq_id, scores in result.prompt_logprobs.items():
             if seq_id in self._outputs:
                 self._outputs[seq_id].prompt_logprobs.extend(scores)
+        for seq_id, p_ik in result.p_ik:
+            if seq_id in self._outputs:
+                self._take_p_ik(self._outputs[seq_id], p_ik)
         self._take_tokens(result)
+
+    def _take_p_ik(self, output: _Output, p_ik: float) -> None:
+        """A prompt has gone through the lower layers; one that had to give way meanwhile is asked again."""
+        judge = output.judge
+        if judge is None or judge.p_ik is not None:
+            return
+        verdict = judge.after_prompt(p_ik)
+        output.sequence.open()
+        if verdict is not None:
+            self._take_verdict(output, judge, verdict)
+
+    def _take_verdict(self, output: _Output, judge: Judge, verdict: Verdict) -> None:
+        """Ends an output that is refused; one that is not goes on as any other."""
+        output.judge, output.verdict = None, verdict
+        output.sequence.undecided = False
+        if verdict.passed:
+            for event in judge.withheld:
+                self._tell(output, event)
+            return
+        self._finish(output, "refused")
+        output.sequence.finish_reason = "refused"  # also of one whose first token was all that it was to give
+        self._emit_end(output, None)
 
     def _take_tokens(self, result: StepResult) -> None:
         live = [
@@ -469,9 +509,22 @@ class Engine:
                 if output.ran is not None:
                     event.read_seconds = output.read_seconds
                     event.queue_seconds = output.ran - output.added - output.read_seconds
-            self._events.append(event)
-            if sequence.phase is Phase.FINISHED:
-                self._forget(output)
+            if output.judge is None:
+                self._tell(output, event)
+                continue
+            judge, ended = output.judge, sequence.phase is Phase.FINISHED
+            judge.withheld.append(event)
+            verdict = judge.after_token(sampled.token, sampled.watched, last=ended)
+            if verdict is not None:
+                self._take_verdict(output, judge, verdict)
+
+    def _tell(self, output: _Output, event: TokenEvent) -> None:
+        event.verdict, output.verdict = output.verdict, None
+        if event.finish_reason is not None:
+            event.work = output.work
+        self._events.append(event)
+        if event.finish_reason is not None:
+            self._forget(output)
 
     # Ends.
 
@@ -495,6 +548,8 @@ class Engine:
                 finish_reason=sequence.finish_reason,
                 cached_tokens=sequence.cached or 0,
                 error=error,
+                verdict=output.verdict,
+                work=output.work,
             )
         )
         self._forget(output)

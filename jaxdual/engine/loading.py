@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxdual.cascade.probe import Probe, load_probe
+from jaxdual.cascade.work import LayerSizes
 from jaxdual.config import ConfigError, EngineConfig
 from jaxdual.decoding.dysco import DyscoModel
 from jaxdual.decoding.profiles import DyscoProfile
@@ -29,7 +31,7 @@ from jaxdual.scheduling.experts import Placement
 from jaxdual.telemetry import CompileCounter
 from models import Decoder, GenerationConfig, ModelConfig, init, load, load_config, load_generation_config
 from models.fingerprint import model_fingerprint
-from models.shapes import ShardingRule
+from models.shapes import ShardingRule, active_parameters
 from models.sharding import sharding_rule
 
 if TYPE_CHECKING:
@@ -55,6 +57,7 @@ class LoadedModel:
       placement: of its experts on them; None for a model without, or on one device.
       expert_policy: where they should be; None for where they are.
       dysco_layers: those that the configured profile for DySCO watches.
+      probe: the configured one for P(IK).
       followers: the other processes that have loaded it, where there are some.
     """
 
@@ -71,6 +74,7 @@ class LoadedModel:
     placement: Placement | None = None
     expert_policy: ExpertPolicy | None = None
     dysco_layers: tuple[int, ...] = ()
+    probe: Probe | None = None
     followers: Followers | None = None
 
 
@@ -179,6 +183,7 @@ def _load_model(
     dysco_profile = _dysco_profile(config, model_config, refusal, identity.hex())
     if others is not None and dysco_profile is not None:
         others.agree("dysco_profile", hashlib.blake2b(repr(dysco_profile).encode()).digest())
+    probe = _probe(config, model_config, layout, identity.hex())
     info = EngineInfo(
         model_folder=str(folder),
         served_model_name=served_model_name,
@@ -199,6 +204,8 @@ def _load_model(
         dysco_refusal=refusal,
         dysco_profile=dysco_profile,
         dysco_only_compiled=config.dysco_requests == "compiled",
+        layer_sizes=_layer_sizes(model_config, 0 if probe is None else probe.tap),
+        gate_refusal=_gate_refusal(config),
     )
     return LoadedModel(
         model,
@@ -214,7 +221,39 @@ def _load_model(
         placement,
         policy,
         () if dysco_profile is None else dysco_profile.layers,
+        probe,
     )
+
+
+def _gate_refusal(config: EngineConfig) -> str:
+    if config.kv_transport is not None:
+        return "engines of a cluster hand prompts over, and don't judge them"
+    return ""
+
+
+def _probe(config: EngineConfig, model: ModelConfig, layout: KVLayout, fingerprint: str) -> Probe | None:
+    """The probe that a configuration names, for an engine that can ask it."""
+    if config.probe is None:
+        return None
+    refusal = _gate_refusal(config)
+    if config.num_devices > 1 or config.redundant_experts:
+        refusal = "prompts that may be refused are computed on one device"
+    elif any(group.window is not None for group in layout.groups) or len(layout.groups) > 1:
+        refusal = "the model has layers that don't see all tokens"
+    elif config.counted_of_routers != "off":
+        refusal = f"router_statistics={config.counted_of_routers!r} count whole passes"
+    try:
+        if refusal:
+            raise ValueError(refusal)
+        return load_probe(Path(config.probe), fingerprint, model.num_layers, model.hidden_size)
+    except ValueError as error:
+        raise ConfigError(f"probe={config.probe!r}: {error}") from None
+
+
+def _layer_sizes(model: ModelConfig, tap: int) -> LayerSizes:
+    sizes = active_parameters(model)
+    below = tap or len(sizes)
+    return LayerSizes(sum(sizes[:below]), sum(sizes[below:]), len(sizes), tap)
 
 
 def _dysco_refusal(layout: KVLayout, model: ModelConfig) -> str:

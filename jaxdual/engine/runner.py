@@ -10,10 +10,13 @@ from typing import Literal
 import jax
 import numpy as np
 
+from jaxdual.cascade.probe import Probe
+from jaxdual.cascade.work import Work
 from jaxdual.engine.buckets import Buckets, PrefillBatch, PrefillShape
 from jaxdual.engine.device import Device
 from jaxdual.engine.dysco import Chosen
 from jaxdual.engine.dysco_slots import DyscoSlots, DyscoStep, Selections
+from jaxdual.engine.gated_prefill import Asked, GatedPrefill
 from jaxdual.engine.mesh_programs import MeshPrograms
 from jaxdual.engine.request import Selection, TokenLogprobs
 from jaxdual.engine.router_counts import RouterCounts
@@ -44,11 +47,13 @@ class StepResult:
       sampled: tokens, one a sampling chunk or row.
       prompt_logprobs: of sequences that wanted them, for the positions of their chunk's targets.
       selections: each with a sequence that wants it told, in the order of their positions.
+      p_ik: of prompts at whose end it was asked, with their sequences.
     """
 
     sampled: tuple[Sampled, ...]
     prompt_logprobs: Mapping[int, tuple[TokenLogprobs, ...]]
     selections: tuple[tuple[int, Selection], ...]
+    p_ik: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,12 +73,14 @@ class Launch:
       selections: of those sequences that want them told.
       scored: residual streams of which something is wanted.
       parked: sequences of which something is kept.
+      asked: P(IK) of prompts.
     """
 
     batches: list[SampleBatch] = field(default_factory=list)
     selections: list[Selections] = field(default_factory=list)
     scored: list[_Scored] = field(default_factory=list)
     parked: tuple[int, ...] = ()
+    asked: list[Asked] = field(default_factory=list)
 
 
 class Runner:
@@ -98,6 +105,10 @@ class Runner:
       placement: of the model's experts on them.
       count_routers: what steps count of the routers' choices, of a model with experts.
       dysco_layers: for which programs of DySCO are warmed up; none for no such programs.
+      probe: of the model, for prompts that may be refused; on one device only.
+
+    Attributes:
+      work: tokens computed in all steps so far.
     """
 
     def __init__(
@@ -116,8 +127,10 @@ class Runner:
         placement: Placement | None = None,
         count_routers: Literal["off", "activations", "transitions"] = "off",
         dysco_layers: Sequence[int] = (),
+        probe: Probe | None = None,
     ) -> None:
         self.buckets = buckets
+        self.work = Work()
         self.device = Device(
             model,
             layout,
@@ -134,6 +147,7 @@ class Runner:
         self._copies = TierCopies(self.device, memory, host, direct=direct)
         self._dysco_layers = tuple(dysco_layers)
         self._dysco: DyscoSlots | None = self._new_dysco() if dysco_layers else None
+        self._gated = None if probe is None else GatedPrefill(self.device, probe, memory[0].num_pages)
 
     def dispatch(
         self, plans: Sequence[StepPlan], bindings: Sequence[SlotBinding], targets: Mapping[int, ScoreTargets]
@@ -162,6 +176,11 @@ class Runner:
         if any(plan.rows for plan in plans):
             self._decode(launch, [plan.rows for plan in plans])
         chunks_of: Sequence[Sequence[Chunk]] = [plan.chunks for plan in plans]
+        self.work += _work(plans)
+        if self._gated is not None:
+            (chunks,) = chunks_of
+            self._prefill_gated(launch, self._gated, chunks)
+            chunks_of = [[chunk for chunk in chunks if chunk.part == "whole"]]
         if self._dysco is not None:
             chunks_of, observed, raised = self._dysco.split(chunks_of)
             for batch in self.buckets.prefill(observed):
@@ -184,7 +203,8 @@ class Runner:
             for seq_id, first, wanted in scored.parts
         }
         selections = tuple(one for told in launch.selections for one in told.fetch())
-        return StepResult(tuple(sampled), prompt_logprobs, selections)
+        p_ik = tuple(one for asked in launch.asked for one in asked.fetch())
+        return StepResult(tuple(sampled), prompt_logprobs, selections, p_ik)
 
     def warm_ups(self, *, moves: bool = False) -> Iterator[tuple[str, Callable[[], float]]]:
         """Name of every program in every shape, and a call that compiles and runs it and returns the seconds it took.
@@ -275,6 +295,21 @@ class Runner:
         if sampling:
             launch.batches.append(self._sampler.sample(last, sampling))
 
+    def _prefill_gated(self, launch: Launch, gated: GatedPrefill, chunks: Sequence[Chunk]) -> None:
+        for batch in self.buckets.prefill([[chunk for chunk in chunks if chunk.part == "lower"]]):
+            p_ik = gated.lower(*self._packed(batch))
+            rows = [(row, chunk.seq_id) for row, chunk in enumerate(batch.chunks[0]) if chunk.asks]
+            launch.asked.append(Asked(p_ik, tuple(rows)))
+        for batch in self.buckets.prefill([[chunk for chunk in chunks if chunk.part == "upper"]]):
+            last = gated.upper(*self._packed(batch)[1:], batch.shape.chunk)
+            sampling = [
+                SampleRow(row, chunk.seq_id, 0, chunk.slot, chunk.output_index)
+                for row, chunk in enumerate(batch.chunks[0])
+                if chunk.samples
+            ]
+            if sampling:
+                launch.batches.append(self._sampler.sample(last, sampling))
+
     def _park(self, dysco: DyscoSlots, plans: Sequence[StepPlan]) -> tuple[int, ...]:
         for rank, plan in enumerate(plans):
             for parked in plan.parked:
@@ -346,6 +381,8 @@ class Runner:
             yield f"decode rows={rows}", partial(decode, rows)
         for shape in self.buckets.prefill_shapes:
             yield f"prefill rows={shape.rows} tokens={shape.chunk}", partial(prefill, shape.rows, shape.chunk)
+        if self._gated is not None:
+            yield from self._gated.warm_ups(self.buckets.prefill_shapes)
         yield from self._sampler.warm_ups(hidden.__getitem__, self.buckets.rows)
         if self._dysco is not None and self._dysco_layers:
             yield from self._dysco_warm_ups(self._dysco)
@@ -371,6 +408,16 @@ class Runner:
         for shape in self.buckets.shortest_shapes:
             yield f"observe rows={shape.rows} tokens={shape.chunk}", partial(observe, shape)
         yield from dysco.warm_ups()
+
+
+def _work(plans: Sequence[StepPlan]) -> Work:
+    """Tokens that go through either part of the layers."""
+    rows = sum(len(plan.rows) for plan in plans)
+    chunks = [chunk for plan in plans for chunk in plan.chunks]
+    return Work(
+        rows + sum(len(chunk.tokens) for chunk in chunks if chunk.part != "upper"),
+        rows + sum(len(chunk.tokens) for chunk in chunks if chunk.part != "lower"),
+    )
 
 
 def _told(step: DyscoStep, chosen: Sequence[Chosen | None]) -> list[Selections]:

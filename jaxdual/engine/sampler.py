@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Sharding
 from jaxtyping import Array, Bool, Float, Float32, Int32, UInt32
 
+from jaxdual.cascade.gate import MAX_WATCHED
 from jaxdual.sampling_params import MAX_LOGPROBS, MAX_STOP_TOKENS, SamplingParams
 
 # Stop tokens of a request and the model's own: what `min_tokens` must keep from being sampled.
@@ -48,6 +49,7 @@ class SampleInputs(NamedTuple):
         size is none.
       penalised, biased, wants_logprobs: whether the row needs that part of the work.
       suppressed: token ids that may not be sampled, padded with the vocabulary size.
+      watched: token ids whose log-probabilities are wanted, padded with any.
     """
 
     slot: Int32[np.ndarray, " rows"]
@@ -64,6 +66,7 @@ class SampleInputs(NamedTuple):
     biased: Bool[np.ndarray, " rows"]
     wants_logprobs: Bool[np.ndarray, " rows"]
     suppressed: Int32[np.ndarray, "rows suppressed"]
+    watched: Int32[np.ndarray, "rows watched"]
 
 
 class Logprobs(NamedTuple):
@@ -73,21 +76,32 @@ class Logprobs(NamedTuple):
       chosen: of the chosen token.
       rank: of the chosen token, 1 for the likeliest.
       top_tokens, top: the likeliest tokens and theirs.
+      watched: of the tokens that are watched.
     """
 
     chosen: jax.Array | np.ndarray  # [rows] float32
     rank: jax.Array | np.ndarray  # [rows] int32
     top_tokens: jax.Array | np.ndarray  # [rows, top] int32
     top: jax.Array | np.ndarray  # [rows, top] float32
+    watched: jax.Array | np.ndarray  # [rows, watched] float32
 
 
 @dataclass(frozen=True, slots=True)
 class SlotSampling:
-    """A sequence's sampling parameters as the device wants them."""
+    """A sequence's sampling parameters as the device wants them.
+
+    Attributes:
+      watched: at each of its first positions, token ids whose log-probabilities are wanted.
+    """
 
     params: SamplingParams
     seed: tuple[int, int]
     suppressed: tuple[int, ...]
+    watched: tuple[tuple[int, ...], ...] = ()
+
+    def watched_at(self, output_index: int) -> tuple[int, ...]:
+        """Token ids whose log-probabilities are wanted at a position of the output."""
+        return self.watched[output_index] if output_index < len(self.watched) else ()
 
 
 def stop_tokens(params: SamplingParams, eos_token_ids: Sequence[int]) -> frozenset[int]:
@@ -109,11 +123,17 @@ def seed_of(params: SamplingParams, draw: random.Random) -> int:
     return draw.getrandbits(64) if params.seed is None else params.seed % 2**64
 
 
-def slot_sampling(params: SamplingParams, seed: int, index: int, stops: frozenset[int]) -> SlotSampling:
+def slot_sampling(
+    params: SamplingParams,
+    seed: int,
+    index: int,
+    stops: frozenset[int],
+    watched: tuple[tuple[int, ...], ...] = (),
+) -> SlotSampling:
     """How output number `index` of a request is sampled whose seed, given or drawn, has 64 bits."""
     # The first output keeps the seed itself: n=1 and the first of n=2 agree.
     seed = (seed + index * 0x9E3779B97F4A7C15) % 2**64
-    return SlotSampling(params, (seed & 0xFFFFFFFF, seed >> 32), tuple(sorted(stops)))
+    return SlotSampling(params, (seed & 0xFFFFFFFF, seed >> 32), tuple(sorted(stops)), watched)
 
 
 def new_state(slots: int, vocab_size: int, sharding: Sharding | None = None) -> SamplerState:
@@ -165,6 +185,7 @@ def pack(rows: Sequence[tuple[int, int, SlotSampling] | None], padding_slot: int
         biased=np.zeros(size, bool),
         wants_logprobs=np.zeros(size, bool),
         suppressed=np.full((size, MAX_SUPPRESSED), vocab_size, np.int32),
+        watched=np.zeros((size, MAX_WATCHED), np.int32),
     )
     for row, entry in enumerate(rows):
         if entry is None:
@@ -189,6 +210,9 @@ def pack(rows: Sequence[tuple[int, int, SlotSampling] | None], padding_slot: int
         inputs.biased[row] = bool(params.logit_bias)
         if output_index < params.min_tokens:
             inputs.suppressed[row, : len(sampling.suppressed)] = sampling.suppressed
+        if watched := sampling.watched_at(output_index):
+            inputs.watched[row, : len(watched)] = watched
+            inputs.wants_logprobs[row] = True
     return inputs
 
 
@@ -216,7 +240,8 @@ def sample(
     greedy = jnp.argmax(adjusted, axis=-1).astype(jnp.int32)
     tokens = jax.lax.cond(jnp.any(inputs.temperature > 0), _draw, lambda logits, _: greedy, adjusted, inputs)
     tokens = jnp.where(inputs.temperature > 0, tokens, greedy)
-    logprobs = jax.lax.cond(jnp.any(inputs.wants_logprobs), token_logprobs, _no_logprobs, logits, tokens)
+    wanted = jnp.any(inputs.wants_logprobs)
+    logprobs = jax.lax.cond(wanted, token_logprobs, _no_logprobs, logits, tokens, inputs.watched)
     state = state._replace(
         last_token=state.last_token.at[inputs.slot].set(tokens),
         output_counts=state.output_counts.at[inputs.slot, tokens].add(1),
@@ -224,17 +249,27 @@ def sample(
     return state, tokens, logprobs
 
 
-def token_logprobs(logits: Float32[Array, "rows vocab"], tokens: Int32[Array, " rows"]) -> Logprobs:
-    """Log-probabilities of given tokens and of the likeliest ones."""
+def token_logprobs(
+    logits: Float32[Array, "rows vocab"],
+    tokens: Int32[Array, " rows"],
+    watched: Int32[Array, "rows watched"] | Int32[np.ndarray, "rows watched"],
+) -> Logprobs:
+    """Log-probabilities of given tokens, of the likeliest ones, and of those that are watched."""
     every = jax.nn.log_softmax(logits, axis=-1)
     chosen = jnp.take_along_axis(every, tokens[:, None], axis=-1)
     top, top_tokens = jax.lax.top_k(every, min(MAX_LOGPROBS, logits.shape[-1]))
     rank = 1 + jnp.sum(every > chosen, axis=-1, dtype=jnp.int32)
-    return Logprobs(chosen=chosen[:, 0], rank=rank, top_tokens=top_tokens.astype(jnp.int32), top=top)
+    return Logprobs(
+        chosen=chosen[:, 0],
+        rank=rank,
+        top_tokens=top_tokens.astype(jnp.int32),
+        top=top,
+        watched=jnp.take_along_axis(every, jnp.asarray(watched), axis=-1),
+    )
 
 
-def _no_logprobs(logits: Float32[Array, "rows vocab"], tokens: Int32[Array, " rows"]) -> Logprobs:
-    shapes = jax.eval_shape(token_logprobs, logits, tokens)
+def _no_logprobs(logits: Array, tokens: Array, watched: Array) -> Logprobs:
+    shapes = jax.eval_shape(token_logprobs, logits, tokens, watched)
     return Logprobs(*(jnp.zeros(leaf.shape, leaf.dtype) for leaf in shapes))
 
 

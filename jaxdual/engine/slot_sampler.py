@@ -52,28 +52,33 @@ class SampleRow:
 
 @dataclass(slots=True)  # not frozen: one is made for every token
 class Sampled:
-    """A token that a step gave a sequence."""
+    """A token that a step gave a sequence, with the log-probabilities of the tokens that are watched there."""
 
     seq_id: int
     token: int
     logprobs: TokenLogprobs | None
+    watched: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class SampleBatch:
-    """Tokens under way."""
+    """Tokens under way; `watched` says how many tokens are watched beside each row."""
 
     rows: tuple[SampleRow, ...]
     tokens: jax.Array
     logprobs: Logprobs | None
+    watched: tuple[int, ...]
 
     def fetch(self) -> Iterator[Sampled]:
         """Waits for the device, and brings the tokens to the host."""
         tokens = np.asarray(self.tokens)
         logprobs = None if self.logprobs is None else Logprobs(*map(np.asarray, self.logprobs))
-        for row in self.rows:
-            part = None if logprobs is None else _logprobs_at(logprobs, row.index)
-            yield Sampled(row.seq_id, int(tokens[row.index]), part)
+        for row, count in zip(self.rows, self.watched, strict=True):
+            if logprobs is None:
+                yield Sampled(row.seq_id, int(tokens[row.index]), None)
+                continue
+            watched = tuple(logprobs.watched[row.index, :count].tolist()) if count else ()
+            yield Sampled(row.seq_id, int(tokens[row.index]), _logprobs_at(logprobs, row.index), watched)
 
 
 class SlotSampler:
@@ -116,11 +121,14 @@ class SlotSampler:
     def sample(self, x: jax.Array, rows: Sequence[SampleRow]) -> SampleBatch:
         """Starts to sample rows of the residual stream `x`, `[rows, hidden]`."""
         packed: list[tuple[int, int, SlotSampling] | None] = [None] * x.shape[0]
+        watched = []
         for row in rows:
-            packed[row.index] = (row.slot, row.output_index, self._sampling[row.rank, row.slot])
+            sampling = self._sampling[row.rank, row.slot]
+            packed[row.index] = (row.slot, row.output_index, sampling)
+            watched.append(len(sampling.watched_at(row.output_index)))
         inputs = sampler.pack(packed, self.padding_slot, self._vocab_size)
         tokens, logprobs = self._run_sample(x, inputs)
-        return SampleBatch(tuple(rows), tokens, logprobs if inputs.wants_logprobs.any() else None)
+        return SampleBatch(tuple(rows), tokens, logprobs if inputs.wants_logprobs.any() else None, tuple(watched))
 
     def score(self, x: jax.Array, first: int, targets: Sequence[int]) -> tuple[TokenLogprobs, ...]:
         """Log-probabilities of `targets` at as many rows of the residual stream `x`, from row `first` on; waits for

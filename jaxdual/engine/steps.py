@@ -153,7 +153,8 @@ class Programs:
         return state, *self.for_host((tokens, logprobs))
 
     def _score(self, leaves: Leaves, x: Float[Array, "rows hidden"], tokens: Int32[Array, " rows"]) -> Logprobs:
-        return self.for_host(sampler.token_logprobs(self.model(leaves).head(x), tokens))
+        nothing = jnp.zeros((x.shape[0], 0), jnp.int32)
+        return self.for_host(sampler.token_logprobs(self.model(leaves).head(x), tokens, nothing))
 
     def mix(self, routing: Routing) -> Mix | None:
         """How mixtures of experts are computed; it notes what was chosen. None for as the model does."""

@@ -218,6 +218,8 @@ class BatchScheduler:
                 continue
             if sequence.computed != tokens - 1 and sequence.computed < sequence.single_from:
                 continue
+            if sequence.part != "whole" or (sequence.undecided and sequence.pending):
+                continue
             if step.budget == 0:
                 return
             if shares:
@@ -249,6 +251,8 @@ class BatchScheduler:
         output_index = position + 1 - sequence.prompt_length
         step.rows.append(Row(sequence.seq_id, sequence.slot, position, token, output_index, samples))
         sequence.computed += 1
+        sequence.lower_tokens += 1
+        sequence.upper_tokens += 1
         sequence.pending += samples
         step.budget -= 1
         self.stats.prefill_tokens += not samples
@@ -258,6 +262,8 @@ class BatchScheduler:
             # A chunk needs room, and rows are planned before chunks.
             row = step.rows.pop()
             victim.computed -= 1
+            victim.lower_tokens -= 1
+            victim.upper_tokens -= 1
             victim.pending -= row.samples
             self.stats.prefill_tokens -= not row.samples
             step.budget += 1
@@ -271,7 +277,9 @@ class BatchScheduler:
         else:
             self._kv.release(victim.seq_id)
             self.stats.preemptions_recompute += 1
-        victim.computed = 0
+        victim.computed = victim.lowered = 0
+        if victim.part == "upper":
+            victim.part = "whole"
         self._stop_running(victim)
         victim.phase = Phase.WAITING
         self.add(victim)
@@ -287,33 +295,44 @@ class BatchScheduler:
                 continue
             self._publish_planned(sequence)
             length = self._chunk_length(step, sequence)
-            if length > 0 and self._make_room(step, sequence, length):
+            if length > 0 and self._make_room(step, sequence, sequence.begin + length - sequence.computed):
                 self._plan_chunk(step, sequence, length)
 
     def _chunk_length(self, step: _Plan, sequence: SequenceState) -> int:
-        begin, ends = sequence.computed, (sequence.private_from, sequence.whole_from, sequence.single_from)
+        begin, ends = sequence.begin, (sequence.private_from, sequence.whole_from, sequence.single_from)
         end = min(len(sequence.tokens), *(end for end in ends if end > begin))
         if begin >= sequence.whole_from:
             return end - begin if step.budget > 0 else 0
         return min(end - begin, step.budget, self.limits.max_chunk)
 
     def _plan_chunk(self, step: _Plan, sequence: SequenceState, length: int) -> None:
-        end = sequence.computed + length
-        samples = end == len(sequence.tokens)
+        begin, part = sequence.begin, sequence.part
+        end = begin + length
+        last = end == len(sequence.tokens)
         step.chunks.append(
             Chunk(
                 seq_id=sequence.seq_id,
                 slot=sequence.slot,
-                start=sequence.computed,
-                tokens=sequence.tokens[sequence.computed : end],
-                samples=samples,
+                start=begin,
+                tokens=sequence.tokens[begin:end],
+                samples=last and part != "lower",
                 output_index=sequence.num_output,
+                part=part,
+                asks=last and part == "lower",
             )
         )
-        sequence.computed = end
-        sequence.pending += samples
         step.budget = max(step.budget - length, 0)
-        self.stats.prefill_tokens += length
+        if part != "upper":
+            sequence.lower_tokens += length
+            self.stats.prefill_tokens += length
+        if part == "lower":
+            sequence.lowered = end
+            return
+        sequence.computed = end
+        sequence.upper_tokens += length
+        sequence.pending += last
+        if last:
+            sequence.part, sequence.lowered = "whole", 0
 
     def _admit(self, step: _Plan, now: float) -> None:
         for sequence in tuple(self._waiting.in_order(now)):
@@ -347,6 +366,8 @@ class BatchScheduler:
             for key in keys[self._kv.num_published(sequence.seq_id) :]:
                 self._coming.setdefault(key, sequence.seq_id)
             length = 1 if sequence.wants_decode else self._chunk_length(step, sequence)
+            if sequence.part == "lower":
+                sequence.lowered = sequence.computed
             if not self._kv.grow(sequence.seq_id, sequence.computed, sequence.computed + length):
                 raise IntegrityError(f"sequence {sequence.seq_id} was admitted without room for {length} tokens")
             self._tell_tables(step, sequence)

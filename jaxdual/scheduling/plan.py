@@ -11,6 +11,8 @@ from typing import Literal
 from jaxdual.kv.keys import KeyChain
 from jaxdual.kv.manager import PageCopy, PublishedBlock, TableChange
 
+Part = Literal["whole", "lower", "upper"]
+
 
 class Phase(Enum):
     WAITING = "waiting"
@@ -42,6 +44,12 @@ class SequenceState:
         limits of a step leave; at least `private_from`. No chunk goes across it.
       single_from: position from which on tokens are computed one at a time, each as a row, also those that are known;
         at least `whole_from`.
+      part: of the layers that the next chunk goes through. A prompt that may be refused goes through the lower ones
+        first, and through the upper ones once it is not.
+      lowered: tokens that have gone through the lower layers once all planned steps have run, while `part` is not
+        "whole".
+      undecided: whether the next token waits until it is known what became of the last one.
+      lower_tokens, upper_tokens: computed in all planned steps, in the lower and in the upper layers.
       computed: tokens whose keys and values are there once all planned steps have run.
       pending: tokens sampled by planned steps and not known yet.
       cached: tokens of the prompt that came from the prefix cache at first admission, in tokens.
@@ -62,6 +70,11 @@ class SequenceState:
     private_from: int = sys.maxsize
     whole_from: int = sys.maxsize
     single_from: int = sys.maxsize
+    part: Part = "whole"
+    lowered: int = 0
+    undecided: bool = False
+    lower_tokens: int = 0
+    upper_tokens: int = 0
     computed: int = 0
     pending: int = 0
     cached: int | None = None
@@ -78,7 +91,19 @@ class SequenceState:
     @property
     def wants_decode(self) -> bool:
         """All tokens but the newest, known or pending, are computed, or the next one is to be computed by itself."""
+        if self.part != "whole":
+            return False
         return self.computed == len(self.tokens) + self.pending - 1 or self.computed >= self.single_from
+
+    @property
+    def begin(self) -> int:
+        """Position of the first token of the next chunk."""
+        return max(self.computed, self.lowered) if self.part == "lower" else self.computed
+
+    def open(self) -> None:
+        """It is not refused: what has gone through the lower layers goes through the upper ones."""
+        everything = self.phase is Phase.RUNNING and self.lowered == len(self.tokens)
+        self.part = "upper" if self.part == "lower" and everything else "whole"
 
     @property
     def order(self) -> tuple[int, float, int]:
@@ -95,6 +120,8 @@ class Chunk:
       tokens: the tokens.
       samples: whether this is the last chunk, whose last position gives a token.
       output_index: number of the output token that it gives, from 0.
+      part: of the layers that it goes through.
+      asks: whether P(IK) is asked at its last position.
     """
 
     seq_id: int
@@ -103,6 +130,8 @@ class Chunk:
     tokens: Sequence[int]
     samples: bool
     output_index: int
+    part: Part = "whole"
+    asks: bool = False
 
 
 @dataclass(slots=True)  # not frozen: one is made for every token
