@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
+from jaxdual.cascade.chain import Chain, Tier
 from jaxdual.cascade.ledger import Ledger, pass_flops
 from jaxdual.cascade.rules import route
-from jaxdual.cascade.tiers import Chain, Tier
 
 LEVELS = 101
 

@@ -15,18 +15,25 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float32, Int32
 
+from jaxdual.cascade.item_prompts import (
+    Form,
+    answer_of,
+    letter_tokens,
+    opening_tokens,
+    p_true_prompt,
+    prompt_of,
+    same_answer,
+)
 from jaxdual.cascade.items import Item, Split
-from jaxdual.cascade.letters import letter_tokens, opening_tokens
-from jaxdual.cascade.prompts import Form, answer_of, p_true_prompt, prompt_of, same_answer
 from jaxdual.cascade.rules import letter_probabilities
 from jaxdual.cascade.signals import Header, Signals
 from jaxdual.cascade.work import LayerSizes
 from jaxdual.tokenizer import Tokenizer
-from models import Decoder
+from models import Decoder, ModelConfig
 from models.attention import dense_attend
 from models.fingerprint import model_fingerprint
 from models.questions import LETTERS
-from models.shapes import parameters_of
+from models.shapes import active_parameters
 
 BATCH = 64
 MAX_OUTPUT = 16  # tokens of a short answer
@@ -159,7 +166,7 @@ def collect(
             folder=str(folder),
             fingerprint=model_fingerprint(folder, dtype).hex(),
             dtype=dtype,
-            sizes=layer_sizes(model, tap),
+            sizes=layer_sizes(model.config, tap),
             hidden_size=model.config.hidden_size,
             form=form,
             kind="choices" if items[0].choices else "opening",
@@ -182,21 +189,10 @@ def collect(
     )
 
 
-def layer_sizes(model: Decoder, tap: int) -> LayerSizes:
+def layer_sizes(config: ModelConfig, tap: int) -> LayerSizes:
     """Parameters of a model's layers that a token meets, parted at the tap."""
-    below = above = 0
-    moe = model.config.moe
-    for name, value in parameters_of(model).items():
-        if not name.startswith("layers."):
-            continue
-        size = value.size
-        if moe is not None and ".mlp.experts." in name:
-            size = size * moe.num_experts_per_tok // moe.num_experts
-        if int(name.split(".")[1]) < tap:
-            below += size
-        else:
-            above += size
-    return LayerSizes(below, above, model.config.num_layers, tap)
+    sizes = active_parameters(config)
+    return LayerSizes(sum(sizes[:tap]), sum(sizes[tap:]), len(sizes), tap)
 
 
 @dataclass(frozen=True, slots=True)

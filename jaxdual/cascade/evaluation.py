@@ -11,11 +11,11 @@ import numpy as np
 from jaxdual.cascade import measures
 from jaxdual.cascade.baselines import Curve, oracle
 from jaxdual.cascade.calibration import Quality, risk_coverage
+from jaxdual.cascade.chain import Chain, Tier
 from jaxdual.cascade.gate import Gate
 from jaxdual.cascade.ledger import Ledger
 from jaxdual.cascade.measures import Estimate, bootstrap
 from jaxdual.cascade.rules import REFUSALS, compared
-from jaxdual.cascade.tiers import Chain, Tier
 from jaxdual.cascade.train import ProbeFigures
 
 SWEPT = (0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.99)  # of tau_T

@@ -15,7 +15,7 @@ from scipy.special import expit
 
 from jaxdual.cascade.baselines import Curve
 from jaxdual.cascade.calibration import fit_logistic, logit
-from jaxdual.cascade.tiers import Chain
+from jaxdual.cascade.chain import Chain
 
 LAMBDAS = np.concatenate([[0.0], np.geomspace(1e-3, 3.0, 40)])  # accuracy that the cost of the largest model is worth
 

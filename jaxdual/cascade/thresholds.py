@@ -13,11 +13,11 @@ from jaxtyping import Float
 from scipy import stats
 
 from jaxdual.cascade.calibration import fit_fusion, fit_platt, fit_temperature
+from jaxdual.cascade.chain import Chain, Tier
 from jaxdual.cascade.gate import Gate, PtMode
 from jaxdual.cascade.ledger import Ledger
 from jaxdual.cascade.measures import Estimate, bootstrap
 from jaxdual.cascade.rules import NOT_ASKED, Routes, by_thresholds, compared
-from jaxdual.cascade.tiers import Chain, Tier
 from models.questions import LETTERS
 
 type Rule = Literal["both", "p_t", "p_ik", "fusion"]

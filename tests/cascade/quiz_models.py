@@ -6,12 +6,10 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from models.config import ModelConfig, MoEConfig
+from models.config import ModelConfig
 from models.training import quiz, tokenizer
 from models.training.recipes import QUIZ_CONFIGS
 from tests import seeded_models
-
-MOE = MoEConfig(num_experts=4, num_experts_per_tok=2, intermediate_size=16, norm_topk_prob=True)
 
 
 def config(**fields: Any) -> ModelConfig:

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.special import expit
 
+from jaxdual.cascade.chain import Chain, Tier
 from jaxdual.cascade.gate import Confidence
 from jaxdual.cascade.signals import Header, Signals
-from jaxdual.cascade.tiers import Chain, Tier
 from jaxdual.cascade.work import LayerSizes
 
 LETTERS = np.array(list("ABCD"))

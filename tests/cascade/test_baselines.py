@@ -9,11 +9,11 @@ import pytest
 
 from jaxdual.cascade import baselines
 from jaxdual.cascade.baselines import Curve
+from jaxdual.cascade.chain import Chain
 from jaxdual.cascade.gate import Gate
 from jaxdual.cascade.ledger import Ledger
 from jaxdual.cascade.routing import LAMBDAS, cascade_routing
 from jaxdual.cascade.rules import Scores, route
-from jaxdual.cascade.tiers import Chain
 from tests.cascade.synthetic import CHOICES, chain
 
 TWO = chain(count=3000)

@@ -14,15 +14,15 @@ import pytest
 from flax import nnx
 
 from jaxdual.cascade.collect import Reader, collect, layer_sizes
+from jaxdual.cascade.item_prompts import prompt_of
 from jaxdual.cascade.items import Item, item_of
-from jaxdual.cascade.prompts import prompt_of
 from jaxdual.cascade.signals import Signals, check_same_questions, read_signals
 from jaxdual.cascade.work import LayerSizes
 from jaxdual.tokenizer import Tokenizer
 from models import Decoder, load
 from models.attention import dense_attend
 from models.fingerprint import model_fingerprint
-from models.shapes import abstract, parameters_of
+from models.shapes import parameters_of
 from models.training import quiz
 from tests.cascade import quiz_models
 
@@ -182,25 +182,13 @@ def test_p_true_takes_one_more_pass(folder: Path, model: Decoder, tokenizer: Tok
         signals(folder, model, tokenizer, short, p_true=True, max_output=1)
 
 
-def test_sizes_are_parameters_of_layers_below_and_above_the_tap(model: Decoder) -> None:
-    sizes = layer_sizes(model, TAP)
+def test_sizes_are_parameters_of_layers_below_and_above_the_tap(model: Decoder, taken: Signals) -> None:
+    sizes = layer_sizes(model.config, TAP)
     parameters = {name: value.size for name, value in parameters_of(model).items()}
-    of_layers = [
-        sum(size for name, size in parameters.items() if name.startswith(f"layers.{i}.")) for i in range(LAYERS)
-    ]
-    assert sizes == LayerSizes(sum(of_layers[:TAP]), of_layers[TAP], LAYERS, TAP)
+    layers = [sum(size for name, size in parameters.items() if name.startswith(f"layers.{i}.")) for i in range(LAYERS)]
+    assert sizes == taken.header.sizes == LayerSizes(sum(layers[:TAP]), layers[TAP], LAYERS, TAP)
     others = sum(size for name, size in parameters.items() if not name.startswith("layers."))
     assert sizes.parameters + others == sum(parameters.values())
-
-
-def test_of_experts_those_that_a_token_meets_count() -> None:
-
-    few = dataclasses.replace(quiz_models.MOE, num_experts=quiz_models.MOE.num_experts_per_tok)
-    mixture, dense = (
-        abstract(quiz_models.config(family="qwen3_moe", moe=moe), "float32") for moe in (quiz_models.MOE, few)
-    )
-    router = 16 * (quiz_models.MOE.num_experts - 2) * 4  # of each of its layers
-    assert layer_sizes(mixture, TAP).parameters == layer_sizes(dense, TAP).parameters + router
 
 
 def test_tap_must_be_a_layer(folder: Path, model: Decoder, tokenizer: Tokenizer, items: list[Item]) -> None:

@@ -10,8 +10,8 @@ import pytest
 
 from jaxdual.cascade import evaluation
 from jaxdual.cascade.baselines import curves
+from jaxdual.cascade.chain import Chain, Tier
 from jaxdual.cascade.gate import Fusion, Gate, Platt
-from jaxdual.cascade.tiers import Chain, Tier
 from tests.cascade.synthetic import CHOICES, chain
 from tests.cascade.test_probe import made as made_probe
 

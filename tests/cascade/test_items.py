@@ -8,9 +8,16 @@ from pathlib import Path
 
 import pytest
 
+from jaxdual.cascade.item_prompts import (
+    answer_of,
+    default_form,
+    letter_tokens,
+    opening_tokens,
+    p_true_prompt,
+    prompt_of,
+    same_answer,
+)
 from jaxdual.cascade.items import Item, read_items, split_items
-from jaxdual.cascade.letters import letter_tokens, opening_tokens
-from jaxdual.cascade.prompts import answer_of, default_form, p_true_prompt, prompt_of, same_answer
 from jaxdual.model_folder import shipped_model
 from jaxdual.tokenizer import Tokenizer
 from models.training import quiz

@@ -11,10 +11,10 @@ from scipy import stats
 
 from jaxdual.cascade import thresholds
 from jaxdual.cascade.calibration import Quality
+from jaxdual.cascade.chain import Chain
 from jaxdual.cascade.gate import Gate
 from jaxdual.cascade.rules import compared
 from jaxdual.cascade.thresholds import Goal, calibrated_gate, choose
-from jaxdual.cascade.tiers import Chain
 from tests.cascade.synthetic import CHOICES, chain
 
 TWO = chain(count=1200)
