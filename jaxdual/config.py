@@ -85,7 +85,7 @@ class EngineConfig:
       router_statistics: what is counted of the routers' choices: "off", "activations" of experts, or also "transitions"
         between neighbouring layers; None for what `expert_placement` needs.
       probe: file of a P(IK) probe of the model, as `python -m jaxdual.cascade train` writes it, which gates of requests
-        ask; None for none.
+        ask; None for none. It takes part of the KV memory: a row of the hidden size for each token.
       dysco_profile: heads and limits of the requests that are decoded by DySCO and name neither: a profile that ships
         with jaxdual, or a file; what it needs is compiled with all else, while otherwise the first such request waits
         for it. None for the profile of the model's name.

@@ -52,6 +52,8 @@ def group_pages(
     device_bytes = sum(
         pages * layout.device_block_bytes(group, config.tensor_parallel_size) for group, pages in enumerate(needed)
     )
+    if config.probe is not None:
+        device_bytes += needed[0] * stash_bytes(layout, model)
     if config.num_kv_blocks is not None:
         source = blocks_setting
         num_pages = [config.num_kv_blocks, *(-(-config.num_kv_blocks * pages // needed[0]) for pages in needed[1:])]
@@ -85,6 +87,11 @@ def group_pages(
     )
 
 
+def stash_bytes(layout: KVLayout, model: ModelConfig) -> int:
+    """Of a page: the residual stream of its tokens, where prompts wait between two parts of the layers."""
+    return layout.page_size * model.hidden_size * layout.itemsize
+
+
 def check_host_memory(
     config: EngineConfig, layout: KVLayout, memory: Sequence[GroupPages], model: ModelConfig, *, rings: int = 0
 ) -> None:
@@ -103,6 +110,8 @@ def check_host_memory(
     device = sum(
         pages.num_pages * layout.device_block_bytes(group, tensor) * tensor for group, pages in enumerate(memory)
     )
+    if config.probe is not None:
+        device += memory[0].num_pages * stash_bytes(layout, model)
     host = sum(pages.host_pages * layout.full_block_bytes(group) for group, pages in enumerate(memory))
     staging = sum(pages.staging_pages * layout.full_block_bytes(group) for group, pages in enumerate(memory))
     for need, setting in (

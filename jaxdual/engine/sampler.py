@@ -252,7 +252,7 @@ def sample(
 def token_logprobs(
     logits: Float32[Array, "rows vocab"],
     tokens: Int32[Array, " rows"],
-    watched: Int32[Array, "rows watched"] | Int32[np.ndarray, "rows watched"],
+    watched: Int32[Array, "rows watched"] | Int32[np.ndarray, "rows watched"] | None = None,
 ) -> Logprobs:
     """Log-probabilities of given tokens, of the likeliest ones, and of those that are watched."""
     every = jax.nn.log_softmax(logits, axis=-1)
@@ -264,7 +264,7 @@ def token_logprobs(
         rank=rank,
         top_tokens=top_tokens.astype(jnp.int32),
         top=top,
-        watched=jnp.take_along_axis(every, jnp.asarray(watched), axis=-1),
+        watched=every[:, :0] if watched is None else jnp.take_along_axis(every, jnp.asarray(watched), axis=-1),
     )
 
 

@@ -153,8 +153,7 @@ class Programs:
         return state, *self.for_host((tokens, logprobs))
 
     def _score(self, leaves: Leaves, x: Float[Array, "rows hidden"], tokens: Int32[Array, " rows"]) -> Logprobs:
-        nothing = jnp.zeros((x.shape[0], 0), jnp.int32)
-        return self.for_host(sampler.token_logprobs(self.model(leaves).head(x), tokens, nothing))
+        return self.for_host(sampler.token_logprobs(self.model(leaves).head(x), tokens))
 
     def mix(self, routing: Routing) -> Mix | None:
         """How mixtures of experts are computed; it notes what was chosen. None for as the model does."""

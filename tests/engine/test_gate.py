@@ -334,3 +334,14 @@ def test_nothing_compiles_after_warm_up(probe_file: Path, mixed: tuple[list[list
         compiles = CompileCounter()
         run(llm, prompts, gates, tokens=5)
     assert compiles.compilations == 0
+
+
+def test_what_waits_between_the_layers_takes_part_of_the_kv_memory(probe_file: Path) -> None:
+    config = load(MODEL).config
+    block = config.num_layers * 2 * PAGE * config.num_kv_heads * config.head_dim * 4
+    stash = PAGE * config.hidden_size * 4
+    memory = 12 * (block + stash)  # one sequence of 96 tokens
+    assert engine(probe_file, kv_cache_memory_bytes=memory).stats().kv_blocks == 12
+    with pytest.raises(ConfigError, match="kv_cache_memory_bytes gives 11 KV pages"):
+        engine(probe_file, kv_cache_memory_bytes=memory - 1)
+    assert engine(None, kv_cache_memory_bytes=12 * block).stats().kv_blocks == 12
