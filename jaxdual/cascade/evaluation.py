@@ -133,14 +133,15 @@ def curve_report(chain: Chain, curve: Curve) -> dict[str, Any]:
 def sweep(chain: Chain, gates: Sequence[Gate], taus: Sequence[float] = SWEPT) -> list[dict[str, Any]]:
     """The chain over thresholds of P(T), and how far each point is above the line between the smallest and the largest
     model; behind the line's end, above the largest model."""
-    costs = [float(chain.alone(tier).flops().mean()) for tier in (0, -1 % len(chain.tiers))]
+    costs = [float(chain.alone(tier).flops().mean()) for tier in (0, len(chain.tiers) - 1)]
     small, large = chain.tiers[0].correct, chain.tiers[-1].correct
     found = []
     for tau in taus:
         swept = [dataclasses.replace(gate, tau_t=tau, fusion=None) for gate in gates]
         ledger = chain.ledger(swept)
         right, cost = chain.answered(ledger.routes), ledger.flops()
-        part = min(1.0, (float(cost.mean()) - costs[0]) / (costs[1] - costs[0]))
+        beyond = float(cost.mean()) - costs[0]
+        part = min(1.0, beyond / (costs[1] - costs[0])) if costs[1] > costs[0] else 1.0
         line = small + part * (large.astype(np.float64) - small)
         found.append(
             {
