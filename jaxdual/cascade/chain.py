@@ -78,6 +78,7 @@ class Tier:
                 costs,
                 prompt_tokens=costs.prompt_tokens[chosen],
                 output_tokens=costs.output_tokens[chosen],
+                judged_tokens=costs.judged_tokens[chosen],
                 seconds=None if costs.seconds is None else costs.seconds[chosen],
             ),
         )

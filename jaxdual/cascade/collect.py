@@ -183,6 +183,7 @@ def collect(
         logprobs=answers.logprobs,
         prompt_tokens=np.array([len(prompt) for prompt in prompts]),
         output_tokens=np.array(answers.output_tokens),
+        judged_tokens=np.array(answers.judged_tokens),
         seconds=answers.seconds,
         p_true=asked[0],
         p_true_tokens=asked[1],
@@ -201,6 +202,7 @@ class _Answers:
     first: Pass
     logprobs: np.ndarray
     output_tokens: list[int]
+    judged_tokens: list[int]
     seconds: np.ndarray
 
 
@@ -216,7 +218,8 @@ def _choose(
     for row, item in zip(logprobs, items, strict=True):
         row[len(item.choices) :] = -np.inf
     given = [LETTERS[place] for place in letter_probabilities(logprobs).argmax(axis=1)]
-    return _Answers(given, first, logprobs, [1] * len(items), first.seconds)
+    ones = [1] * len(items)
+    return _Answers(given, first, logprobs, ones, ones, first.seconds)
 
 
 def _answer(
@@ -232,29 +235,32 @@ def _answer(
     """Greedy answers, the whole sequence computed anew for each token: for prompts of small models."""
     watched = [token for place in tokens for token in place]
     outputs: list[list[int]] = [[] for _ in items]
-    steps: list[np.ndarray] = []
-    seconds = np.zeros(len(items))
-    going = list(range(len(items)))
+    logprobs = np.full((len(items), len(tokens), max(map(len, tokens))), -np.inf, np.float32)
+    logprobs[:, :, 0] = 0
+    judged, seconds = np.zeros(len(items), int), np.zeros(len(items))
+    going, opening = np.arange(len(items)), np.ones(len(items), bool)
     first = reader.read(prompts, watched, done)
     found = first
     for step in range(max_output):
         if step:
-            found = reader.read([[*prompts[place], *outputs[place]] for place in going], watched)
-        if step < len(tokens):
-            rows = np.full((len(items), len(watched)), -np.inf, np.float32)
-            rows[going] = found.logprobs
-            steps.append(_grouped(rows, tokens)[:, step])
+            found = reader.read([[*prompts[place], *outputs[place]] for place in going.tolist()], watched)
         seconds[going] += found.seconds
+        if step < len(tokens):
+            # Whoever has left the opening is judged by what it was up to there.
+            rows = opening[going]
+            places = going[rows]
+            logprobs[places, step] = _grouped(found.logprobs[rows], tokens)[:, step]
+            judged[places] += 1
+            opening[places] = np.isin(found.likeliest[rows], tokens[step])
         for place, token in zip(going, found.likeliest.tolist(), strict=True):
             outputs[place].append(token)
-        going = [place for place in going if outputs[place][-1] not in ends]
-        if not going:
+        going = np.array([place for place in going if outputs[place][-1] not in ends], int)
+        if not len(going):
             break
-    width = max(map(len, tokens))
-    steps += [np.full((len(items), width), -np.inf, np.float32)] * (len(tokens) - len(steps))
     texts = [tokenizer.decode([token for token in output if token not in ends]) for output in outputs]
     given = [answer_of(text) for text in texts]
-    return _Answers(given, first, np.stack(steps, axis=1), [len(output) for output in outputs], seconds)
+    lengths = [len(output) for output in outputs]
+    return _Answers(given, first, logprobs, lengths, judged.tolist(), seconds)
 
 
 def _p_true(

@@ -26,7 +26,7 @@ class TierCosts:
       sizes: parameters of its layers.
       prompt_tokens: `[N]`.
       output_tokens: `[N]`, of a whole answer.
-      judged_tokens: output tokens that P(T) is read from.
+      judged_tokens: `[N]`, output tokens that P(T) is read from.
       seconds: `[N]`, of a whole pass; 0 where it was not measured.
       price_in, price_out: of a million tokens of prompt and of output.
     """
@@ -35,7 +35,7 @@ class TierCosts:
     sizes: LayerSizes
     prompt_tokens: Int[np.ndarray, " N"]
     output_tokens: Int[np.ndarray, " N"]
-    judged_tokens: int = 1
+    judged_tokens: Int[np.ndarray, " N"]
     seconds: Float[np.ndarray, " N"] | None = None
     price_in: float = 0.0
     price_out: float = 0.0

@@ -73,8 +73,10 @@ class Signals:
       correct: whether the model is right.
       hidden: `[N, D]` float32, residual stream behind the tap layer at the prompt's last token.
       logprobs: `[N, places, variants]` float32, over the whole vocabulary, of the tokens of each letter at the first
-        position of the answer, or of the tokens at each position of an opening; -inf where there is none.
+        position of the answer, or of the tokens at each position of an opening; -inf where there is none, and one of 0
+        at positions behind the token with which an output leaves the opening.
       prompt_tokens, output_tokens: `[N]`.
+      judged_tokens: `[N]`, of the output, that P(T) is read from.
       seconds: `[N]`, of the pass, its batch's time divided among its questions.
       p_true: `[N]`, of a pass of its own (Kadavath et al. 2022); None if it was not taken.
       p_true_tokens: `[N]`, of that pass.
@@ -91,6 +93,7 @@ class Signals:
     logprobs: Float32[np.ndarray, "N places variants"]
     prompt_tokens: Int[np.ndarray, " N"]
     output_tokens: Int[np.ndarray, " N"]
+    judged_tokens: Int[np.ndarray, " N"]
     seconds: Float[np.ndarray, " N"]
     p_true: Float[np.ndarray, " N"] | None = None
     p_true_tokens: Int[np.ndarray, " N"] | None = None
@@ -121,7 +124,7 @@ class Signals:
             sizes=self.header.sizes,
             prompt_tokens=self.prompt_tokens,
             output_tokens=self.output_tokens,
-            judged_tokens=self.header.confidence().positions,
+            judged_tokens=self.judged_tokens,
             seconds=self.seconds,
             price_in=price_in,
             price_out=price_out,

@@ -59,6 +59,7 @@ def chain(
             logprobs=np.log(letters)[:, :, None].astype(np.float32),
             prompt_tokens=tokens,
             output_tokens=np.ones(count, int),
+            judged_tokens=np.ones(count, int),
             seconds=np.full(count, size * 1e-6),
         )
         p_ik = 0.25 + 0.75 * expit(1.5 * knows + rng.normal(0, noise, count))

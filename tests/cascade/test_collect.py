@@ -14,10 +14,13 @@ import pytest
 from flax import nnx
 
 from jaxdual.cascade.collect import Reader, collect, layer_sizes
+from jaxdual.cascade.gate import Confidence, Gate
 from jaxdual.cascade.item_prompts import prompt_of
 from jaxdual.cascade.items import Item, item_of
+from jaxdual.cascade.rules import p_t_of
 from jaxdual.cascade.signals import Signals, check_same_questions, read_signals
 from jaxdual.cascade.work import LayerSizes
+from jaxdual.engine.judge import Judge
 from jaxdual.tokenizer import Tokenizer
 from models import Decoder, load
 from models.attention import dense_attend
@@ -171,6 +174,35 @@ def test_short_answers_are_greedy_and_their_opening_is_watched(
         assert found.right[place] == item.answer
     with pytest.raises(ValueError, match="no letters"):
         found.letters()
+
+
+def test_an_output_that_leaves_the_opening_is_judged_as_engines_judge_it(
+    folder: Path, model: Decoder, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    every = [item_of(one.record(place), "") for place, one in enumerate(quiz.questions(7, 20, short=True))]
+    opens = {int(alone(model, prompt_of(tokenizer, item, "chat"))[1].argmax()): item for item in every}
+    items = list(opens.values())[:2]
+    prompts = [prompt_of(tokenizer, item, "chat") for item in items]
+    outputs: list[list[int]] = [[], []]
+    for prompt, output in zip(prompts, outputs, strict=True):
+        for _ in range(2):
+            output.append(int(alone(model, prompt + output)[1].argmax()))
+    # The first answer has all of this opening, the second leaves it at once.
+    other = next(token for token in range(5, 99) if token not in (outputs[0][0], outputs[1][0]))
+    opening = ((outputs[0][0], other), (outputs[0][1],))
+    assert outputs[1][0] not in opening[0]
+    monkeypatch.setattr("jaxdual.cascade.collect.opening_tokens", lambda _: opening)
+    found = signals(folder, model, tokenizer, items, max_output=2)
+    confidence = Confidence("opening", opening)
+    for place, (prompt, output) in enumerate(zip(prompts, outputs, strict=True)):
+        judge = Judge(Gate(confidence, uses_probe=False))
+        verdict, judged = None, 0
+        while verdict is None:
+            logprobs = alone(model, prompt + output[:judged])[1][list(opening[judged])].tolist()
+            verdict = judge.after_token(output[judged], logprobs, last=False)
+            judged += 1
+        assert found.judged_tokens[place] == judged == 2 - place
+        assert p_t_of(confidence, found.logprobs)[place] == pytest.approx(verdict.p_t, rel=1e-4)
 
 
 def test_p_true_takes_one_more_pass(folder: Path, model: Decoder, tokenizer: Tokenizer, items: list[Item]) -> None:

@@ -20,6 +20,7 @@ def tier(name: str, parameters: int, count: int) -> TierCosts:
         sizes=LayerSizes(lower=parameters),
         prompt_tokens=np.ones(count, int),
         output_tokens=np.ones(count, int),
+        judged_tokens=np.ones(count, int),
     )
 
 
@@ -52,7 +53,7 @@ def made(count: int = 200, judged: int = 1) -> tuple[tuple[TierCosts, ...], list
             sizes=one,
             prompt_tokens=rng.integers(5, 20, count),
             output_tokens=rng.integers(judged, judged + 5, count),
-            judged_tokens=judged,
+            judged_tokens=np.full(count, judged),
             seconds=rng.random(count),
             price_in=1.0 + number,
             price_out=2.0 + number,
