@@ -277,7 +277,7 @@ class BatchScheduler:
         else:
             self._kv.release(victim.seq_id)
             self.stats.preemptions_recompute += 1
-        victim.computed = victim.lowered = 0
+        victim.computed = 0
         if victim.part == "upper":
             victim.part = "whole"
         self._stop_running(victim)

@@ -21,8 +21,10 @@ from jaxdual.cascade.work import Work
 from jaxdual.engine.gated_programs import GatedPrograms
 from jaxdual.engine.paged import GroupTable
 from jaxdual.engine.steps import Programs
+from jaxdual.kv.keys import KeyChain
 from jaxdual.kv.layout import KVLayout
 from jaxdual.outputs import RequestOutput
+from jaxdual.scheduling.plan import Phase, SequenceState
 from jaxdual.telemetry import CompileCounter
 from models.attention import dense_attend
 from models.fingerprint import model_fingerprint
@@ -192,6 +194,8 @@ def test_a_refusal_costs_the_prompt_and_no_more(probe_file: Path) -> None:
                 assert output.verdict.refused_by == refused_by
                 upper = {"p_ik": 0, "p_t": computed, None: computed + tokens - 1}[refused_by]
                 assert output.work == Work(max(computed, upper), upper)
+                reason = "refused" if refused_by else "length"
+                assert output.outputs[0].finish_reason == reason
 
 
 def test_stop_tokens_and_aborts_leave_the_sums_right(probe_file: Path) -> None:
@@ -334,6 +338,41 @@ def test_nothing_compiles_after_warm_up(probe_file: Path, mixed: tuple[list[list
         compiles = CompileCounter()
         run(llm, prompts, gates, tokens=5)
     assert compiles.compilations == 0
+
+
+@pytest.mark.parametrize(
+    ("phase", "lowered", "part"),
+    [(Phase.RUNNING, 5, "upper"), (Phase.RUNNING, 3, "whole"), (Phase.WAITING, 5, "whole")],
+)
+def test_a_verdict_that_comes_after_its_prompt_gave_way_opens_all_layers(phase: Phase, lowered: int, part: str) -> None:
+    sequence = SequenceState(0, [1, 2, 3, 4, 5], 5, 1, frozenset(), KeyChain(b"", 8), part="lower")
+    sequence.phase, sequence.lowered = phase, lowered
+    sequence.open()
+    assert sequence.part == part
+
+
+def test_a_prompt_that_gives_way_between_two_chunks_is_lowered_anew(probe_file: Path) -> None:
+    """The first one takes all pages while the second is in its lower layers, three tokens a step."""
+    llm = engine(probe_file, num_kv_blocks=12, max_num_seqs=2, max_num_batched_tokens=4, enable_prefix_caching=False)
+    gate, rng = Gate(CHOICES, tau_ik=0, tau_t=0), random.Random(8)
+    prompts = [[rng.randrange(250) for _ in range(length)] for length in (22, 60)]
+    outputs = [
+        llm.submit(
+            {"prompt_token_ids": prompt}, SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True), gate=one
+        )
+        for prompt, tokens, one in zip(prompts, (60, 5), (None, gate), strict=True)
+    ]
+    while llm.has_unfinished:
+        llm.step()
+    llm.check_integrity()
+    first, second = outputs
+    assert llm.stats().preemptions == 1
+    assert first.work == Work(22 + 59, 22 + 59)
+    assert second.work.lower > second.work.upper == 60 + 4, "it gave way in the lower layers"
+    assert second.verdict is not None
+    assert second.verdict.p_ik == pytest.approx(expected_p_ik(tuple(prompts[1])), abs=1e-4)
+    assert second.outputs[0].token_ids == ungated(tuple(prompts[1]))[:5]
+    assert llm.stats().work == first.work + second.work
 
 
 def test_what_waits_between_the_layers_takes_part_of_the_kv_memory(probe_file: Path) -> None:
