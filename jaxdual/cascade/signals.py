@@ -9,12 +9,13 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Bool, Float, Float32, Int
 
 from jaxdual.cascade.gate import Confidence, PtMode
+from jaxdual.cascade.item_prompts import Form
 from jaxdual.cascade.items import Split
 from jaxdual.cascade.ledger import TierCosts
 from jaxdual.cascade.rules import letter_probabilities
@@ -46,8 +47,8 @@ class Header:
     dtype: str
     sizes: LayerSizes
     hidden_size: int
-    form: str
-    kind: str
+    form: Form
+    kind: Literal["choices", "opening"]
     tokens: tuple[tuple[int, ...], ...]
     items: str
 
