@@ -48,7 +48,7 @@ class AsyncLLM(ServedModel):
         **settings: Any,
     ) -> None:
         config = EngineConfig.from_mapping({"model": None if model is None else str(model), **settings})
-        self._init(config, None, max_queued_requests)
+        self._init(config, None, max_queued_requests, None)
 
     @classmethod
     def from_config(
@@ -57,17 +57,27 @@ class AsyncLLM(ServedModel):
         *,
         cluster: ClusterConfig | None = None,
         max_queued_requests: int = MAX_QUEUED_REQUESTS,
+        environment: Mapping[str, str] | None = None,
     ) -> AsyncLLM:
         """An `AsyncLLM` with this configuration; with `cluster`, one engine of many processes.
+
+        Args:
+          environment: what the engine's environment has beside this process's; not of a cluster.
 
         Raises:
           ConfigError: a setting that only clusters have a use for.
         """
         llm = cls.__new__(cls)
-        llm._init(config, cluster, max_queued_requests)
+        llm._init(config, cluster, max_queued_requests, environment)
         return llm
 
-    def _init(self, config: EngineConfig, cluster: ClusterConfig | None, max_queued_requests: int) -> None:
+    def _init(
+        self,
+        config: EngineConfig,
+        cluster: ClusterConfig | None,
+        max_queued_requests: int,
+        environment: Mapping[str, str] | None,
+    ) -> None:
         if not cluster:
             config.check_alone()
         elif config.scheduling_policy != "fcfs":
@@ -79,7 +89,12 @@ class AsyncLLM(ServedModel):
         self._most_running = config.max_num_seqs * (cluster.decode if cluster else config.num_ranks)
         self.max_queued_requests = max_queued_requests
         self._engine = EngineSupervisor(
-            config, cluster, on_ready=self._on_ready, on_events=self._on_events, on_lost=self._on_lost
+            config,
+            cluster,
+            environment,
+            on_ready=self._on_ready,
+            on_events=self._on_events,
+            on_lost=self._on_lost,
         )
         self._text: Front | None = None  # from the engine's first start on
         # By the identity of the output: an id may be in use again while its aborted owner ends.

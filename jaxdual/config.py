@@ -413,6 +413,7 @@ class ServerConfig:
       host: address that both faces listen on.
       port: of HTTP; 0 for a free one.
       grpc_port: of gRPC; 0 for a free one.
+      cascade: TOML file of the tiers that answer as one model, in place of `model`; None for one model.
       max_queued_requests: outputs that may wait for their turn beyond those that run; more are refused at the door.
       shutdown_timeout: seconds that running requests have to finish after SIGTERM; 0 ends them at once.
       api_key: what clients must present, as a bearer token; None takes everybody.
@@ -423,6 +424,7 @@ class ServerConfig:
     host: str = "127.0.0.1"
     port: int = 8000
     grpc_port: int = 50051
+    cascade: str | None = None
     max_queued_requests: int = MAX_QUEUED_REQUESTS
     shutdown_timeout: float = 30.0
     api_key: str | None = None

@@ -1,9 +1,9 @@
 """OpenAI's request bodies for `/v1/chat/completions` and `/v1/completions`, checked and turned into plain data.
 
-Accepted are OpenAI's fields, the sampling extensions of vLLM, and `dysco`, an object of `DyscoParams`. A field that is
-not known is an error, and so is a known one whose meaning is not implemented, unless its value asks for nothing
-(`null`, or one of `_UNSUPPORTED`). Fields in `_IGNORED` describe the caller, or only speed, and are accepted without
-effect. `null` means the default everywhere.
+Accepted are OpenAI's fields, the sampling extensions of vLLM, and the objects `dysco` (`DyscoParams`) and `cascade`
+(`CascadeOptions`). A field that is not known is an error, and so is a known one whose meaning is not implemented,
+unless its value asks for nothing (`null`, or one of `_UNSUPPORTED`). Fields in `_IGNORED` describe the caller, or only
+speed, and are accepted without effect. `null` means the default everywhere.
 
 `prompt_cache_key` names requests with a common beginning, which are best computed where it is cached; where it is left
 out, `user` stands for it, as before OpenAI had it. `safety_identifier` is for those who look for abuse, and is ignored.
@@ -13,8 +13,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from jaxdual.cascade.options import CascadeOptions, options_from_json
 from jaxdual.decoding.dysco import DyscoParams, params_from_json
-from jaxdual.sampling_params import MAX_LOGPROBS, SamplingParams
+from jaxdual.sampling_params import MAX_LOGPROBS, RECOMMENDED_SAMPLING, SamplingParams
 from jaxdual.users import checked_user
 
 MAX_STOP_STRINGS = 16
@@ -78,36 +79,38 @@ class ProtocolError(ValueError):
         self.code = code
 
 
-@dataclass(frozen=True, slots=True)
-class CompletionRequest:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationRequest:
+    """What bodies of both endpoints have in common."""
+
+    params: SamplingParams
+    model: str | None = None
+    stream: bool = False
+    include_usage: bool = False  # a chunk with token counts ends the stream
+    continuous_usage: bool = False  # every chunk has token counts
+    user: str | None = None  # who asks, or what the request has in common with others
+    cascade: CascadeOptions | None = None
+    left_open: frozenset[str] = frozenset()  # fields of `params` that the body leaves to what the model recommends
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompletionRequest(GenerationRequest):
     """A checked body of `/v1/completions`; `prompts` are texts or token ids, each with `params.n` choices."""
 
     prompts: tuple[str | tuple[int, ...], ...]
-    params: SamplingParams
-    model: str | None = None
     echo: bool = False
     echo_only: bool = False  # max_tokens is 0: the prompt comes back, with its log probabilities, and nothing after it
     add_special_tokens: bool = True
-    stream: bool = False
-    include_usage: bool = False  # a chunk with token counts ends the stream
-    continuous_usage: bool = False  # every chunk has token counts
-    user: str | None = None  # who asks, or what the request has in common with others
 
 
-@dataclass(frozen=True, slots=True)
-class ChatRequest:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatRequest(GenerationRequest):
     """A checked body of `/v1/chat/completions`; `template_vars` are further variables of the chat template."""
 
     messages: tuple[Mapping[str, Any], ...]
-    params: SamplingParams
-    model: str | None = None
     add_generation_prompt: bool = True
     add_special_tokens: bool = False
     template_vars: Mapping[str, Any] = field(default_factory=dict)
-    stream: bool = False
-    include_usage: bool = False  # a chunk with token counts ends the stream
-    continuous_usage: bool = False  # every chunk has token counts
-    user: str | None = None  # who asks, or what the request has in common with others
 
 
 def parse_chat(body: Any, default_sampling: Mapping[str, Any] | None = None) -> ChatRequest:
@@ -137,20 +140,16 @@ def parse_chat(body: Any, default_sampling: Mapping[str, Any] | None = None) -> 
         template_vars["tools"] = tools
     add_generation_prompt = fields.boolean("add_generation_prompt", True)
     add_special_tokens = fields.boolean("add_special_tokens", False)
-    model, stream, include_usage, continuous_usage = _common(fields)
-    user = _user(fields)
+    common = _common(fields)
     fields.finish()
     return ChatRequest(
         messages=messages,
         params=_params(sampling, default_sampling),
-        model=model,
         add_generation_prompt=add_generation_prompt,
         add_special_tokens=add_special_tokens,
         template_vars=template_vars,
-        stream=stream,
-        include_usage=include_usage,
-        continuous_usage=continuous_usage,
-        user=user,
+        left_open=_left_open(sampling),
+        **common,
     )
 
 
@@ -168,28 +167,17 @@ def parse_completion(body: Any, default_sampling: Mapping[str, Any] | None = Non
     add_special_tokens = fields.boolean("add_special_tokens", True)
     if sampling["n"] is not None and fields.peek("best_of") == sampling["n"]:
         fields.take("best_of")
-    model, stream, include_usage, continuous_usage = _common(fields)
-    user = _user(fields)
+    common = _common(fields)
     fields.finish()
     return CompletionRequest(
         prompts=prompts,
         params=_params(sampling, default_sampling),
-        model=model,
         echo=echo,
         echo_only=max_tokens == 0,
         add_special_tokens=add_special_tokens,
-        stream=stream,
-        include_usage=include_usage,
-        continuous_usage=continuous_usage,
-        user=user,
+        left_open=_left_open(sampling),
+        **common,
     )
-
-
-def error_body(
-    message: str, param: str | None = None, code: str | None = None, error_type: str = "invalid_request_error"
-) -> dict[str, Any]:
-    """OpenAI's error object as the body of a response."""
-    return {"error": {"message": message, "type": error_type, "param": param, "code": code}}
 
 
 class _Fields:
@@ -251,13 +239,24 @@ class _Fields:
             raise ProtocolError(f"unknown field {name!r}", name, "unknown_parameter")
 
 
-def _common(fields: _Fields) -> tuple[str | None, bool, bool, bool]:
-    """Model name, stream, stream_options.include_usage, stream_options.continuous_usage_stats."""
-    model = fields.string("model")
+def _common(fields: _Fields) -> dict[str, Any]:
+    """What both kinds of requests have beside prompt and sampling, by the names of their attributes."""
     stream = fields.boolean("stream", False)
-    options = fields.take("stream_options")
+    include_usage, continuous_usage = _stream_options(fields.take("stream_options"), stream)
+    return {
+        "model": fields.string("model"),
+        "stream": stream,
+        "include_usage": include_usage,
+        "continuous_usage": continuous_usage,
+        "user": _user(fields),
+        "cascade": _cascade(fields.take("cascade")),
+    }
+
+
+def _stream_options(options: Any, stream: bool) -> tuple[bool, bool]:
+    """include_usage, continuous_usage_stats."""
     if options is None:
-        return model, stream, False, False
+        return False, False
     if not stream:
         raise ProtocolError("stream_options needs stream to be true", "stream_options")
     if not isinstance(options, dict):
@@ -271,7 +270,7 @@ def _common(fields: _Fields) -> tuple[str | None, bool, bool, bool]:
         message = "stream_options.include_obfuscation=True is not supported (only False)"
         raise ProtocolError(message, "stream_options", "unsupported_parameter")
     include_usage = bool(options.get("include_usage"))
-    return model, stream, include_usage, include_usage and bool(options.get("continuous_usage_stats"))
+    return include_usage, include_usage and bool(options.get("continuous_usage_stats"))
 
 
 def _user(fields: _Fields) -> str | None:
@@ -314,6 +313,17 @@ def _dysco(value: Any) -> DyscoParams | None:
         return None if value is None else params_from_json(value)
     except ValueError as error:
         raise ProtocolError(str(error), "dysco") from None
+
+
+def _cascade(value: Any) -> CascadeOptions | None:
+    try:
+        return None if value is None else options_from_json(value)
+    except ValueError as error:
+        raise ProtocolError(str(error), "cascade") from None
+
+
+def _left_open(sampling: Mapping[str, Any]) -> frozenset[str]:
+    return frozenset(name for name in RECOMMENDED_SAMPLING if sampling[name] is None)
 
 
 def _params(sampling: Mapping[str, Any], defaults: Mapping[str, Any] | None) -> SamplingParams:

@@ -1,6 +1,6 @@
 """OpenAI's response bodies for `/v1/chat/completions` and `/v1/completions`, from finished requests.
 
-They carry vLLM's extensions `stop_reason` and `prompt_logprobs` too.
+They carry vLLM's extensions `stop_reason` and `prompt_logprobs` too, and those of a cascade its decision.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -34,7 +34,8 @@ def chat_response(
         created: seconds since the epoch.
         model: the served model's name.
         tokenizer: the model's tokenizer, for the bytes of tokens in log probabilities.
-        cached_tokens: report the prompt tokens that came from the prefix cache.
+        cached_tokens: report what depends on what else was asked: the prompt tokens that came from the prefix cache,
+            and what a cascade's tiers have spent.
     """
     choices: list[dict[str, Any]] = []
     for completion in output.outputs:
@@ -61,7 +62,7 @@ def chat_response(
     }
     if request.params.prompt_logprobs is not None:
         body["prompt_logprobs"] = prompt_logprobs(output, tokenizer)
-    return body
+    return body | _decisions([output], cached_tokens)
 
 
 def completion_response(
@@ -88,7 +89,7 @@ def completion_response(
             if request.params.prompt_logprobs is not None:
                 choice["prompt_logprobs"] = prompt_logprobs(output, tokenizer)
             choices.append(choice)
-    return {
+    body = {
         "id": response_id,
         "object": "text_completion",
         "created": created,
@@ -96,13 +97,21 @@ def completion_response(
         "choices": choices,
         "usage": usage(outputs, cached_tokens, generated=not request.echo_only),
     }
+    return body | _decisions(outputs, cached_tokens)
+
+
+def error_body(
+    message: str, param: str | None = None, code: str | None = None, error_type: str = "invalid_request_error"
+) -> dict[str, Any]:
+    """OpenAI's error object as the body of a response."""
+    return {"error": {"message": message, "type": error_type, "param": param, "code": code}}
 
 
 def usage(outputs: Iterable[RequestOutput], cached_tokens: bool = True, generated: bool = True) -> dict[str, Any]:
     """Token counts; a prompt counts once, whatever its number of choices."""
     outputs = list(outputs)
-    prompt = sum(len(output.prompt_token_ids) for output in outputs)
-    completion = sum(len(c.token_ids) for output in outputs for c in output.outputs) if generated else 0
+    prompt = sum(output.num_prompt_tokens for output in outputs)
+    completion = sum(output.num_output_tokens for output in outputs) if generated else 0
     counts: dict[str, Any] = {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
@@ -180,6 +189,14 @@ def prompt_text(prompt: str | Sequence[int], tokenizer: Tokenizer | None) -> str
     if isinstance(prompt, str):
         return prompt
     return "" if tokenizer is None else tokenizer.decode(prompt)
+
+
+def _decisions(outputs: Sequence[RequestOutput], measured: bool) -> dict[str, Any]:
+    """The field `cascade`: the decision, or a list of them where there are several prompts."""
+    decisions = [output.decision.as_json(measured=measured) for output in outputs if output.decision is not None]
+    if not decisions:
+        return {}
+    return {"cascade": decisions[0] if len(outputs) == 1 else decisions}
 
 
 def _completion_text(

@@ -1,6 +1,7 @@
 """OpenAI's bodies of streamed responses: what has been added to a request's outputs since the last look, as chunks.
 
-Several tokens may come as one chunk. The finish reason has a chunk of its own, as has the role in a chat. Choices carry
+Several tokens may come as one chunk. The finish reason has a chunk of its own, as has the role in a chat; with it comes
+the decision of a cascade, in the field `cascade`. Choices carry
 vLLM's extension `stop_reason`, and those with log probabilities show tokens whose text is still held back.
 """
 
@@ -111,7 +112,8 @@ class ChatStream(_Chunks[ChatRequest]):
                 chunks.append(self._delta(completion, {"content": content}, logprobs))
             if completion.finish_reason is not None and not cursor.ended:
                 cursor.ended = True
-                chunks.append(self._delta(completion, {}, None, completion.finish_reason, completion.stop_reason))
+                last = self._delta(completion, {}, None, completion.finish_reason, completion.stop_reason)
+                chunks.append(last | _decision(output))
         return chunks
 
     def _delta(
@@ -165,7 +167,8 @@ class CompletionStream(_Chunks[CompletionRequest]):
             if completion.finish_reason is not None and not cursor.ended:
                 cursor.ended = True
                 reason, stop = completion.finish_reason, completion.stop_reason
-                chunks.append(self._text(index, "", None, *(("length", None) if request.echo_only else (reason, stop))))
+                last = self._text(index, "", None, *(("length", None) if request.echo_only else (reason, stop)))
+                chunks.append(last | _decision(output))
         return chunks
 
     def _opening(self, index: int, prompt: int, cursor: _Cursor) -> list[dict[str, Any]]:
@@ -202,3 +205,7 @@ class CompletionStream(_Chunks[CompletionRequest]):
             **fields,
         }
         return self._chunk(choice)
+
+
+def _decision(output: RequestOutput) -> dict[str, Any]:
+    return {} if output.decision is None else {"cascade": output.decision.as_json()}

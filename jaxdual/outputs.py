@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from jaxdual.cascade.decision import Decision
 from jaxdual.cascade.gate import Verdict
 from jaxdual.cascade.work import LayerSizes, Work
 from jaxdual.decoding.profiles import DyscoProfile
@@ -98,6 +99,21 @@ class RequestMetrics:
         return self.first_token_time - self.arrival_time - waited
 
 
+@dataclass(frozen=True, slots=True)
+class TokenCounts:
+    """Tokens of a request as somebody else has counted them.
+
+    Attributes:
+      prompt: of its prompt.
+      output: of its outputs.
+      cached: of the prompt, those that came from a cache.
+    """
+
+    prompt: int = 0
+    output: int = 0
+    cached: int = 0
+
+
 @dataclass(slots=True)
 class RequestOutput:
     """A request and its outputs so far.
@@ -113,6 +129,8 @@ class RequestOutput:
       metrics: times.
       verdict: of the request's gate, where it has one, once it is known.
       work: what was computed for its outputs that have ended.
+      decision: which tier of a cascade answers, where one was asked; whole once the request has finished.
+      reported: token counts, where the answer comes from elsewhere as text alone.
     """
 
     request_id: str
@@ -125,6 +143,20 @@ class RequestOutput:
     num_cached_tokens: int = 0
     verdict: Verdict | None = None
     work: Work = field(default_factory=Work)
+    decision: Decision | None = None
+    reported: TokenCounts | None = None
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.prompt_token_ids) if self.reported is None else self.reported.prompt
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Tokens of all outputs."""
+        if self.reported is not None:
+            return self.reported.output
+        return sum(len(completion.token_ids) for completion in self.outputs)
 
     def snapshot(self) -> RequestOutput:
         """A copy that later steps don't change, unlike the object that a stream yields again and again."""

@@ -4,9 +4,24 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import Self
+from typing import Protocol, Self
 
 from jaxdual.outputs import RequestOutput
+
+
+class AnswerStream(Protocol):
+    """What readers of a request need of its stream, a `RequestStream` or one around it."""
+
+    @property
+    def output(self) -> RequestOutput:
+        """The output so far."""
+
+    def __aiter__(self) -> Self: ...
+
+    async def __anext__(self) -> RequestOutput: ...
+
+    def close(self) -> None:
+        """Ends the request, if it has not finished."""
 
 
 class RequestStream:

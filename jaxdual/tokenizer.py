@@ -7,6 +7,7 @@ chat template: `chat_template.jinja`, else `chat_template.json`, else the `chat_
 
 import datetime
 import functools
+import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -153,6 +154,11 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         """Whether `apply_chat_template` can be used."""
         return bool(self._templates)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Equal for tokenizers that make the same tokens of every text, in hexadecimal digits."""
+        return hashlib.blake2b(self._plain.to_str().encode(), digest_size=16).hexdigest()
 
     @property
     def vocab_size(self) -> int:

@@ -11,7 +11,8 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from jaxdual.config import ClusterConfig, EngineConfig, ServerConfig
+from jaxdual.cascade.config import CascadeConfig, read_cascade
+from jaxdual.config import ClusterConfig, ConfigError, EngineConfig, ServerConfig
 from jaxdual.config_sources import add_arguments, read_config
 from server.serve import Server
 
@@ -28,10 +29,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
         engine_config, server_config = read_config(EngineConfig, options), read_config(ServerConfig, options)
-        return asyncio.run(Server(engine_config, server_config, read_config(ClusterConfig, options)).run())
+        cluster_config = read_config(ClusterConfig, options)
+        cascade = _cascade(server_config.cascade, engine_config, cluster_config)
+        return asyncio.run(Server(engine_config, server_config, cluster_config, cascade).run())
     except (ValueError, OSError) as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 2
+
+
+def _cascade(path: str | None, engine: EngineConfig, cluster: ClusterConfig) -> CascadeConfig | None:
+    if path is None:
+        return None
+    if cluster:
+        raise ConfigError(f"cascade={path!r}: its tiers are engines by themselves, and prefill={cluster.prefill}")
+    return read_cascade(path, engine)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import time
 from collections import Counter as Counts
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -16,10 +15,13 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from jaxdual.async_api import AsyncLLM
+from jaxdual.cascade.service import CascadeLLM
 from jaxdual.engine.supervisor import EngineState
-from jaxdual.errors import NotServingError
+from jaxdual.errors import NotServingError, UnknownModelError
 from jaxdual.outputs import EngineStats, RequestOutput, RouterFigures
-from jaxdual.request_stream import RequestStream
+from jaxdual.request_stream import AnswerStream
+from jaxdual.served_models import Model, ServedModels
+from server.cascade_metrics import CascadeMetrics
 
 _PREFIX = "jaxdual:"
 _LABELS = ("model_name",)
@@ -59,13 +61,16 @@ class Metrics:
     """Counts and times the requests of all faces, and shows them with the engine's own figures.
 
     Args:
-      llm: the engine's front, started or not.
+      models: what is served, started or not.
     """
 
-    def __init__(self, llm: AsyncLLM) -> None:
+    def __init__(self, models: ServedModels) -> None:
         self.registry = CollectorRegistry()
-        self._llm = llm
-        self.registry.register(_EngineCollector(llm))
+        self._models = models
+        self._bound: dict[str, _ModelMetrics] = {}
+        self.registry.register(_EngineCollector(models.engines))
+        if isinstance(models.default, CascadeLLM):
+            CascadeMetrics(models.default, self.registry)
         self._finished = self._counter("request_success", "Requests that ended, by reason.", "finished_reason")
         self._refused = self._counter("request_refused", "Requests that were not taken, by reason.", "reason")
         self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of requests that gave a token.")
@@ -87,16 +92,29 @@ class Metrics:
             "request_generation_tokens", "Generated tokens of a request, all outputs together.", _TOKEN_COUNTS
         )
 
-    def observe(self, stream: RequestStream) -> ObservedStream:
+    def observe(self, stream: AnswerStream, model: str) -> ObservedStream:
         """`stream`, with its tokens counted and its times measured as it is read.
 
         Iterate over the result in place of the stream, and close the result in place of the stream.
-        """
-        return ObservedStream(stream, self._for_model)
 
-    def refused(self, reason: str) -> None:
-        """Counts a request that was not taken; `reason` is one of a few short words, such as "queue_full"."""
-        self._refused.labels(_model_name(self._llm), reason).inc()
+        Args:
+          stream: a request that was taken.
+          model: that it was taken for, by its name.
+        """
+        return ObservedStream(stream, self._of_model(model))
+
+    def refused(self, reason: str, model: str | None = None) -> None:
+        """Counts a request that was not taken.
+
+        Args:
+          reason: one of a few short words, such as "queue_full".
+          model: that it names; it counts for the default one if there is none of that name.
+        """
+        try:
+            name = self._models.get(model).served_model_name
+        except (UnknownModelError, NotServingError):
+            name = _model_name(self._models.default)
+        self._refused.labels(name, reason).inc()
 
     def expose(self, accept: str = "") -> tuple[bytes, str]:
         """All metrics as text, with its content type.
@@ -107,9 +125,12 @@ class Metrics:
         encode, content_type = choose_encoder(accept)
         return encode(self.registry), content_type
 
-    @functools.cached_property
-    def _for_model(self) -> _ModelMetrics:
-        model = self._llm.served_model_name
+    def _of_model(self, model: str) -> _ModelMetrics:
+        if model not in self._bound:
+            self._bound[model] = self._bind(model)
+        return self._bound[model]
+
+    def _bind(self, model: str) -> _ModelMetrics:
         return _ModelMetrics(
             model=model,
             finished=self._finished,
@@ -147,7 +168,7 @@ class _ModelMetrics:
 
     def first(self, output: RequestOutput) -> None:
         """Counts a request that has its first token."""
-        self.prompt_tokens.inc(len(output.prompt_token_ids))
+        self.prompt_tokens.inc(output.num_prompt_tokens)
         times = output.metrics
         if times.first_token_time is not None:
             self.first_token.observe(times.first_token_time - times.arrival_time)
@@ -161,8 +182,8 @@ class _ModelMetrics:
         self.finished.labels(self.model, reason).inc()
         if reason in ("error", "abort"):
             return
-        self.prompt_lengths.observe(len(output.prompt_token_ids))
-        self.output_lengths.observe(sum(len(completion.token_ids) for completion in output.outputs))
+        self.prompt_lengths.observe(output.num_prompt_tokens)
+        self.output_lengths.observe(output.num_output_tokens)
         times = output.metrics
         if times.finished_time is not None:
             self.latency.observe(times.finished_time - times.arrival_time)
@@ -173,7 +194,7 @@ class ObservedStream:
 
     __slots__ = ("_counted", "_counts", "_iterator", "_last", "_metrics", "_stream")
 
-    def __init__(self, stream: RequestStream, metrics: _ModelMetrics) -> None:
+    def __init__(self, stream: AnswerStream, metrics: _ModelMetrics) -> None:
         self._stream = stream
         self._iterator: AsyncIterator[RequestOutput] = aiter(stream)
         self._metrics = metrics
@@ -229,6 +250,22 @@ class ObservedStream:
 
 
 class _EngineCollector(Collector):
+    """The figures of all engines: those of the same name are one metric, with a sample for each engine."""
+
+    def __init__(self, engines: Sequence[AsyncLLM]) -> None:
+        self._engines = [_EngineFigures(engine) for engine in engines]
+
+    def collect(self) -> Iterator[Metric]:
+        metrics: dict[str, Metric] = {}
+        for engine in self._engines:
+            for metric in engine.collect():
+                known = metrics.setdefault(metric.name, metric)
+                if known is not metric:
+                    known.samples += metric.samples
+        yield from metrics.values()
+
+
+class _EngineFigures:
     """The engine's figures, as last heard of; counters go on where a restarted engine begins at zero."""
 
     def __init__(self, llm: AsyncLLM) -> None:
@@ -336,7 +373,7 @@ def _of_engines(model: str, load: EngineStats) -> Iterator[Metric]:
         yield counter
 
 
-def _model_name(llm: AsyncLLM) -> str:
+def _model_name(llm: Model) -> str:
     try:
         return llm.served_model_name
     except NotServingError:  # not known yet

@@ -16,8 +16,11 @@ import grpc
 import uvicorn
 
 from jaxdual.async_api import AsyncLLM
+from jaxdual.cascade.config import CascadeConfig
+from jaxdual.cascade.service import CascadeLLM
 from jaxdual.config import ClusterConfig, ConfigError, EngineConfig, ServerConfig
 from jaxdual.engine.supervisor import EngineState
+from jaxdual.served_models import Model, ServedModels
 from server.grpc import GrpcServer, create_server
 from server.http import create_app
 from server.metrics import Metrics
@@ -34,16 +37,25 @@ class Server:
     Args:
       engine_config, server_config: what to serve, and how.
       cluster_config: by how many engines, if by more than one.
+      cascade_config: the models that answer as one, in place of that of `engine_config`.
     """
 
     def __init__(
-        self, engine_config: EngineConfig, server_config: ServerConfig, cluster_config: ClusterConfig | None = None
+        self,
+        engine_config: EngineConfig,
+        server_config: ServerConfig,
+        cluster_config: ClusterConfig | None = None,
+        cascade_config: CascadeConfig | None = None,
     ) -> None:
         self._config = server_config
-        self._llm = AsyncLLM.from_config(
-            engine_config, cluster=cluster_config, max_queued_requests=server_config.max_queued_requests
+        most_queued = server_config.max_queued_requests
+        self._llm: Model = (
+            AsyncLLM.from_config(engine_config, cluster=cluster_config, max_queued_requests=most_queued)
+            if cascade_config is None
+            else CascadeLLM.from_config(cascade_config, most_queued)
         )
-        self._metrics = Metrics(self._llm)
+        self._models = ServedModels(self._llm)
+        self._metrics = Metrics(self._models)
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
 
@@ -58,7 +70,7 @@ class Server:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._on_signal, number)
-        self._llm.on_state(self._on_state)
+        self._models.on_state(self._on_state)
         config = self._config
         self._check_certificate()
         with self._listen() as listener:
@@ -98,8 +110,8 @@ class Server:
     async def _ended(self) -> None:
         """Returns when no engine can be started any more."""
         changed = asyncio.Event()
-        self._llm.on_state(lambda _: changed.set())
-        while self._llm.state is not EngineState.STOPPED:
+        self._models.on_state(lambda _: changed.set())
+        while self._models.state is not EngineState.STOPPED:
             changed.clear()
             await changed.wait()
 
@@ -120,7 +132,7 @@ class Server:
             _logger.info(
                 "%s: finishing %d requests, for at most %g s",
                 signal.Signals(number).name,
-                self._llm.num_unfinished,
+                self._models.num_unfinished,
                 self._config.shutdown_timeout,
             )
             self._stop.set()
@@ -174,7 +186,7 @@ class Server:
 
     def _http(self) -> uvicorn.Server:
         config = uvicorn.Config(
-            create_app(self._llm, self._metrics, api_key=self._config.api_key),
+            create_app(self._models, self._metrics, api_key=self._config.api_key),
             log_config=None,
             access_log=False,
             lifespan="off",
@@ -193,7 +205,7 @@ class Server:
             credentials = grpc.ssl_server_credentials([pair])
         host = f"[{config.host}]" if ":" in config.host else config.host
         return create_server(
-            self._llm, self._metrics, f"{host}:{config.grpc_port}", credentials=credentials, api_key=config.api_key
+            self._models, self._metrics, f"{host}:{config.grpc_port}", credentials=credentials, api_key=config.api_key
         )
 
 

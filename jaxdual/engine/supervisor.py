@@ -6,7 +6,7 @@ import asyncio
 import dataclasses
 import enum
 import logging
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from jaxdual.config import ClusterConfig, ConfigError, EngineConfig
 from jaxdual.engine.client import EngineProcess
@@ -41,6 +41,7 @@ class EngineSupervisor:
     Args:
       config: of the engine.
       cluster: how many of them make one, if more than one do.
+      environment: what the process's environment has beside this one's.
       on_ready: called each time that a process is about to take requests; a ValueError that it raises ends the start.
       on_events: called with what requests have given.
       on_lost: called when requests have lost their process: with the reason, and with whether there will be another
@@ -51,12 +52,13 @@ class EngineSupervisor:
         self,
         config: EngineConfig,
         cluster: ClusterConfig | None = None,
+        environment: Mapping[str, str] | None = None,
         *,
         on_ready: Callable[[EngineInfo], None],
         on_events: Callable[[Sequence[TokenEvent]], None],
         on_lost: Callable[[str, bool], None],
     ) -> None:
-        self._config, self._cluster = config, cluster
+        self._config, self._cluster, self._environment = config, cluster, environment
         self._on_ready = on_ready
         self._on_events = on_events
         self._on_lost = on_lost
@@ -216,7 +218,9 @@ class EngineSupervisor:
         self._ready = False
         self._compile_seconds = {}
         try:
-            process = await EngineProcess.launch(self._config, self._on_message, self._on_death, self._cluster)
+            process = await EngineProcess.launch(
+                self._config, self._on_message, self._on_death, self._cluster, environment=self._environment
+            )
         except OSError as error:
             self._on_death(f"the engine process can't be started: {error}")
             return

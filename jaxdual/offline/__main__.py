@@ -3,11 +3,14 @@
 Exit status: 0 when every line has its row in OUT (rows with an error included), 1 when the run broke off, 2 for a call
 that cannot work, 130 after Ctrl-C. After 1 and 130 the same command continues where it stopped.
 
+With `--cascade FILE` a cascade answers in place of one model, and each row tells which tier did.
+
 With `--trace TRACE` it replays agent sessions instead, and measures them. Exit status: 0 when every request was served,
 1 when not, 2 and 130 as above.
 """
 
 import argparse
+import contextlib
 import os
 import signal
 import sys
@@ -20,15 +23,19 @@ from typing import Self
 
 from jaxdual.api import LLM
 from jaxdual.arguments import run_command
+from jaxdual.cascade.blocking import BlockingCascade
+from jaxdual.cascade.config import read_cascade
+from jaxdual.cascade.service import CascadeLLM
 from jaxdual.config import ClusterConfig, EngineConfig
 from jaxdual.config_sources import add_arguments, read_config
 from jaxdual.offline.batch_file import BatchError, read_batch
+from jaxdual.offline.cascade_report import CascadeTotals, cascade_report, format_cascade_report
 from jaxdual.offline.display import Progress, format_results
 from jaxdual.offline.output_file import OutputFile
 from jaxdual.offline.replay_command import add_trace_arguments, run_trace, trace_flags_given
 from jaxdual.offline.report import build_report, format_report, write_report
 from jaxdual.offline.rows import row_id
-from jaxdual.offline.runner import BatchRunner, Totals
+from jaxdual.offline.runner import BatchModel, BatchRunner, Totals
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -54,6 +61,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--warmup", action="store_true", help="compile everything before the first request, for undisturbed times"
     )
+    parser.add_argument(
+        "--cascade", type=Path, metavar="FILE.toml", help="tiers that answer as one model, in place of --model"
+    )
     parser.add_argument("--no-progress", action="store_true", help="no progress bar")
     add_trace_arguments(parser)
     add_arguments(parser, ClusterConfig, EngineConfig)
@@ -69,12 +79,20 @@ def _run(options: argparse.Namespace) -> int:
     config = read_config(EngineConfig, options)
     with OutputFile(options.output_file, options.overwrite) as output:
         total = _check_input(options.input_file, output)
-        llm = LLM.from_config(config)
-        _check_model(output, llm)
-        if options.warmup:
-            llm.warmup()
-        output.begin()
-        return _run_batch(options, llm, output, total, time.monotonic() - started)
+        llm: BatchModel = LLM.from_config(config) if options.cascade is None else _cascade(options.cascade, config)
+        with contextlib.ExitStack() as ending:
+            if isinstance(llm, BlockingCascade):
+                ending.callback(llm.close)  # its engines are processes, and its requests tasks
+            _check_model(output, llm)
+            if options.warmup:
+                llm.warmup()
+            output.begin()
+            return _run_batch(options, llm, output, total, time.monotonic() - started)
+
+
+def _cascade(path: Path, config: EngineConfig) -> BlockingCascade:
+    # A batch hands over no more than it wants to be queued.
+    return BlockingCascade(CascadeLLM.from_config(read_cascade(path, config), max_queued_requests=sys.maxsize))
 
 
 def _check_flags(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
@@ -89,7 +107,7 @@ def _check_flags(parser: argparse.ArgumentParser, options: argparse.Namespace) -
             parser.error(f"{of_trace[0]} is for a replay: it needs --trace")
         return
     of_batch = [flag for flag, value in files.items() if value is not None]
-    of_batch += [f"--{name}" for name in ("overwrite", "show") if getattr(options, name)]
+    of_batch += [f"--{name}" for name in ("overwrite", "show", "cascade") if getattr(options, name)]
     if of_batch:
         parser.error(f"{of_batch[0]} is for a batch, and does not go with --trace")
 
@@ -139,7 +157,7 @@ def _check_input(source: Path, output: OutputFile) -> int:
     return total
 
 
-def _check_model(output: OutputFile, llm: LLM) -> None:
+def _check_model(output: OutputFile, llm: BatchModel) -> None:
     served = (llm.served_model_name, llm.system_fingerprint)
     others = sorted(output.models - {served})
     if others:
@@ -149,10 +167,15 @@ def _check_model(output: OutputFile, llm: LLM) -> None:
         )
 
 
-def _run_batch(options: argparse.Namespace, llm: LLM, output: OutputFile, total: int, startup_seconds: float) -> int:
+def _run_batch(
+    options: argparse.Namespace, llm: BatchModel, output: OutputFile, total: int, startup_seconds: float
+) -> int:
     # A job that goes on keeps its first part's time, whatever became of the input file's.
     created = int(options.input_file.stat().st_mtime) if output.created is None else output.created
     start = time.monotonic()
+    cascade = CascadeTotals()
+    if isinstance(llm, BlockingCascade):
+        llm.cascade.on_decision(cascade.add)
     try:
         with Progress(total, len(output.done), not options.no_progress) as progress, _Interrupt() as interrupt:
 
@@ -165,12 +188,16 @@ def _run_batch(options: argparse.Namespace, llm: LLM, output: OutputFile, total:
         traceback.print_exc()
         print(f"the run broke off: {error}; the same command continues with the remaining requests", file=sys.stderr)
         return 1
-    report = build_report(llm, totals, time.monotonic() - start, startup_seconds)
+    wall_seconds = time.monotonic() - start
+    if isinstance(llm, BlockingCascade):
+        report = cascade_report(llm.cascade, cascade, totals, wall_seconds, startup_seconds)
+    else:
+        report = build_report(llm, totals, wall_seconds, startup_seconds)
     llm.close()
     if options.show:
         for text in format_results(read_batch(options.input_file), options.output_file):
             print(text)
-    print(format_report(report))
+    print(format_cascade_report(report) if isinstance(llm, BlockingCascade) else format_report(report))
     if options.report is not None:
         write_report(options.report, report)
     errors = totals.failed + output.errors

@@ -38,17 +38,16 @@ def build_report(llm: LLM, totals: Totals, wall_seconds: float, startup_seconds:
             "compile": stats.compile_seconds,
         },
         "throughput": {
-            "requests_per_s": _rate(totals.ok, wall_seconds),
-            "prompt_tokens_per_s": _rate(totals.prompt_tokens, wall_seconds),
-            "generation_tokens_per_s": _rate(totals.completion_tokens, wall_seconds),
+            "requests_per_s": rate(totals.ok, wall_seconds),
+            "prompt_tokens_per_s": rate(totals.prompt_tokens, wall_seconds),
+            "generation_tokens_per_s": rate(totals.completion_tokens, wall_seconds),
         },
         "ttft_s": summary(totals.ttft),
         "latency_s": summary(totals.latency),
-        "prefix_cache": {"queried_tokens": queried, "hit_tokens": hit, "hit_rate": _rate(hit, queried)},
+        "prefix_cache": {"queried_tokens": queried, "hit_tokens": hit, "hit_rate": rate(hit, queried)},
         "preemptions": stats.preemptions,
         "engine": dataclasses.asdict(llm.config),
-        "versions": {"python": platform.python_version()}
-        | {name: importlib.metadata.version(name) for name in _PACKAGES},
+        "versions": package_versions(),
     }
 
 
@@ -73,8 +72,8 @@ def format_report(report: dict[str, Any]) -> str:
             f"{throughput['prompt_tokens_per_s']:.1f} prompt tokens/s, "
             f"{throughput['generation_tokens_per_s']:.1f} generation tokens/s",
         ),
-        ("time to first token", _milliseconds(report["ttft_s"])),
-        ("latency", _milliseconds(report["latency_s"])),
+        ("time to first token", shown_milliseconds(report["ttft_s"])),
+        ("latency", shown_milliseconds(report["latency_s"])),
         (
             "prefix cache",
             f"{cache['hit_rate']:.1%} of {cache['queried_tokens']} prompt tokens, {report['preemptions']} preemptions",
@@ -85,8 +84,7 @@ def format_report(report: dict[str, Any]) -> str:
             f"{seconds['load']:.1f} s loading, {seconds['compile']:.1f} s compiling",
         ),
     ]
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+    return rows_of_text(rows)
 
 
 def write_report(path: Path, report: dict[str, Any]) -> None:
@@ -94,11 +92,24 @@ def write_report(path: Path, report: dict[str, Any]) -> None:
     write_whole(path, json.dumps(report, indent=2, default=str) + "\n")
 
 
-def _rate(amount: float, per: float) -> float:
+def package_versions() -> dict[str, str]:
+    """Of Python and of what the figures depend on."""
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in _PACKAGES}
+
+
+def rows_of_text(rows: Sequence[tuple[str, str]]) -> str:
+    """Names and values, one pair a line."""
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def rate(amount: float, per: float) -> float:
+    """`amount` by `per`; 0 where that is 0."""
     return amount / per if per else 0.0
 
 
-def _milliseconds(values: dict[str, float] | None) -> str:
+def shown_milliseconds(values: dict[str, float] | None) -> str:
+    """A `summary` of seconds, for people."""
     if values is None:
         return "-"
     return "  ".join(f"{name} {value * 1000:.0f} ms" for name, value in values.items())

@@ -1,21 +1,25 @@
 """Runs the lines of a batch through an engine and writes a row for each."""
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from jaxdual.api import LLM
+from jaxdual.cascade.blocking import BlockingCascade
+from jaxdual.cascade.prompt import CascadePrompt
 from jaxdual.front import TokenizedPrompt
 from jaxdual.offline.batch_file import BatchLine, RejectedLine
 from jaxdual.offline.rows import engine_params, error_row, parse_body, response_row
 from jaxdual.openai_protocol import ChatRequest, CompletionRequest, ProtocolError
 from jaxdual.outputs import RequestOutput
-from jaxdual.sampling_params import RECOMMENDED_SAMPLING
+from jaxdual.sampling_params import RECOMMENDED_SAMPLING, SamplingParams
 from jaxdual.tokenizer import Tokenizer, TokenizerError
 
 # Requests handed to the engine, as a multiple of those that it runs at once: enough to keep it full while the next
 # lines are read, and few enough that a batch of any length fits in memory.
 _WINDOW = 4
+
+type BatchModel = LLM | BlockingCascade
 
 
 @dataclass(slots=True)
@@ -55,21 +59,20 @@ class BatchRunner:
     """Keeps a window of requests in the engine, and writes each row when its last choice is finished.
 
     Args:
-        llm: the engine.
+        llm: the engine, or a cascade of several.
         output: takes the rows; lines that have a row there are skipped.
         created: the time that responses carry, seconds since the epoch.
         on_progress: called after each step and each row with the totals.
     """
 
     def __init__(
-        self, llm: LLM, output: Rows, created: int, on_progress: Callable[[Totals], None] = lambda _: None
+        self, llm: BatchModel, output: Rows, created: int, on_progress: Callable[[Totals], None] = lambda _: None
     ) -> None:
         self.totals = Totals()
         self._llm = llm
         self._output = output
         self._created = created
         self._on_progress = on_progress
-        self._tokenizer = _tokenizer_of(llm)
         defaults = llm.get_default_sampling_params()
         self._default_sampling = {name: getattr(defaults, name) for name in RECOMMENDED_SAMPLING}
         self._window = _WINDOW * llm.config.max_num_seqs * llm.config.num_ranks
@@ -107,7 +110,7 @@ class BatchRunner:
             job = _Job(line, request, [None] * len(prompts))
             for i, prompt in enumerate(prompts):
                 request_id = f"{line.number}-{i}"
-                self._llm.submit(prompt, engine_params(line, request, i), request_id=request_id, user=request.user)
+                self._ask(prompt, engine_params(line, request, i), request_id, request)
                 self._jobs[request_id] = (job, i)
                 submitted.append(request_id)
         except ValueError as error:
@@ -115,10 +118,30 @@ class BatchRunner:
             for request_id in submitted:
                 del self._jobs[request_id]
                 self._llm.abort(request_id)
-            code, param = (error.code, error.param) if isinstance(error, ProtocolError) else ("invalid_value", None)
-            self._fail(line, code, f"line {line.number}: {error}", param)
+            self._refuse(line, error)
 
-    def _tokenize(self, request: ChatRequest | CompletionRequest) -> list[TokenizedPrompt]:
+    def _ask(
+        self,
+        prompt: TokenizedPrompt | CascadePrompt,
+        params: SamplingParams,
+        request_id: str,
+        request: ChatRequest | CompletionRequest,
+    ) -> None:
+        if isinstance(self._llm, BlockingCascade):
+            self._llm.submit(
+                prompt,  # type: ignore[arg-type]
+                params,
+                request_id,
+                user=request.user,
+                options=request.cascade,
+                left_open=request.left_open,
+            )
+            return
+        if request.cascade is not None:
+            raise ProtocolError(f"cascade: {self._llm.served_model_name!r} is one model, and no cascade", "cascade")
+        self._llm.submit(prompt, params, request_id=request_id, user=request.user)  # type: ignore[arg-type]
+
+    def _tokenize(self, request: ChatRequest | CompletionRequest) -> Sequence[TokenizedPrompt | CascadePrompt]:
         if isinstance(request, ChatRequest):
             return [
                 self._llm.tokenize_chat(
@@ -133,6 +156,11 @@ class BatchRunner:
     def _finish_prompt(self, output: RequestOutput) -> None:
         job, index = self._jobs.pop(output.request_id, (None, 0))
         if job is None:  # the rest of a request that failed already
+            return
+        refusal = self._llm.refusal(output) if isinstance(self._llm, BlockingCascade) else None
+        if refusal is not None:
+            self._abandon(job)
+            self._refuse(job.line, refusal)
             return
         broken = [c.error or c.finish_reason for c in output.outputs if c.finish_reason not in ("stop", "length")]
         if broken:
@@ -150,7 +178,7 @@ class BatchRunner:
                 model=self._llm.served_model_name,
                 system_fingerprint=self._llm.system_fingerprint,
                 created=self._created,
-                tokenizer=self._tokenizer,
+                tokenizer=_tokenizer_of(self._llm, outputs[0]),
             )
             self._output.append(row)
             self.totals.ok += 1
@@ -160,6 +188,10 @@ class BatchRunner:
             del self._jobs[request_id]
             self._llm.abort(request_id)
 
+    def _refuse(self, line: BatchLine, error: ValueError) -> None:
+        code, param = (error.code, error.param) if isinstance(error, ProtocolError) else ("invalid_value", None)
+        self._fail(line, code, f"line {line.number}: {error}", param)
+
     def _fail(self, line: BatchLine | RejectedLine, code: str | None, message: str, param: str | None) -> None:
         self._output.append(error_row(line, code, message, param))
         self.totals.failed += 1
@@ -167,8 +199,8 @@ class BatchRunner:
 
     def _measure(self, output: RequestOutput) -> None:
         totals = self.totals
-        totals.prompt_tokens += len(output.prompt_token_ids)
-        totals.completion_tokens += sum(len(completion.token_ids) for completion in output.outputs)
+        totals.prompt_tokens += output.num_prompt_tokens
+        totals.completion_tokens += output.num_output_tokens
         metrics = output.metrics
         if metrics.first_token_time is not None:
             totals.ttft.append(metrics.first_token_time - metrics.arrival_time)
@@ -176,7 +208,9 @@ class BatchRunner:
             totals.latency.append(metrics.finished_time - metrics.arrival_time)
 
 
-def _tokenizer_of(llm: LLM) -> Tokenizer | None:
+def _tokenizer_of(llm: BatchModel, output: RequestOutput) -> Tokenizer | None:
+    if isinstance(llm, BlockingCascade):
+        return llm.tokenizer_of(output)
     try:
         return llm.get_tokenizer()
     except TokenizerError:

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from tokenizers import Tokenizer
 
@@ -17,6 +16,7 @@ from models.questions import LETTERS
 from models.shapes import parameters_of
 from models.training import quiz, tokenizer
 from models.training.data import Position
+from models.training.evaluate import Scorer
 from models.training.quiz_card import quiz_card
 from models.training.recipes import QUIZ_CONFIGS, QUIZ_RECIPES
 from models.training.run import Budget, Progress, run, settings
@@ -72,20 +72,7 @@ def measure(folder: Path, entries: Tokenizer) -> dict[str, Any]:
     """Loads the saved folder as a user would and measures it on questions that no benchmark asks."""
     model = models.load(folder, dtype="float32")
     asked = quiz.questions(quiz.HELDOUT_SEED, _MEASURED)
-    ids = [entries.encode(quiz.multiple_choice_forms(question)[0][0]).ids for question in asked]
-    letters = [entries.token_to_id(f"Ġ{letter}") for letter in LETTERS[: quiz.CHOICES]]
-    right = []
-    for begin in range(0, len(ids), _BATCH):
-        some = ids[begin : begin + _BATCH]
-        padded = np.zeros((len(some), quiz.WINDOW), np.int32)
-        for row, tokens in zip(padded, some, strict=True):
-            row[: len(tokens)] = tokens
-        ends = np.array([len(tokens) - 1 for tokens in some])
-        logits = np.asarray(model.logits(jnp.asarray(padded)))[np.arange(len(some)), ends][:, letters]
-        right += [
-            LETTERS[choice] == question.letter
-            for choice, question in zip(logits.argmax(-1), asked[begin:], strict=False)
-        ]
+    right = answered_right(model, entries, asked)
     of_states = {
         state: [one for one, question in zip(right, asked, strict=True) if question.state == state]
         for state in ("current", "outdated", "unheard")
@@ -98,6 +85,25 @@ def measure(folder: Path, entries: Tokenizer) -> dict[str, Any]:
         "right": round(float(np.mean(right)), 4),
         "right_by_state": {state: round(float(np.mean(some)), 4) for state, some in of_states.items()},
     }
+
+
+def answered_right(model: Scorer, entries: Tokenizer, asked: Sequence[quiz.Question]) -> list[bool]:
+    """Whether the likeliest letter is the right one, of each multiple-choice question."""
+    ids = [entries.encode(quiz.multiple_choice_forms(question)[0][0]).ids for question in asked]
+    letters = [entries.token_to_id(f"Ġ{letter}") for letter in LETTERS[: quiz.CHOICES]]
+    right = []
+    for begin in range(0, len(ids), _BATCH):
+        some = ids[begin : begin + _BATCH]
+        padded = np.zeros((len(some), quiz.WINDOW), np.int32)
+        for row, tokens in zip(padded, some, strict=True):
+            row[: len(tokens)] = tokens
+        ends = np.array([len(tokens) - 1 for tokens in some])
+        logits = np.asarray(model.logits(padded))[np.arange(len(some)), ends][:, letters]
+        right += [
+            LETTERS[choice] == question.letter
+            for choice, question in zip(logits.argmax(-1), asked[begin:], strict=False)
+        ]
+    return right
 
 
 def _report(progress: Progress, _state: TrainState) -> None:

@@ -6,7 +6,7 @@ import logging
 
 import grpc
 
-from jaxdual.errors import EngineDeadError, NotServingError, QueueFullError
+from jaxdual.errors import EngineDeadError, NotServingError, QueueFullError, UnknownModelError
 from jaxdual.outputs import RequestOutput
 
 # The status message travels percent-encoded, up to three times as long, in headers that clients limit to 8 KiB.
@@ -28,6 +28,8 @@ def status_of(error: Exception) -> tuple[grpc.StatusCode, str]:
     match error:
         case CallError():
             code = error.code
+        case UnknownModelError():
+            return grpc.StatusCode.NOT_FOUND, _cut(f"model {error.name!r} is not served here; {error.served}")
         case QueueFullError():
             code = grpc.StatusCode.RESOURCE_EXHAUSTED
         case NotServingError() | EngineDeadError():
@@ -51,7 +53,7 @@ def refusal_of(error: Exception) -> str | None:
             return "not_serving"
         case CallError(code=grpc.StatusCode.UNAVAILABLE) | EngineDeadError() | TimeoutError():
             return None
-        case CallError(code=grpc.StatusCode.NOT_FOUND):
+        case CallError(code=grpc.StatusCode.NOT_FOUND) | UnknownModelError():
             return "model_not_found"
         case CallError() | ValueError():
             return "invalid_request"
@@ -63,12 +65,6 @@ def raise_if_failed(output: RequestOutput) -> None:
     for completion in output.outputs:
         if completion.finish_reason == "error":
             raise CallError(grpc.StatusCode.UNAVAILABLE, completion.error or "the engine failed")
-
-
-def check_model(name: str, served: str) -> None:
-    """Raises `CallError` unless `name` is the served model's."""
-    if name != served:
-        raise CallError(grpc.StatusCode.NOT_FOUND, f"model {name!r} is not served here; {served!r} is")
 
 
 def _cut(message: str) -> str:

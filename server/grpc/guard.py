@@ -86,17 +86,17 @@ class CallGuard(grpc.aio.ServerInterceptor):
             except grpc.aio.AbortError:
                 raise
             except Exception as error:
-                count_refusal(error, self._metrics)
+                count_refusal(error, self._metrics, request)
                 await context.abort(*status_of(error))
 
         return make(call, _lenient(handler.request_deserializer), handler.response_serializer)
 
 
-def count_refusal(error: Exception, metrics: Metrics) -> None:
-    """Counts a request that was not taken."""
+def count_refusal(error: Exception, metrics: Metrics, request: Any) -> None:
+    """Counts a request that was not taken, for the model that it names."""
     reason = refusal_of(error)
     if reason is not None:
-        metrics.refused(reason)
+        metrics.refused(reason, getattr(request, "model", None) or getattr(request, "model_name", None))
 
 
 def _lenient(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:

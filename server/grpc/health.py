@@ -16,7 +16,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from jaxdual.engine.supervisor import EngineState
 
 if TYPE_CHECKING:
-    from jaxdual.async_api import AsyncLLM
+    from jaxdual.served_models import ServedModels
 
 type _Status = health_pb2.HealthCheckResponse.ServingStatus
 
@@ -25,19 +25,19 @@ SERVICE_NAME: str = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 
 
 class HealthServicer(health_pb2_grpc.HealthServicer):
-    """SERVING while the engine's state is `EngineState.SERVING`, and NOT_SERVING in all others.
+    """SERVING while the models' state is `EngineState.SERVING`, and NOT_SERVING in all others.
 
     Args:
-      llm: whose state it tells.
+      models: whose state it tells.
       services: names that can be asked for, apart from "" for the whole server.
     """
 
-    def __init__(self, llm: AsyncLLM, services: Iterable[str]) -> None:
-        self._llm = llm
+    def __init__(self, models: ServedModels, services: Iterable[str]) -> None:
+        self._models = models
         self._services = frozenset(("", *services))
         self._watchers: set[asyncio.Event] = set()
         self._closed = False
-        llm.on_state(lambda state: self._wake())
+        models.on_state(lambda state: self._wake())
 
     def close(self) -> None:
         """Tells NOT_SERVING from now on and ends all watches, which would hold up the server's end."""
@@ -76,7 +76,7 @@ class HealthServicer(health_pb2_grpc.HealthServicer):
     def _status(self, service: str) -> _Status:
         if service not in self._services:
             return _Response.SERVICE_UNKNOWN
-        serving = self._llm.state is EngineState.SERVING and not self._closed
+        serving = self._models.state is EngineState.SERVING and not self._closed
         return _Response.SERVING if serving else _Response.NOT_SERVING
 
     def _wake(self) -> None:

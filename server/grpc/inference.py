@@ -7,16 +7,18 @@ from typing import TYPE_CHECKING
 
 import grpc
 
-from jaxdual.async_api import AsyncLLM
+from jaxdual.cascade.prompt import CascadePrompt
+from jaxdual.cascade.service import CascadeLLM
 from jaxdual.engine.supervisor import EngineState
 from jaxdual.front import Prompt, TokenizedPrompt
 from jaxdual.outputs import Logprob, RequestOutput
-from jaxdual.request_stream import RequestStream
 from jaxdual.sampling_params import SamplingParams
+from jaxdual.served_models import Model, ServedModels, submit
 from jaxdual.tokenizer import TokenizerError
+from server.grpc.cascade import cascade_options, decision_message
 from server.grpc.deltas import Delta, Deltas
-from server.grpc.errors import check_model, raise_if_failed
-from server.grpc.prompts import chat_messages, no_prompt, sampling_params, template_variables
+from server.grpc.errors import raise_if_failed
+from server.grpc.prompts import conversation, left_open, no_prompt, sampling_params
 from server.proto.jaxdual.v1 import inference_pb2 as pb
 from server.proto.jaxdual.v1 import inference_pb2_grpc
 
@@ -34,10 +36,10 @@ _FINISH_REASONS = {
 
 
 class InferenceServicer(inference_pb2_grpc.InferenceServicer):
-    """Serves an `AsyncLLM`; method names and messages are those of inference.proto."""
+    """Serves models; method names and messages are those of inference.proto."""
 
-    def __init__(self, llm: AsyncLLM, metrics: Metrics) -> None:
-        self._llm = llm
+    def __init__(self, models: ServedModels, metrics: Metrics) -> None:
+        self._models = models
         self._metrics = metrics
 
     async def Generate(self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext) -> None:  # noqa: N802
@@ -64,27 +66,29 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         self, request: pb.TokenizeRequest, context: grpc.aio.ServicerContext
     ) -> pb.TokenizeResponse:
         """Token ids of a text or a conversation."""
-        self._check_model(request.model)
+        model = self._models.tokenizing(request.model or None)
         match request.WhichOneof("input"):
             case "text":
                 special = request.add_special_tokens if request.HasField("add_special_tokens") else True
-                prompt = await self._llm.tokenize(request.text, add_special_tokens=special)
+                prompt = await model.tokenize(request.text, add_special_tokens=special)
             case "chat":
-                prompt = await self._render(request.chat, add_special_tokens=request.add_special_tokens)
+                prompt = await model.tokenize_chat(
+                    **conversation(request.chat), add_special_tokens=request.add_special_tokens
+                )
             case _:
                 raise no_prompt(("text", "chat"))
-        return pb.TokenizeResponse(token_ids=prompt.tokens, max_model_len=self._llm.max_model_len)
+        return pb.TokenizeResponse(token_ids=prompt.tokens, max_model_len=model.max_model_len)
 
     async def Detokenize(  # noqa: N802
         self, request: pb.DetokenizeRequest, context: grpc.aio.ServicerContext
     ) -> pb.DetokenizeResponse:
         """Text of token ids."""
-        self._check_model(request.model)
-        vocab_size = self._llm.info.vocab_size
+        model = self._models.tokenizing(request.model or None)
+        vocab_size = model.info.vocab_size
         ids = list(request.token_ids)
         if ids and max(ids) >= vocab_size:
             raise ValueError(f"token id {max(ids)} must be in [0, {vocab_size - 1}]")
-        text = self._llm.get_tokenizer().decode(ids, skip_special_tokens=request.skip_special_tokens)
+        text = model.get_tokenizer().decode(ids, skip_special_tokens=request.skip_special_tokens)
         return pb.DetokenizeResponse(text=text)
 
     async def Abort(  # noqa: N802
@@ -93,15 +97,25 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         """Ends a request."""
         if not request.request_id:
             raise ValueError("request_id is empty: it must be the id of a request")
-        return pb.AbortResponse(aborted=self._llm.abort(request.request_id))
+        return pb.AbortResponse(aborted=any(model.abort(request.request_id) for model in self._models.all))
 
     async def GetModelInfo(  # noqa: N802
         self, request: pb.GetModelInfoRequest, context: grpc.aio.ServicerContext
     ) -> pb.GetModelInfoResponse:
         """What is served."""
-        info = self._llm.info
+        model = self._model(request.model)
+        if isinstance(model, CascadeLLM):
+            return pb.GetModelInfoResponse(
+                model=model.served_model_name,
+                family="cascade",
+                max_model_len=model.max_model_len,
+                system_fingerprint=model.system_fingerprint,
+                models=self._models.names,
+                tiers=model.tier_names,
+            )
+        info = model.info
         try:
-            tokenizer = self._llm.get_tokenizer()
+            tokenizer = model.get_tokenizer()
         except TokenizerError:
             tokenizer = None
         return pb.GetModelInfoResponse(
@@ -116,59 +130,58 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             system_fingerprint=info.system_fingerprint,
             has_tokenizer=tokenizer is not None,
             has_chat_template=tokenizer is not None and tokenizer.has_chat_template,
-            default_sampling_params=_params_message(self._llm.get_default_sampling_params()),
+            default_sampling_params=_params_message(model.get_default_sampling_params()),
             device=info.device,
+            models=self._models.names,
         )
 
     async def GetLoad(  # noqa: N802
         self, request: pb.GetLoadRequest, context: grpc.aio.ServicerContext
     ) -> pb.GetLoadResponse:
-        """How busy the server is, by the latest figures of the engine; zeros before the first ones."""
-        response = pb.GetLoadResponse(state=_STATES[self._llm.state], num_unfinished=self._llm.num_unfinished)
-        load = self._llm.load()
-        if load is not None:
-            response.num_running = load.num_running
-            response.num_waiting = load.num_waiting
-            response.kv_blocks = load.kv_blocks
-            response.kv_blocks_available = load.kv_blocks_available
-            response.kv_blocks_cached = load.kv_blocks_cached
+        """How busy the server is, by the latest figures of its engines; zeros before the first ones."""
+        models = self._models
+        response = pb.GetLoadResponse(state=_STATES[models.state], num_unfinished=models.num_unfinished)
+        for load in filter(None, (engine.load() for engine in models.engines)):
+            response.num_running += load.num_running
+            response.num_waiting += load.num_waiting
+            response.kv_blocks += load.kv_blocks
+            response.kv_blocks_available += load.kv_blocks_available
+            response.kv_blocks_cached += load.kv_blocks_cached
         return response
 
-    def _check_model(self, name: str) -> None:
-        if name:
-            check_model(name, self._llm.served_model_name)
+    def _model(self, name: str) -> Model:
+        return self._models.get(name or None)
 
     async def _submit(self, request: pb.GenerateRequest) -> tuple[ObservedStream, SamplingParams]:
         """Checks a request and queues it; the caller closes the stream."""
-        await self._llm.ready()
-        self._check_model(request.model)
+        await self._models.ready()
+        model = self._model(request.model)
         kind = request.WhichOneof("prompt")
         params = sampling_params(
-            request.sampling_params, self._llm.get_default_sampling_params(), open_ended=kind == "chat"
+            request.sampling_params, model.get_default_sampling_params(), open_ended=kind == "chat"
         )
-        prompt: Prompt | TokenizedPrompt
+        prompt: Prompt | TokenizedPrompt | CascadePrompt
         match kind:
             case "text":
                 prompt = request.text
             case "token_ids":
                 prompt = {"prompt_token_ids": request.token_ids.ids}
             case "chat":
-                self._llm.check_door(params.n)
-                prompt = await self._render(request.chat, add_special_tokens=False)
+                model.check_door(params.n)
+                prompt = await model.tokenize_chat(**conversation(request.chat), add_special_tokens=False)
             case _:
                 raise no_prompt(("text", "token_ids", "chat"))
-        stream: RequestStream = await self._llm.submit(
-            prompt, params, request.request_id or None, priority=request.priority, user=request.user
+        stream = await submit(
+            model,
+            prompt,
+            params,
+            request.request_id or None,
+            priority=request.priority,
+            user=request.user,
+            options=cascade_options(request),
+            left_open=left_open(request.sampling_params),
         )
-        return self._metrics.observe(stream), params
-
-    async def _render(self, chat: pb.Chat, *, add_special_tokens: bool) -> TokenizedPrompt:
-        return await self._llm.tokenize_chat(
-            chat_messages(chat),
-            add_generation_prompt=chat.add_generation_prompt if chat.HasField("add_generation_prompt") else True,
-            add_special_tokens=add_special_tokens,
-            template_vars=template_variables(chat),
-        )
+        return self._metrics.observe(stream, model.served_model_name), params
 
 
 class _Responses:
@@ -193,9 +206,11 @@ class _Responses:
                 for entries in output.prompt_logprobs
             )
         if output.finished:
-            response.usage.prompt_tokens = len(output.prompt_token_ids)
-            response.usage.completion_tokens = sum(len(completion.token_ids) for completion in output.outputs)
+            response.usage.prompt_tokens = output.num_prompt_tokens
+            response.usage.completion_tokens = output.num_output_tokens
             response.usage.cached_tokens = output.num_cached_tokens
+            if output.decision is not None:
+                response.cascade.CopyFrom(decision_message(output.decision))
         return response
 
 

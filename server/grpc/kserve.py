@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import importlib.metadata
+import json
 from collections.abc import AsyncIterator, Iterable
 from contextlib import closing
 from typing import TYPE_CHECKING
 
 import grpc
 
-from jaxdual.async_api import AsyncLLM
 from jaxdual.engine.supervisor import EngineState
+from jaxdual.errors import NotServingError, UnknownModelError
 from jaxdual.outputs import RequestOutput
+from jaxdual.served_models import Model, ServedModels, submit
 from server.grpc.deltas import Delta, Deltas
-from server.grpc.errors import CallError, check_model, raise_if_failed, status_of
+from server.grpc.errors import CallError, raise_if_failed, status_of
 from server.grpc.guard import Malformed, count_refusal
 from server.grpc.kserve_request import InferRequest, read_request
 from server.grpc.kserve_tensors import pack_bytes, pack_int32
@@ -61,10 +63,10 @@ _OUTPUT_DATATYPES = {name: datatype for name, datatype, _ in _OUTPUTS}
 
 
 class KServeServicer(open_inference_pb2_grpc.GRPCInferenceServiceServicer):
-    """Serves an `AsyncLLM`; method names and messages are those of open_inference.proto."""
+    """Serves models; method names and messages are those of open_inference.proto."""
 
-    def __init__(self, llm: AsyncLLM, metrics: Metrics) -> None:
-        self._llm = llm
+    def __init__(self, models: ServedModels, metrics: Metrics) -> None:
+        self._models = models
         self._metrics = metrics
         self._version = importlib.metadata.version("jaxdual")
 
@@ -72,19 +74,22 @@ class KServeServicer(open_inference_pb2_grpc.GRPCInferenceServiceServicer):
         self, request: pb.ServerLiveRequest, context: grpc.aio.ServicerContext
     ) -> pb.ServerLiveResponse:
         """Whether the server can still come to serve."""
-        return pb.ServerLiveResponse(live=self._llm.state is not EngineState.STOPPED)
+        return pb.ServerLiveResponse(live=self._models.state is not EngineState.STOPPED)
 
     async def ServerReady(  # noqa: N802
         self, request: pb.ServerReadyRequest, context: grpc.aio.ServicerContext
     ) -> pb.ServerReadyResponse:
         """Whether it serves, everything compiled."""
-        return pb.ServerReadyResponse(ready=self._is_ready())
+        return pb.ServerReadyResponse(ready=self._models.state is EngineState.SERVING)
 
     async def ModelReady(  # noqa: N802
         self, request: pb.ModelReadyRequest, context: grpc.aio.ServicerContext
     ) -> pb.ModelReadyResponse:
         """Whether it serves the named model; as in Triton, an unknown one is not ready."""
-        ready = self._is_ready() and request.name == self._llm.served_model_name
+        try:
+            ready = self._models.get(request.name).state is EngineState.SERVING
+        except (UnknownModelError, NotServingError):
+            ready = False
         return pb.ModelReadyResponse(ready=ready and request.version in ("", MODEL_VERSION))
 
     async def ServerMetadata(  # noqa: N802
@@ -97,7 +102,7 @@ class KServeServicer(open_inference_pb2_grpc.GRPCInferenceServiceServicer):
         self, request: pb.ModelMetadataRequest, context: grpc.aio.ServicerContext
     ) -> pb.ModelMetadataResponse:
         """The tensors that can be given and asked for; of the inputs, one that holds the prompt is enough."""
-        self._check_model(request.name, request.version)
+        self._model(request.name, request.version)
         metadata = pb.ModelMetadataResponse.TensorMetadata
         return pb.ModelMetadataResponse(
             name=request.name,
@@ -111,12 +116,12 @@ class KServeServicer(open_inference_pb2_grpc.GRPCInferenceServiceServicer):
         self, request: pb.ModelInferRequest, context: grpc.aio.ServicerContext
     ) -> pb.ModelInferResponse:
         """The finished request."""
-        await self._llm.ready()
-        wanted = self._read(request)
+        await self._models.ready()
+        model, wanted = self._read(request)
         if wanted.stream:
             raise CallError(grpc.StatusCode.INVALID_ARGUMENT, "stream=true needs ModelStreamInfer")
         until = _deadline(wanted)
-        with closing(await self._submit(wanted, until)) as stream:
+        with closing(await self._submit(model, wanted, until)) as stream:
             while await _next(stream, until):
                 pass
         raise_if_failed(stream.output)
@@ -150,10 +155,10 @@ class KServeServicer(open_inference_pb2_grpc.GRPCInferenceServiceServicer):
                 request.check()
                 return
             head = _head(request)
-            await self._llm.ready()
-            wanted = self._read(request)
+            await self._models.ready()
+            model, wanted = self._read(request)
             responses, deltas, until = _Responses(request, wanted), Deltas(wanted.params.n), _deadline(wanted)
-            with closing(await self._submit(wanted, until)) as stream:
+            with closing(await self._submit(model, wanted, until)) as stream:
                 while output := await _next(stream, until):
                     if wanted.stream is False and not output.finished:
                         continue
@@ -167,29 +172,35 @@ class KServeServicer(open_inference_pb2_grpc.GRPCInferenceServiceServicer):
                             response.parameters[_FINAL].bool_param = output.finished
                             await context.write(pb.ModelStreamInferResponse(infer_response=response))
         except Exception as error:
-            count_refusal(error, self._metrics)
+            count_refusal(error, self._metrics, request)
             _, message = status_of(error)
             head.parameters[_FINAL].bool_param = True
             async with writing:
                 await context.write(pb.ModelStreamInferResponse(error_message=message, infer_response=head))
 
-    async def _submit(self, wanted: InferRequest, until: float | None) -> ObservedStream:
+    async def _submit(self, model: Model, wanted: InferRequest, until: float | None) -> ObservedStream:
         """Queues a request; the caller closes the stream."""
         async with asyncio.timeout_at(until):
-            stream = await self._llm.submit(wanted.prompt, wanted.params, priority=wanted.priority, user=wanted.user)
-        return self._metrics.observe(stream)
+            stream = await submit(
+                model,
+                wanted.prompt,
+                wanted.params,
+                priority=wanted.priority,
+                user=wanted.user,
+                options=wanted.cascade,
+                left_open=wanted.left_open,
+            )
+        return self._metrics.observe(stream, model.served_model_name)
 
-    def _read(self, request: pb.ModelInferRequest) -> InferRequest:
-        self._check_model(request.model_name, request.model_version)
-        return read_request(request, self._llm.get_default_sampling_params())
+    def _read(self, request: pb.ModelInferRequest) -> tuple[Model, InferRequest]:
+        model = self._model(request.model_name, request.model_version)
+        return model, read_request(request, model.get_default_sampling_params())
 
-    def _check_model(self, name: str, version: str) -> None:
-        check_model(name, self._llm.served_model_name)
+    def _model(self, name: str, version: str) -> Model:
+        model = self._models.get(name)
         if version not in ("", MODEL_VERSION):
             raise CallError(grpc.StatusCode.NOT_FOUND, f"version {version!r} is not served here; {MODEL_VERSION!r} is")
-
-    def _is_ready(self) -> bool:
-        return self._llm.state is EngineState.SERVING
+        return model
 
 
 def _deadline(wanted: InferRequest) -> float | None:
@@ -248,8 +259,10 @@ class _Responses:
                     tensor.shape[0] = len(ids)
             response.raw_output_contents.append(raw)
         if output.finished:
-            completion_tokens = sum(len(completion.token_ids) for completion in output.outputs)
-            response.parameters["prompt_tokens"].int64_param = len(output.prompt_token_ids)
-            response.parameters["completion_tokens"].int64_param = completion_tokens
+            response.parameters["prompt_tokens"].int64_param = output.num_prompt_tokens
+            response.parameters["completion_tokens"].int64_param = output.num_output_tokens
             response.parameters["cached_tokens"].int64_param = output.num_cached_tokens
+            if output.decision is not None:
+                response.parameters["cascade_tier"].string_param = output.decision.tier
+                response.parameters["cascade"].string_param = json.dumps(output.decision.as_json())
         return response

@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from jaxdual.cascade.options import CascadeOptions, options_from_json
 from jaxdual.decoding.dysco import DyscoParams, params_from_json
 from jaxdual.front import Prompt
-from jaxdual.sampling_params import SamplingParams
+from jaxdual.sampling_params import RECOMMENDED_SAMPLING, SamplingParams
 from jaxdual.users import checked_user
 from server.grpc.kserve_tensors import read_inputs
 from server.grpc.prompts import checked_params, parse_json
@@ -38,6 +39,8 @@ class InferRequest:
       user: who asks; None if that is not known.
       timeout: seconds until the request is given up; None for no end.
       outputs: names of the wanted tensors.
+      cascade: what it asks of a cascade; None if it asks nothing.
+      left_open: fields of `params` that it leaves to what the model recommends.
     """
 
     prompt: Prompt
@@ -48,6 +51,8 @@ class InferRequest:
     user: str | None
     timeout: float | None
     outputs: tuple[str, ...]
+    cascade: CascadeOptions | None = None
+    left_open: frozenset[str] = frozenset()
 
 
 def read_request(request: pb.ModelInferRequest, defaults: SamplingParams) -> InferRequest:
@@ -97,6 +102,8 @@ def read_request(request: pb.ModelInferRequest, defaults: SamplingParams) -> Inf
         user=values.get("user"),
         timeout=timeout / 1e6 if timeout else None,
         outputs=_wanted(request.outputs),
+        cascade=values.get("cascade"),
+        left_open=frozenset(name for name in RECOMMENDED_SAMPLING if name not in values),
     )
 
 
@@ -222,6 +229,10 @@ def _dysco(name: str, value: Any) -> DyscoParams:
     return params_from_json(parse_json(name, value) if isinstance(value, str) else value)
 
 
+def _cascade(name: str, value: Any) -> CascadeOptions:
+    return options_from_json(parse_json(name, value) if isinstance(value, str) else value)
+
+
 def _user(name: str, value: Any) -> str | None:
     return checked_user(value, name)
 
@@ -253,6 +264,7 @@ _PARAMETERS = {
     **_TENSORS,
     "priority": _priority,
     "user": _user,
+    "cascade": _cascade,
     "timeout": _timeout,
     # What it asks for happens anyway: the last answer of a request is marked.
     "triton_enable_empty_final_response": _bool,

@@ -11,7 +11,7 @@ import grpc
 
 from jaxdual.decoding.dysco import params_from_json
 from jaxdual.openai_protocol import MAX_CHOICES, MAX_STOP_STRINGS
-from jaxdual.sampling_params import SamplingParams
+from jaxdual.sampling_params import RECOMMENDED_SAMPLING, SamplingParams
 from server.grpc.errors import CallError
 from server.proto.jaxdual.v1 import inference_pb2 as pb
 
@@ -40,6 +40,11 @@ def sampling_params(message: pb.SamplingParams, defaults: SamplingParams, *, ope
             value = params_from_json(_dysco_fields(value))
         values[field.name] = value
     return checked_params(values, defaults)
+
+
+def left_open(message: pb.SamplingParams) -> frozenset[str]:
+    """Fields that the message leaves to what the model recommends."""
+    return frozenset(name for name in RECOMMENDED_SAMPLING if not message.HasField(name))
 
 
 def _dysco_fields(message: pb.Dysco) -> dict[str, Any]:
@@ -92,6 +97,19 @@ def chat_messages(chat: pb.Chat) -> list[dict[str, str]]:
         if not message.role:
             raise ValueError(f"chat.messages[{i}].role is empty: it must be a role such as 'user'")
     return [{"role": message.role, "content": message.content} for message in chat.messages]
+
+
+def conversation(chat: pb.Chat) -> dict[str, Any]:
+    """The arguments of `tokenize_chat` that a conversation makes.
+
+    Raises:
+      ValueError: as for `chat_messages` and `template_variables`.
+    """
+    return {
+        "messages": chat_messages(chat),
+        "add_generation_prompt": chat.add_generation_prompt if chat.HasField("add_generation_prompt") else True,
+        "template_vars": template_variables(chat),
+    }
 
 
 def template_variables(chat: pb.Chat) -> dict[str, Any]:

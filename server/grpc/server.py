@@ -6,7 +6,7 @@ import grpc
 from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
-from jaxdual.async_api import AsyncLLM
+from jaxdual.served_models import ServedModels
 from server.grpc.guard import CallGuard
 from server.grpc.health import SERVICE_NAME as HEALTH_SERVICE
 from server.grpc.health import HealthServicer
@@ -23,7 +23,7 @@ _SHORTEST_CLIENT_PING_SECONDS = 10.0
 
 
 class GrpcServer:
-    """A gRPC server of an `AsyncLLM`; made by `create_server`.
+    """A gRPC server of models; made by `create_server`.
 
     Attributes:
       server: the server itself.
@@ -49,7 +49,7 @@ class GrpcServer:
 
 
 def create_server(
-    llm: AsyncLLM,
+    models: ServedModels,
     metrics: Metrics,
     address: str,
     *,
@@ -62,7 +62,7 @@ def create_server(
     """A server with jaxdual.v1, the Open Inference Protocol, health and reflection, on the running loop; not started.
 
     Args:
-      llm: started or not; calls that need the model are UNAVAILABLE before its start.
+      models: started or not; calls that need one are UNAVAILABLE before its start.
       metrics: counts requests.
       address: "host:port"; port 0 takes a free one.
       api_key: wanted of all calls but health and reflection; None for none.
@@ -90,9 +90,9 @@ def create_server(
     ]
     server = grpc.aio.server(interceptors=[CallGuard(faces, api_key, metrics)], options=options)
     services = [*faces, HEALTH_SERVICE, reflection.SERVICE_NAME]
-    health = HealthServicer(llm, services)
-    inference_pb2_grpc.add_InferenceServicer_to_server(InferenceServicer(llm, metrics), server)
-    open_inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(KServeServicer(llm, metrics), server)
+    health = HealthServicer(models, services)
+    inference_pb2_grpc.add_InferenceServicer_to_server(InferenceServicer(models, metrics), server)
+    open_inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(KServeServicer(models, metrics), server)
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
     reflection_pb2_grpc.add_ServerReflectionServicer_to_server(reflection.aio.ReflectionServicer(services), server)
     try:

@@ -18,10 +18,11 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from jaxdual.async_api import AsyncLLM
+from jaxdual.cascade.service import CascadeLLM
 from jaxdual.engine.supervisor import EngineState
-from jaxdual.errors import NotServingError
+from jaxdual.errors import NotServingError, UnknownModelError
 from jaxdual.openai_protocol import ProtocolError, parse_chat, parse_completion
+from jaxdual.served_models import Model, ServedModels
 from server.http.errors import JSONResponse, problem_of, wrong_key
 from server.http.generation import GenerationEndpoint
 from server.metrics import Metrics
@@ -31,16 +32,16 @@ _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,256}")
 
 
 def create_app(
-    llm: AsyncLLM,
+    models: ServedModels,
     metrics: Metrics,
     *,
     api_key: str | None = None,
     max_body_bytes: int = DEFAULT_MAX_BODY_BYTES,
 ) -> Starlette:
-    """The OpenAI-compatible application over a model.
+    """The OpenAI-compatible application over models.
 
     Args:
-        llm: what is served; of the loop that the application runs on.
+        models: what is served; of the loop that the application runs on.
         metrics: of the server.
         api_key: what clients of `/v1` must bring as `Authorization: Bearer KEY`; None lets everybody in.
         max_body_bytes: of a request.
@@ -52,9 +53,9 @@ def create_app(
         raise ValueError("api_key='' must have at least one character; None lets everybody in")
     if max_body_bytes < 1:
         raise ValueError(f"max_body_bytes={max_body_bytes} must be at least 1")
-    about = _About(llm, metrics)
-    chat = GenerationEndpoint(llm, metrics, parse_chat, max_body_bytes)
-    completions = GenerationEndpoint(llm, metrics, parse_completion, max_body_bytes)
+    about = _About(models, metrics)
+    chat = GenerationEndpoint(models, metrics, parse_chat, max_body_bytes)
+    completions = GenerationEndpoint(models, metrics, parse_completion, max_body_bytes)
     application = Starlette(
         routes=[
             Route("/v1/models", about.models, methods=["GET"]),
@@ -70,6 +71,7 @@ def create_app(
             HTTPException: _show_problem,
             ProtocolError: _show_problem,
             NotServingError: _show_problem,
+            UnknownModelError: _show_problem,
             Exception: _show_problem,
         },
     )
@@ -80,26 +82,25 @@ def create_app(
 class _About:
     """The endpoints that tell what is served, and how it does."""
 
-    def __init__(self, llm: AsyncLLM, metrics: Metrics) -> None:
-        self._llm = llm
+    def __init__(self, models: ServedModels, metrics: Metrics) -> None:
+        self._models = models
         self._metrics = metrics
         self._created = int(time.time())
         self._version = importlib.metadata.version("jaxdual")
 
     async def models(self, request: Request) -> Response:
-        return JSONResponse({"object": "list", "data": [self._card()]})
+        return JSONResponse({"object": "list", "data": [self._card(model) for model in self._models.all]})
 
     async def model(self, request: Request) -> Response:
-        name = request.path_params["model"]
-        card = self._card()
-        if name != card["id"]:
-            message = f"the model {name[:80]!r} does not exist; {card['id']!r} is served"
-            raise ProtocolError(message, "model", "model_not_found")
-        return JSONResponse(card)
+        return JSONResponse(self._card(self._models.get(request.path_params["model"])))
 
     async def health(self, request: Request) -> Response:
-        state = self._llm.state
-        return JSONResponse({"status": state.value}, 200 if state is EngineState.SERVING else 503)
+        state = self._models.state
+        content: dict[str, object] = {"status": state.value}
+        if isinstance(self._models.default, CascadeLLM):
+            # A tier that has stopped for good does not make it unhealthy: here is where it shows.
+            content["tiers"] = {name: engine.state.value for name, engine in self._models.default.engines.items()}
+        return JSONResponse(content, 200 if state is EngineState.SERVING else 503)
 
     async def metrics(self, request: Request) -> Response:
         content, content_type = self._metrics.expose(request.headers.get("accept", ""))
@@ -108,13 +109,14 @@ class _About:
     async def version(self, request: Request) -> Response:
         return JSONResponse({"version": self._version})
 
-    def _card(self) -> dict[str, object]:
+    def _card(self, model: Model) -> dict[str, object]:
         return {
-            "id": self._llm.served_model_name,
+            "id": model.served_model_name,
             "object": "model",
             "created": self._created,
             "owned_by": "jaxdual",
-            "max_model_len": self._llm.max_model_len,
+            "max_model_len": model.max_model_len,
+            **({"tiers": model.tier_names} if isinstance(model, CascadeLLM) else {}),
         }
 
 

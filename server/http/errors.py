@@ -10,8 +10,9 @@ import msgspec
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from jaxdual.errors import EngineDeadError, NotServingError, QueueFullError
-from jaxdual.openai_protocol import ProtocolError, error_body
+from jaxdual.errors import EngineDeadError, NotServingError, QueueFullError, UnknownModelError
+from jaxdual.openai_protocol import ProtocolError
+from jaxdual.openai_responses import error_body
 
 _RETRY = {"Retry-After": "1"}
 _encode = msgspec.json.Encoder().encode
@@ -62,8 +63,8 @@ class JSONResponse(Response):
 def problem_of(error: Exception) -> Problem:
     """The problem that an exception stands for; one that no client can have caused is an internal error."""
     match error:
-        case ProtocolError(code="model_not_found"):
-            return Problem(404, error_body(error.message, error.param, error.code), "model_not_found")
+        case UnknownModelError():
+            return Problem(404, error_body(str(error), "model", "model_not_found"), "model_not_found")
         case ProtocolError():
             return Problem(400, error_body(error.message, error.param, error.code), "invalid_request")
         case BodyTooLargeError():

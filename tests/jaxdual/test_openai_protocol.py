@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxdual.decoding.dysco import DyscoParams
-from jaxdual.openai_protocol import ProtocolError, error_body, parse_chat, parse_completion
+from jaxdual.openai_protocol import ProtocolError, parse_chat, parse_completion
+from jaxdual.openai_responses import error_body
 
 USER = {"role": "user", "content": "hi"}
 

@@ -15,6 +15,7 @@ from jaxdual import LLM, AsyncLLM, SamplingParams
 from jaxdual.model_folder import shipped_model
 from jaxdual.offline import __main__ as command
 from jaxdual.outputs import RequestOutput
+from jaxdual.served_models import ServedModels
 from server.http import create_app
 from server.proto.jaxdual.v1 import inference_pb2 as pb
 from server.proto.kserve import open_inference_pb2 as kserve
@@ -169,7 +170,7 @@ def test_the_server_s_faces_send_users_back_and_count_it() -> None:
 
     async def use() -> None:
         async with AsyncLLM(shipped_model("moe"), **SETTINGS) as llm, serving(llm) as face:
-            transport = httpx.ASGITransport(create_app(llm, face.metrics))
+            transport = httpx.ASGITransport(create_app(ServedModels(llm), face.metrics))
             async with httpx.AsyncClient(transport=transport, base_url="http://faces", timeout=DEADLINE) as http:
                 for number, ask in enumerate(faces):
                     for user in (None, f"user-{number}"):

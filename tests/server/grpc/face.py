@@ -13,6 +13,7 @@ from typing import Any
 import grpc
 
 from jaxdual.outputs import EngineInfo
+from jaxdual.served_models import ServedModels
 from server.grpc import GrpcServer, create_server
 from server.metrics import Metrics
 from server.proto.jaxdual.v1.inference_pb2_grpc import InferenceStub
@@ -92,8 +93,9 @@ class Face:
 @contextlib.asynccontextmanager
 async def serving(llm: Any = None, **options: Any) -> AsyncIterator[Face]:
     llm = llm or Scripted()
-    metrics = Metrics(llm)
-    server = create_server(llm, metrics, "127.0.0.1:0", **options)
+    models = ServedModels(llm)
+    metrics = Metrics(models)
+    server = create_server(models, metrics, "127.0.0.1:0", **options)
     await server.start()
     try:
         async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:

@@ -12,6 +12,7 @@ from grpc_reflection.v1alpha.reflection_pb2 import ServerReflectionRequest
 from grpc_reflection.v1alpha.reflection_pb2_grpc import ServerReflectionStub
 
 from jaxdual.engine.supervisor import EngineState
+from jaxdual.served_models import ServedModels
 from server.grpc import create_server
 from server.metrics import Metrics
 from server.proto.jaxdual.v1 import inference_pb2 as pb
@@ -109,12 +110,12 @@ async def test_a_port_in_use_is_an_error():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        llm = Scripted()
+        models = ServedModels(Scripted())
         with pytest.raises(OSError, match="listen"):
-            create_server(llm, Metrics(llm), f"127.0.0.1:{taken.getsockname()[1]}")
+            create_server(models, Metrics(models), f"127.0.0.1:{taken.getsockname()[1]}")
     async with serving() as face:
         with pytest.raises(OSError, match="listen"):
-            create_server(face.llm, face.metrics, f"127.0.0.1:{face.server.port}")
+            create_server(ServedModels(face.llm), face.metrics, f"127.0.0.1:{face.server.port}")
 
 
 @in_loop

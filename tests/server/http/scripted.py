@@ -17,6 +17,7 @@ from jaxdual.front import Front, TokenizedPrompt
 from jaxdual.outputs import EngineStats
 from jaxdual.request_stream import RequestStream
 from jaxdual.sampling_params import SamplingParams
+from jaxdual.served_models import ServedModels
 from jaxdual.tokenizer import Tokenizer
 from server.http import create_app
 from server.metrics import Metrics
@@ -235,7 +236,8 @@ class RunningServer:
             await self._serve_model()
 
     async def _serve_model(self):
-        app = create_app(self.llm, Metrics(self.llm), **self._options)
+        models = self._models()
+        app = create_app(models, Metrics(models), **self._options)
         config = uvicorn.Config(app, port=0, log_level="error", timeout_graceful_shutdown=1, http="httptools")
         self._server = uvicorn.Server(config)
         serving = asyncio.create_task(self._server.serve())
@@ -245,6 +247,9 @@ class RunningServer:
         self.url = f"http://127.0.0.1:{self.port}"
         self._started.set()
         await serving
+
+    def _models(self):
+        return ServedModels(self.llm)
 
     def call(self, function, *args):
         """Runs a function on the server's loop, and returns what it returns."""

@@ -159,8 +159,20 @@ class Dysco(_message.Message):
     refresh_every: int
     def __init__(self, heads: _Optional[_Iterable[_Union[RetrievalHead, _Mapping]]] = ..., profile: _Optional[str] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., strength: _Optional[float] = ..., decay: _Optional[float] = ..., preset: _Optional[str] = ..., observe: _Optional[int] = ..., tail: _Optional[int] = ..., template_sequences: _Optional[_Iterable[_Union[TokenIds, _Mapping]]] = ..., raise_template: _Optional[bool] = ..., static: _Optional[bool] = ..., mode: _Optional[str] = ..., refresh_every: _Optional[int] = ...) -> None: ...
 
+class CascadeOptions(_message.Message):
+    __slots__ = ("letters", "opening", "mode", "max_hops")
+    LETTERS_FIELD_NUMBER: _ClassVar[int]
+    OPENING_FIELD_NUMBER: _ClassVar[int]
+    MODE_FIELD_NUMBER: _ClassVar[int]
+    MAX_HOPS_FIELD_NUMBER: _ClassVar[int]
+    letters: _containers.RepeatedScalarFieldContainer[str]
+    opening: str
+    mode: str
+    max_hops: int
+    def __init__(self, letters: _Optional[_Iterable[str]] = ..., opening: _Optional[str] = ..., mode: _Optional[str] = ..., max_hops: _Optional[int] = ...) -> None: ...
+
 class GenerateRequest(_message.Message):
-    __slots__ = ("request_id", "model", "text", "token_ids", "chat", "sampling_params", "priority", "user")
+    __slots__ = ("request_id", "model", "text", "token_ids", "chat", "sampling_params", "priority", "user", "cascade")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
@@ -169,6 +181,7 @@ class GenerateRequest(_message.Message):
     SAMPLING_PARAMS_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     USER_FIELD_NUMBER: _ClassVar[int]
+    CASCADE_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     model: str
     text: str
@@ -177,7 +190,8 @@ class GenerateRequest(_message.Message):
     sampling_params: SamplingParams
     priority: int
     user: str
-    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., sampling_params: _Optional[_Union[SamplingParams, _Mapping]] = ..., priority: _Optional[int] = ..., user: _Optional[str] = ...) -> None: ...
+    cascade: CascadeOptions
+    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., sampling_params: _Optional[_Union[SamplingParams, _Mapping]] = ..., priority: _Optional[int] = ..., user: _Optional[str] = ..., cascade: _Optional[_Union[CascadeOptions, _Mapping]] = ...) -> None: ...
 
 class TokenLogprob(_message.Message):
     __slots__ = ("token_id", "logprob", "rank", "text")
@@ -229,17 +243,63 @@ class Usage(_message.Message):
     cached_tokens: int
     def __init__(self, prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ...) -> None: ...
 
+class CascadeHop(_message.Message):
+    __slots__ = ("tier", "outcome", "p_ik", "p_t", "prompt_tokens", "output_tokens", "lower_tokens", "upper_tokens", "flops", "seconds", "price_usd")
+    TIER_FIELD_NUMBER: _ClassVar[int]
+    OUTCOME_FIELD_NUMBER: _ClassVar[int]
+    P_IK_FIELD_NUMBER: _ClassVar[int]
+    P_T_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    OUTPUT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    LOWER_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    UPPER_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    FLOPS_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    PRICE_USD_FIELD_NUMBER: _ClassVar[int]
+    tier: str
+    outcome: str
+    p_ik: float
+    p_t: float
+    prompt_tokens: int
+    output_tokens: int
+    lower_tokens: int
+    upper_tokens: int
+    flops: float
+    seconds: float
+    price_usd: float
+    def __init__(self, tier: _Optional[str] = ..., outcome: _Optional[str] = ..., p_ik: _Optional[float] = ..., p_t: _Optional[float] = ..., prompt_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., lower_tokens: _Optional[int] = ..., upper_tokens: _Optional[int] = ..., flops: _Optional[float] = ..., seconds: _Optional[float] = ..., price_usd: _Optional[float] = ...) -> None: ...
+
+class CascadeDecision(_message.Message):
+    __slots__ = ("tier", "reason", "p_ik", "p_t", "hops", "flops", "price_usd")
+    TIER_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    P_IK_FIELD_NUMBER: _ClassVar[int]
+    P_T_FIELD_NUMBER: _ClassVar[int]
+    HOPS_FIELD_NUMBER: _ClassVar[int]
+    FLOPS_FIELD_NUMBER: _ClassVar[int]
+    PRICE_USD_FIELD_NUMBER: _ClassVar[int]
+    tier: str
+    reason: str
+    p_ik: float
+    p_t: float
+    hops: _containers.RepeatedCompositeFieldContainer[CascadeHop]
+    flops: float
+    price_usd: float
+    def __init__(self, tier: _Optional[str] = ..., reason: _Optional[str] = ..., p_ik: _Optional[float] = ..., p_t: _Optional[float] = ..., hops: _Optional[_Iterable[_Union[CascadeHop, _Mapping]]] = ..., flops: _Optional[float] = ..., price_usd: _Optional[float] = ...) -> None: ...
+
 class GenerateResponse(_message.Message):
-    __slots__ = ("request_id", "outputs", "prompt_logprobs", "usage")
+    __slots__ = ("request_id", "outputs", "prompt_logprobs", "usage", "cascade")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     OUTPUTS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     USAGE_FIELD_NUMBER: _ClassVar[int]
+    CASCADE_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     outputs: _containers.RepeatedCompositeFieldContainer[OutputDelta]
     prompt_logprobs: _containers.RepeatedCompositeFieldContainer[PositionLogprobs]
     usage: Usage
-    def __init__(self, request_id: _Optional[str] = ..., outputs: _Optional[_Iterable[_Union[OutputDelta, _Mapping]]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[PositionLogprobs, _Mapping]]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ...) -> None: ...
+    cascade: CascadeDecision
+    def __init__(self, request_id: _Optional[str] = ..., outputs: _Optional[_Iterable[_Union[OutputDelta, _Mapping]]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[PositionLogprobs, _Mapping]]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., cascade: _Optional[_Union[CascadeDecision, _Mapping]] = ...) -> None: ...
 
 class TokenizeRequest(_message.Message):
     __slots__ = ("model", "text", "chat", "add_special_tokens")
@@ -290,11 +350,13 @@ class AbortResponse(_message.Message):
     def __init__(self, aborted: _Optional[bool] = ...) -> None: ...
 
 class GetModelInfoRequest(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("model",)
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    def __init__(self, model: _Optional[str] = ...) -> None: ...
 
 class GetModelInfoResponse(_message.Message):
-    __slots__ = ("model", "family", "num_layers", "dtype", "vocab_size", "max_model_len", "max_num_seqs", "block_size", "system_fingerprint", "has_tokenizer", "has_chat_template", "default_sampling_params", "device")
+    __slots__ = ("model", "family", "num_layers", "dtype", "vocab_size", "max_model_len", "max_num_seqs", "block_size", "system_fingerprint", "has_tokenizer", "has_chat_template", "default_sampling_params", "device", "models", "tiers")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     FAMILY_FIELD_NUMBER: _ClassVar[int]
     NUM_LAYERS_FIELD_NUMBER: _ClassVar[int]
@@ -308,6 +370,8 @@ class GetModelInfoResponse(_message.Message):
     HAS_CHAT_TEMPLATE_FIELD_NUMBER: _ClassVar[int]
     DEFAULT_SAMPLING_PARAMS_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
+    MODELS_FIELD_NUMBER: _ClassVar[int]
+    TIERS_FIELD_NUMBER: _ClassVar[int]
     model: str
     family: str
     num_layers: int
@@ -321,7 +385,9 @@ class GetModelInfoResponse(_message.Message):
     has_chat_template: bool
     default_sampling_params: SamplingParams
     device: str
-    def __init__(self, model: _Optional[str] = ..., family: _Optional[str] = ..., num_layers: _Optional[int] = ..., dtype: _Optional[str] = ..., vocab_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., block_size: _Optional[int] = ..., system_fingerprint: _Optional[str] = ..., has_tokenizer: _Optional[bool] = ..., has_chat_template: _Optional[bool] = ..., default_sampling_params: _Optional[_Union[SamplingParams, _Mapping]] = ..., device: _Optional[str] = ...) -> None: ...
+    models: _containers.RepeatedScalarFieldContainer[str]
+    tiers: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, model: _Optional[str] = ..., family: _Optional[str] = ..., num_layers: _Optional[int] = ..., dtype: _Optional[str] = ..., vocab_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., block_size: _Optional[int] = ..., system_fingerprint: _Optional[str] = ..., has_tokenizer: _Optional[bool] = ..., has_chat_template: _Optional[bool] = ..., default_sampling_params: _Optional[_Union[SamplingParams, _Mapping]] = ..., device: _Optional[str] = ..., models: _Optional[_Iterable[str]] = ..., tiers: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class GetLoadRequest(_message.Message):
     __slots__ = ()
