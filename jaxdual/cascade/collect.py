@@ -18,13 +18,13 @@ from jaxtyping import Array, Float32, Int32
 from jaxdual.cascade.item_prompts import (
     Form,
     answer_of,
-    letter_tokens,
-    opening_tokens,
     p_true_prompt,
     prompt_of,
     same_answer,
 )
 from jaxdual.cascade.items import Item, Split
+from jaxdual.cascade.letters import confidence_of
+from jaxdual.cascade.options import ConfidenceSpec
 from jaxdual.cascade.rules import letter_probabilities
 from jaxdual.cascade.signals import Header, Signals
 from jaxdual.cascade.work import LayerSizes
@@ -32,7 +32,7 @@ from jaxdual.tokenizer import Tokenizer
 from models import Decoder, ModelConfig
 from models.attention import dense_attend
 from models.fingerprint import model_fingerprint
-from models.questions import LETTERS
+from models.questions import LETTERS, OPENING
 from models.shapes import active_parameters
 
 BATCH = 64
@@ -153,12 +153,13 @@ def collect(
     reader = Reader(model, tap, batch)
     prompts = [prompt_of(tokenizer, item, form) for item in items]
     if items[0].choices:
-        tokens = letter_tokens(tokenizer, LETTERS[: max(len(item.choices) for item in items)])
+        letters = tuple(LETTERS[: max(len(item.choices) for item in items)])
+        tokens = confidence_of(ConfidenceSpec(letters=letters), tokenizer, name).tokens
         answers = _choose(reader, items, prompts, tokens, done)
     else:
-        tokens = opening_tokens(tokenizer)
+        tokens = confidence_of(ConfidenceSpec(kind="opening", opening=OPENING), tokenizer, name).tokens
         answers = _answer(reader, tokenizer, items, prompts, tokens, model.config.eos_token_ids, max_output, done)
-    asked = _p_true(reader, tokenizer, items, answers.given, form) if p_true else (None, None)
+    asked = _p_true(reader, tokenizer, name, items, answers.given, form) if p_true else (None, None)
     dtype = jnp.dtype(model.embedding[...].dtype).name
     return Signals(
         header=Header(
@@ -264,7 +265,7 @@ def _answer(
 
 
 def _p_true(
-    reader: Reader, tokenizer: Tokenizer, items: Sequence[Item], given: Sequence[str], form: Form
+    reader: Reader, tokenizer: Tokenizer, name: str, items: Sequence[Item], given: Sequence[str], form: Form
 ) -> tuple[np.ndarray, np.ndarray]:
     """P(True) of what was given, between the letters of true and false, and the tokens of the passes.
 
@@ -276,7 +277,7 @@ def _p_true(
     prompts = [
         p_true_prompt(tokenizer, item, LETTERS.index(letter), form) for item, letter in zip(items, given, strict=True)
     ]
-    tokens = letter_tokens(tokenizer, LETTERS[:2])
+    tokens = confidence_of(ConfidenceSpec(letters=tuple(LETTERS[:2])), tokenizer, name).tokens
     logprobs = reader.read(prompts, [token for letter in tokens for token in letter]).logprobs
     shares = letter_probabilities(_grouped(logprobs, tokens), "choices")
     return shares[:, 0], np.array([len(prompt) for prompt in prompts])

@@ -191,9 +191,9 @@ def test_an_output_that_leaves_the_opening_is_judged_as_engines_judge_it(
     other = next(token for token in range(5, 99) if token not in (outputs[0][0], outputs[1][0]))
     opening = ((outputs[0][0], other), (outputs[0][1],))
     assert outputs[1][0] not in opening[0]
-    monkeypatch.setattr("jaxdual.cascade.collect.opening_tokens", lambda _: opening)
-    found = signals(folder, model, tokenizer, items, max_output=2)
     confidence = Confidence("opening", opening)
+    monkeypatch.setattr("jaxdual.cascade.collect.confidence_of", lambda *_: confidence)
+    found = signals(folder, model, tokenizer, items, max_output=2)
     for place, (prompt, output) in enumerate(zip(prompts, outputs, strict=True)):
         judge = Judge(Gate(confidence, uses_probe=False))
         verdict, judged = None, 0

@@ -11,14 +11,11 @@ import pytest
 from jaxdual.cascade.item_prompts import (
     answer_of,
     default_form,
-    letter_tokens,
-    opening_tokens,
     p_true_prompt,
     prompt_of,
     same_answer,
 )
 from jaxdual.cascade.items import Item, read_items, split_items
-from jaxdual.model_folder import shipped_model
 from jaxdual.tokenizer import Tokenizer
 from models.training import quiz
 
@@ -115,27 +112,6 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     folder = tmp_path_factory.mktemp("quiz")
     save(quiz.build_tokenizer(), folder, 256)
     return Tokenizer.from_dir(folder)
-
-
-def test_letters_are_tokens_with_a_blank_before_them_and_without(tokenizer: Tokenizer) -> None:
-    tokens = letter_tokens(tokenizer, "ABCD")
-    assert [[tokenizer.decode([token]) for token in letter] for letter in tokens] == [
-        [letter, f" {letter}"] for letter in "ABCD"
-    ]
-    with pytest.raises(ValueError, match="'Zz'"):
-        letter_tokens(tokenizer, ["A", "Zz"])
-
-
-def test_an_opening_is_one_token_or_several(tokenizer: Tokenizer) -> None:
-    ((plain, *_),) = opening_tokens(tokenizer, "Answer")
-    assert tokenizer.decode([plain]) == "Answer"
-    base = Tokenizer.from_dir(shipped_model("small"))
-    tokens = opening_tokens(base, "Answering")
-    assert base.decode([place[0] for place in tokens]) == "Answering"
-    assert len(tokens) > 1
-    for token in tokens[0]:
-        rest = [place[0] for place in tokens[1:]]
-        assert base.decode([token, *rest]).strip() == "Answering"
 
 
 def test_prompts_are_those_that_quiz_models_are_trained_on(tokenizer: Tokenizer) -> None:
