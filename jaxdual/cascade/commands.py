@@ -135,6 +135,7 @@ def run_evaluate(options: argparse.Namespace) -> int:
     """Judges a cascade's file on test questions."""
     _check(None, options.json)
     config = read_cascade(options.cascade)
+    _check_rule(options.cascade, config)
     every = chain_of(config, options.signals)
     test, gates = every.of("test"), gates_of(config, every)
     others = {name: chain_of(config, [Path(file) for file in files]) for name, *files in options.other}
@@ -174,6 +175,19 @@ def gates_of(config: CascadeConfig, chain: Chain) -> list[Gate]:
         else:
             gates.append(tier.gate(header.confidence()))
     return gates
+
+
+def _check_rule(file: Path, config: CascadeConfig) -> None:
+    """Raises `ConfigError` for a cascade in which more than gates decides who answers."""
+    between = len(config.tiers) - 1
+    if config.max_hops is not None and config.max_hops < between:
+        raise ConfigError(
+            f"{file}: max_hops={config.max_hops} keeps questions from the last tier; figures are without it"
+        )
+    if config.skip_if_pik_below > 0 and between > 1:
+        raise ConfigError(
+            f"{file}: skip_if_pik_below={config.skip_if_pik_below} passes tiers over; figures are without it"
+        )
 
 
 def _by_engines(config: CascadeConfig, test: Chain, gates: Sequence[Gate]) -> dict[str, Any]:

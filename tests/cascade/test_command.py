@@ -126,6 +126,14 @@ def test_evaluation_has_all_parts(made: Path, tmp_path: Path, capsys: pytest.Cap
     assert "none right" in out
 
 
+def test_only_cascades_of_gates_are_evaluated(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = made / "hops.toml"
+    file.write_text("max_hops = 0\n" + (made / "cascade.toml").read_text())
+    signals = ["--signals", str(made / "small.npz"), str(made / "large.npz")]
+    assert command.main(["evaluate", "--cascade", str(file), *signals]) == 2
+    assert "max_hops=0 keeps questions from the last tier" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_engines_decide_and_compute_as_the_ledger_says(made: Path, tmp_path: Path) -> None:
     file = tmp_path / "cascade.toml"
