@@ -18,6 +18,7 @@ from bench.cascade.asked import Reader, Setting, questions
 from bench.cascade.claims import claims, requirements, tables
 from bench.cascade.measure import measure
 from bench.cascade.pictures import check_drawing, draw
+from bench.cascade.through_engines import through_engines
 from bench.report import header, write_json
 from jaxdual.arguments import run_command, whole
 from jaxdual.cascade.item_prompts import FORMS
@@ -49,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=whole(1), metavar="N", help="of the probe; default 5")
     parser.add_argument("--form", choices=FORMS, default="chat", help="of prompts; default %(default)s")
     parser.add_argument("--no-p-true", action="store_true", help="leaves P(True) out")
+    parser.add_argument("--no-engines", action="store_true", help="leaves the run through engines out")
     parser.add_argument("--quick", action="store_true", help="few questions, to see that all works")
     return parser
 
@@ -69,7 +71,10 @@ def _run(options: argparse.Namespace) -> int:
     report: dict[str, Any] = header("bench.cascade")
     readers = [Reader(folder, setting.form, options.signals) for folder in setting.models]
     report["setting"] = dataclasses.asdict(setting) | {"models": [folder.name for folder in setting.models]}
-    report |= measure(setting, readers, questions(setting))
+    asked = questions(setting)
+    report |= measure(setting, readers, asked)
+    if not options.no_engines:
+        report["engines"] = through_engines(setting, readers, asked, options.signals)
     report["requirements"] = [dataclasses.asdict(one) for one in requirements(report)]
     report["claims"] = [dataclasses.asdict(one) for one in claims(report)]
     write_json(options.json, report)

@@ -74,6 +74,11 @@ def requirements(report: Mapping[str, Any]) -> list[Verdict]:
             fall = one["fall"] or 0.0
             told = f"{one['kept']:.1%} in place of {one['kept_usually']:.1%}"
             found.append(_plain(f"{name}: a third fewer kept, {way} thresholds", told, fall >= 1 / 3))
+    for way in ("chosen", "paper") if "engines" in report else ():
+        one = report["engines"][way]
+        told = f"{one['other_tier']} of {one['questions']} elsewhere; work {'equal' if one['equal'] else 'differs'}"
+        met = one["equal"] and not one["other_tier"]
+        found.append(_plain(f"engines decide and compute as the ledger says, {way} thresholds", told, met))
     return found
 
 

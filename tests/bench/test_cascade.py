@@ -19,7 +19,7 @@ def call(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     root = tmp_path_factory.mktemp("bench")
     # Of equal sizes, so that both run the same programs.
     models = [quiz_models.write(root / name, seed=seed, num_layers=1) for seed, name in enumerate(("small", "large"))]
-    few = ["--asked", "400", "--short", "100", "--others", "20", "--epochs", "1", "--seeds", "2"]
+    few = ["--no-engines", "--asked", "400", "--short", "100", "--others", "20", "--epochs", "1", "--seeds", "2"]
     return ["--models", *map(str, models), *few, "--signals", str(root / "kept"), "--json", str(root / "found.json")]
 
 
