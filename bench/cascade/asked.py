@@ -127,10 +127,21 @@ class Reader:
     def with_p_true(self, signals: Signals, asked: Asked) -> Signals:
         """The same signals of test questions, with P(True)."""
         places = np.flatnonzero(signals.splits == "test")
-        items = [asked.items[place] for place in places]
-        tap = signals.header.sizes.tap
-        arguments = (self._folder, self._folder.name, self._model, self._tokenizer, items, ["test"] * len(items))
-        taken = collect(*arguments, source="", tap=tap, form=self._form, batch=256, p_true=True)
+        items = [asked.items[place] for place in places.tolist()]
+        splits: list[Split] = ["test"] * len(items)
+        taken = collect(
+            self._folder,
+            self._folder.name,
+            self._model,
+            self._tokenizer,
+            items,
+            splits,
+            source=signals.header.items,
+            tap=signals.header.sizes.tap,
+            form=self._form,
+            batch=256,
+            p_true=True,
+        )
         return dataclasses.replace(signals.of("test"), p_true=taken.p_true, p_true_tokens=taken.p_true_tokens)
 
 

@@ -6,10 +6,12 @@ The questions have seeds of their own; benchmarks ask others.
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+import models
 from jaxdual.cascade import evaluation
 from jaxdual.cascade.baselines import curves
 from jaxdual.cascade.calibration import auroc, fit_temperature, letter_nll
@@ -26,7 +28,13 @@ from jaxdual.tokenizer import Tokenizer
 from models import Decoder, load
 from models.training import quiz
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not (Path(models.__file__).parent / "shipped" / "quiz_small" / "config.json").is_file(),
+        reason="the smaller quiz model is not there",
+    ),
+]
 
 SEED = 101
 TRAIN, VALIDATION, TEST, OTHER = 6000, 1500, 2500, 1000
