@@ -170,10 +170,10 @@ def read_signals(path: Path) -> Signals:
         about = json.loads(str(arrays.pop(_HEADER)))
         if about["version"] != FORMAT_VERSION:
             raise ValueError(f"its format is version {about['version']}; this is version {FORMAT_VERSION}")
-        found = Signals(header=_header(about), **arrays)
         lengths = {len(value) for value in arrays.values()}
         if len(lengths) != 1:
             raise ValueError(f"its arrays have {sorted(lengths)} rows")
+        found = Signals(header=_header(about), **arrays)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: is no usable file of signals ({type(error).__name__}: {error})") from None
     return found
