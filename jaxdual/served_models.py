@@ -6,8 +6,8 @@ from collections.abc import Callable, Collection, Sequence
 
 from jaxdual.async_api import AsyncLLM
 from jaxdual.cascade.options import CascadeOptions, CascadeRequestError
-from jaxdual.cascade.prompt import CascadePrompt
-from jaxdual.cascade.service import CascadeLLM
+from jaxdual.cascade.serving.prompt import CascadePrompt
+from jaxdual.cascade.serving.service import CascadeLLM
 from jaxdual.engine.supervisor import EngineState
 from jaxdual.errors import UnknownModelError
 from jaxdual.front import Prompt, TokenizedPrompt

@@ -5,7 +5,7 @@ from __future__ import annotations
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
 from jaxdual.cascade.decision import Decision
-from jaxdual.cascade.service import CascadeLLM
+from jaxdual.cascade.serving.service import CascadeLLM
 
 _PARTS = tuple(step / 20 for step in range(1, 20))
 _LABELS = ("model_name", "tier")

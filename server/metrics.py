@@ -15,7 +15,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from jaxdual.async_api import AsyncLLM
-from jaxdual.cascade.service import CascadeLLM
+from jaxdual.cascade.serving.service import CascadeLLM
 from jaxdual.engine.supervisor import EngineState
 from jaxdual.errors import NotServingError, UnknownModelError
 from jaxdual.outputs import EngineStats, RequestOutput, RouterFigures

@@ -17,7 +17,7 @@ import uvicorn
 
 from jaxdual.async_api import AsyncLLM
 from jaxdual.cascade.config import CascadeConfig
-from jaxdual.cascade.service import CascadeLLM
+from jaxdual.cascade.serving.service import CascadeLLM
 from jaxdual.config import ClusterConfig, ConfigError, EngineConfig, ServerConfig
 from jaxdual.engine.supervisor import EngineState
 from jaxdual.served_models import Model, ServedModels

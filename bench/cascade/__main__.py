@@ -21,7 +21,7 @@ from bench.cascade.pictures import check_drawing, draw
 from bench.cascade.through_engines import through_engines
 from bench.report import header, write_json
 from jaxdual.arguments import run_command, whole
-from jaxdual.cascade.item_prompts import FORMS
+from jaxdual.cascade.evaluation.item_prompts import FORMS
 from jaxdual.model_folder import shipped_model
 
 _QUICK: dict[str, Any] = {"asked": 1500, "short": 300, "others": 100, "seeds": (42, 43), "epochs": 4}

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from jaxdual.cascade.collect import collect
-from jaxdual.cascade.item_prompts import Form
-from jaxdual.cascade.items import Item, Split, item_of, split_items
+from jaxdual.cascade.evaluation.collect import collect
+from jaxdual.cascade.evaluation.item_prompts import Form
+from jaxdual.cascade.evaluation.items import Item, Split, item_of, split_items
+from jaxdual.cascade.evaluation.signals import Signals, read_signals
 from jaxdual.cascade.probe import default_tap
-from jaxdual.cascade.signals import Signals, read_signals
 from jaxdual.tokenizer import Tokenizer
 from models import Decoder, load
 from models.fingerprint import model_fingerprint

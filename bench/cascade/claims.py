@@ -10,7 +10,7 @@ from bench.cascade.asked import NONE_RIGHT, UNKNOWN_TOWNS
 from bench.cascade.measure import RATIOS, summary_of
 from bench.report import table
 from bench.summary import Summary
-from jaxdual.cascade.report import percent_text, points_text
+from jaxdual.cascade.evaluation.report import percent_text, points_text
 
 MET, MISSED, OPEN = "met", "not met", "met, but its interval says less"
 HOLDS, FAILS, NOISE = "holds", "doesn't hold", "within noise"

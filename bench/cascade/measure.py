@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 
 from bench.cascade.asked import MULTIPLE_CHOICE, SHORT, Asked, Reader, Setting, facts
-from jaxdual.cascade import evaluation
-from jaxdual.cascade.calibration import Quality
-from jaxdual.cascade.chain import Chain, Tier
+from jaxdual.cascade.evaluation import judging
+from jaxdual.cascade.evaluation.calibration import Quality
+from jaxdual.cascade.evaluation.chain import Chain, Tier
+from jaxdual.cascade.evaluation.report import chosen_report, evaluate
+from jaxdual.cascade.evaluation.signals import Signals
+from jaxdual.cascade.evaluation.thresholds import Calibration, Goal, Rule, calibrated_gate, choose
+from jaxdual.cascade.evaluation.train import ProbeFigures, Recipe, p_ik_of, probe_of, train_probe
 from jaxdual.cascade.gate import Gate, PtMode
-from jaxdual.cascade.report import chosen_report, evaluate
-from jaxdual.cascade.signals import Signals
-from jaxdual.cascade.thresholds import Calibration, Goal, Rule, calibrated_gate, choose
-from jaxdual.cascade.train import ProbeFigures, Recipe, p_ik_of, probe_of, train_probe
 
 RATIOS = (2.7, 8.75)  # of the paper's 8B to its 3B model, and of its 70B to its 8B model
 VARIANTS: tuple[tuple[str, Rule, Calibration, PtMode], ...] = (
@@ -77,8 +77,8 @@ def variants(chain: Chain) -> dict[str, Any]:
         chosen = _chosen(chain, rule, calibration, mode)
         found[name] = {
             "validation": chosen_report(chosen),
-            "test": evaluation.chain_report(chain.of("test"), chosen.gates),
-            "tier": evaluation.tier_report(chain.of("test").tiers[0], chosen.gates[0])["calibrated"],
+            "test": judging.chain_report(chain.of("test"), chosen.gates),
+            "tier": judging.tier_report(chain.of("test").tiers[0], chosen.gates[0])["calibrated"],
         }
     return found
 
@@ -94,8 +94,8 @@ def seed_report(signals: Sequence[Signals], recipe: Recipe) -> dict[str, Any]:
         **{
             name: {key: report[key] for key in ("accuracy", "difference", "saved", "saved_by_paper", "kept", "gates")}
             for name, report in (
-                ("chosen", evaluation.chain_report(test, gates)),
-                ("paper", evaluation.chain_report(test, evaluation.paper_gates(test))),
+                ("chosen", judging.chain_report(test, gates)),
+                ("paper", judging.chain_report(test, judging.paper_gates(test))),
             )
         },
     }
@@ -143,8 +143,8 @@ def assumed(chain: Chain, ratio: float) -> dict[str, Any]:
     test = scaled.of("test")
     gates = gates_of(scaled, "both", "none", "full")
     return {
-        "chosen": evaluation.chain_report(test, gates),
-        "paper": evaluation.chain_report(test, evaluation.paper_gates(test)),
+        "chosen": judging.chain_report(test, gates),
+        "paper": judging.chain_report(test, judging.paper_gates(test)),
     }
 
 
@@ -155,9 +155,9 @@ def loose_thresholds(test: Chain) -> list[dict[str, Any]]:
         row: dict[str, Any] = {"tau_t": tau_t}
         for name, tau_ik in (("p_ik 0.5", 0.5), ("p_ik 0.8", 0.8), ("without", None)):
             gate = dataclasses.replace(
-                evaluation.paper_gates(test)[0], tau_t=tau_t, tau_ik=tau_ik or 0.0, uses_probe=tau_ik is not None
+                judging.paper_gates(test)[0], tau_t=tau_t, tau_ik=tau_ik or 0.0, uses_probe=tau_ik is not None
             )
-            report = evaluation.chain_report(test, [gate])
+            report = judging.chain_report(test, [gate])
             keys = ("accuracy", "pd_points", "pd_percent", "difference", "saved", "saved_by_paper", "kept")
             row[name] = {key: report[key] for key in keys}
         found.append(row)

@@ -8,11 +8,11 @@ from typing import Any
 
 from bench.cascade.asked import MULTIPLE_CHOICE, Asked, Reader, Setting
 from bench.cascade.measure import gates_of
-from jaxdual.cascade.chain import Chain, Tier
-from jaxdual.cascade.engines import compare, run_engines
-from jaxdual.cascade.evaluation import paper_gates
-from jaxdual.cascade.item_prompts import prompt_of
-from jaxdual.cascade.train import Recipe, probe_of
+from jaxdual.cascade.evaluation.chain import Chain, Tier
+from jaxdual.cascade.evaluation.engines import compare, run_engines
+from jaxdual.cascade.evaluation.item_prompts import prompt_of
+from jaxdual.cascade.evaluation.judging import paper_gates
+from jaxdual.cascade.evaluation.train import Recipe, probe_of
 from jaxdual.config import EngineConfig
 from jaxdual.tokenizer import Tokenizer
 

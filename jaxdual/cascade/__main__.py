@@ -16,12 +16,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from jaxdual.arguments import above_0, run_command, whole
-from jaxdual.cascade import commands
-from jaxdual.cascade.collect import BATCH, MAX_OUTPUT
-from jaxdual.cascade.item_prompts import FORMS
-from jaxdual.cascade.items import SPLITS
-from jaxdual.cascade.thresholds import CALIBRATIONS, CERTAINTY, EPSILON, POINTS, RULES
-from jaxdual.cascade.train import Recipe
+from jaxdual.cascade.evaluation import commands
+from jaxdual.cascade.evaluation.collect import BATCH, MAX_OUTPUT
+from jaxdual.cascade.evaluation.item_prompts import FORMS
+from jaxdual.cascade.evaluation.items import SPLITS
+from jaxdual.cascade.evaluation.thresholds import CALIBRATIONS, CERTAINTY, EPSILON, POINTS, RULES
+from jaxdual.cascade.evaluation.train import Recipe
 
 _PROG = "python -m jaxdual.cascade"
 

@@ -23,9 +23,9 @@ from typing import Self
 
 from jaxdual.api import LLM
 from jaxdual.arguments import run_command
-from jaxdual.cascade.blocking import BlockingCascade
 from jaxdual.cascade.config import read_cascade
-from jaxdual.cascade.service import CascadeLLM
+from jaxdual.cascade.serving.blocking import BlockingCascade
+from jaxdual.cascade.serving.service import CascadeLLM
 from jaxdual.config import ClusterConfig, EngineConfig
 from jaxdual.config_sources import add_arguments, read_config
 from jaxdual.offline.batch_file import BatchError, read_batch

@@ -9,7 +9,7 @@ from typing import Any
 
 from jaxdual.cascade.config import LocalTier, TierConfig
 from jaxdual.cascade.decision import Decision, Hop
-from jaxdual.cascade.service import CascadeLLM
+from jaxdual.cascade.serving.service import CascadeLLM
 from jaxdual.offline.report import package_versions, rate, rows_of_text, shown_milliseconds, summary
 from jaxdual.offline.runner import Totals
 

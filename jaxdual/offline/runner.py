@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from jaxdual.api import LLM
-from jaxdual.cascade.blocking import BlockingCascade
-from jaxdual.cascade.prompt import CascadePrompt
+from jaxdual.cascade.serving.blocking import BlockingCascade
+from jaxdual.cascade.serving.prompt import CascadePrompt
 from jaxdual.front import TokenizedPrompt
 from jaxdual.offline.batch_file import BatchLine, RejectedLine
 from jaxdual.offline.rows import engine_params, error_row, parse_body, response_row

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import grpc
 
-from jaxdual.cascade.prompt import CascadePrompt
-from jaxdual.cascade.service import CascadeLLM
+from jaxdual.cascade.serving.prompt import CascadePrompt
+from jaxdual.cascade.serving.service import CascadeLLM
 from jaxdual.engine.supervisor import EngineState
 from jaxdual.front import Prompt, TokenizedPrompt
 from jaxdual.outputs import Logprob, RequestOutput

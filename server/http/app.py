@@ -18,7 +18,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from jaxdual.cascade.service import CascadeLLM
+from jaxdual.cascade.serving.service import CascadeLLM
 from jaxdual.engine.supervisor import EngineState
 from jaxdual.errors import NotServingError, UnknownModelError
 from jaxdual.openai_protocol import ProtocolError, parse_chat, parse_completion

@@ -14,8 +14,8 @@ import msgspec
 from starlette.types import Message, Receive, Scope, Send
 
 from jaxdual.cascade.options import CascadeRequestError
-from jaxdual.cascade.prompt import CascadePrompt
-from jaxdual.cascade.service import CascadeLLM
+from jaxdual.cascade.serving.prompt import CascadePrompt
+from jaxdual.cascade.serving.service import CascadeLLM
 from jaxdual.decoding.dysco import DyscoError
 from jaxdual.errors import PromptTooLongError, UnknownModelError
 from jaxdual.front import TokenizedPrompt

@@ -11,7 +11,7 @@ import pytest
 
 from bench.cascade import __main__ as bench
 from bench.cascade.claims import FAILS, HOLDS, MET, MISSED, OPEN, claims, requirements
-from tests.cascade import quiz_models
+from tests.cascade.evaluation import quiz_models
 
 
 @pytest.fixture(scope="module")

@@ -5,9 +5,9 @@ import json
 import pytest
 from fake_llm import FakeLLM
 
-from jaxdual.cascade.blocking import BlockingCascade
+from jaxdual.cascade.serving.blocking import BlockingCascade
 from jaxdual.offline import __main__ as command
-from tests.cascade.tiers import TierLLM, cascade_of
+from tests.cascade.serving.tiers import TierLLM, cascade_of
 
 UNSURE = (0.9, 0.5)
 

@@ -13,7 +13,7 @@ from jaxdual.errors import NotServingError
 from server.proto.jaxdual.v1 import inference_pb2 as pb
 from server.proto.kserve import open_inference_pb2 as kserve
 from server.proto.kserve.open_inference_pb2_grpc import GRPCInferenceServiceStub
-from tests.cascade.tiers import TierLLM, cascade_of
+from tests.cascade.serving.tiers import TierLLM, cascade_of
 from tests.server.grpc.face import in_loop, read_all, serving, status
 from tests.server.http.scripted import RunningServer
 

@@ -1,0 +1,1 @@
+"""Making and judging cascades: what models make of questions, probes, thresholds, figures."""

@@ -1,0 +1,1 @@
+"""A cascade as one model: who is next, and asking it."""
