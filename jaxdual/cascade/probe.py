@@ -131,7 +131,12 @@ class Probe:
         return int(self.parameters.mean.shape[0])
 
     def save(self, path: Path) -> None:
-        """Writes a safetensors file, whole or not at all."""
+        """Writes a safetensors file, whole or not at all.
+
+        Raises:
+          ValueError: `check_probe_file` says why.
+        """
+        check_probe_file(path)
         tensors = {"mean": self.parameters.mean, "deviation": self.parameters.deviation}
         for place, (kernel, bias) in enumerate(zip(self.parameters.kernels, self.parameters.biases, strict=True)):
             tensors |= {f"layers.{place}.kernel": kernel, f"layers.{place}.bias": bias}
@@ -149,6 +154,19 @@ class Probe:
         values = {name: np.asarray(value, np.float32) for name, value in tensors.items()}
         save_file(values, partial, metadata={"format": "np", _KEY: json.dumps(about)})
         partial.replace(path)
+
+
+def check_probe_file(path: Path) -> None:
+    """Refuses a place for a probe where it would count as weights of a model.
+
+    Raises:
+      ValueError: a name that ends in ".safetensors", in a folder with a config.json.
+    """
+    if path.suffix == ".safetensors" and (path.parent / "config.json").exists():
+        raise ValueError(
+            f"{path}: all *.safetensors of a model's folder are its weights; give the probe another suffix there, such "
+            "as .probe"
+        )
 
 
 def read_probe(path: Path) -> Probe:

@@ -7,9 +7,13 @@ and some are `unheard`: training never has told of them. All of it follows from 
 seeds of the questions: nothing here was chosen by looking at a trained model.
 """
 
+import argparse
 import functools
+import json
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -334,3 +338,22 @@ def _fixed_parts() -> list[str]:
     prompt = multiple_choice("\0", "\0?", ["\0"] * CHOICES)
     *parts, _ = (part.strip(" ") for part in prompt.split("\0"))
     return [*parts, short_answer("x")[0]["content"], "Question:"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line: write questions as a file that ``python -m jaxdual.cascade collect`` reads."""
+    parser = argparse.ArgumentParser(prog="python -m models.training.quiz", description=main.__doc__)
+    parser.add_argument("out", type=Path, metavar="FILE.jsonl")
+    parser.add_argument("--count", type=int, default=20_000, help="questions (default %(default)d)")
+    parser.add_argument("--seed", type=int, default=ASKED_SEED, help="of the draw (default %(default)d)")
+    parser.add_argument("--short", action="store_true", help="without choices")
+    args = parser.parse_args(argv)
+    if args.count < 1 or args.seed < 0:
+        parser.error(f"--count {args.count} and --seed {args.seed} must be at least 1 and 0")
+    records = (one.record(number) for number, one in enumerate(questions(args.seed, args.count, short=args.short)))
+    args.out.write_text("".join(f"{json.dumps(record)}\n" for record in records), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -128,3 +128,12 @@ def test_damaged_probe_is_refused(tmp_path: Path) -> None:
 
 def test_tap_is_the_papers_24_or_at_three_quarters_of_the_layers() -> None:
     assert [default_tap(layers) for layers in (1, 2, 4, 24, 28, 32, 36, 80)] == [1, 2, 3, 18, 24, 24, 24, 60]
+
+
+def test_probe_among_the_weights_of_a_model_is_refused(tmp_path: Path) -> None:
+    """All safetensors files of a model's folder are its weights, and part of its fingerprint."""
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="another suffix"):
+        made().save(tmp_path / "probe.safetensors")
+    made().save(tmp_path / "p_ik.probe")
+    assert read_probe(tmp_path / "p_ik.probe").tap == made().tap

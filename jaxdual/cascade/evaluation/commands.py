@@ -24,7 +24,7 @@ from jaxdual.cascade.evaluation.signals import read_signals
 from jaxdual.cascade.evaluation.thresholds import Goal, Rule, calibrated_gate, choose
 from jaxdual.cascade.evaluation.train import Recipe, probe_of
 from jaxdual.cascade.gate import Gate
-from jaxdual.cascade.probe import default_tap, read_probe
+from jaxdual.cascade.probe import check_probe_file, default_tap, read_probe
 from jaxdual.config import ConfigError, EngineConfig
 from jaxdual.model_folder import find_model
 from jaxdual.offline.report import write_report
@@ -77,6 +77,7 @@ def run_collect(options: argparse.Namespace) -> int:
 def run_train(options: argparse.Namespace) -> int:
     """Trains a probe on signals."""
     _check(options.out, options.json)
+    check_probe_file(options.out)
     recipe = Recipe(
         rate=options.rate,
         epochs=options.epochs,
