@@ -260,7 +260,8 @@ class EngineStats:
       num_running, num_waiting: sequences that run now, and that wait for their turn.
       prompt_tokens, generation_tokens: of finished and running requests: prompt tokens computed or found, tokens given.
       computed_prompt_tokens: prompt tokens that were computed, those of preempted sequences each time.
-      work: tokens computed, prompt and output alike, by the part of the layers that they went through.
+      work: of an engine by itself: tokens computed, prompt and output alike, by the part of the layers that they went
+        through.
       prefix_cache_queries, prefix_cache_hits: prompt tokens looked up, and found.
       host_cache_hits: of the found ones, those that had to be copied from host memory.
       store_cache_hits: of the found ones, those that were read from the block store.

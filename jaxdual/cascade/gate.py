@@ -148,6 +148,8 @@ class Gate:
     uses_probe: bool = True
 
     def __post_init__(self) -> None:
+        if self.confidence is None and not self.uses_probe:
+            raise ValueError("a gate asks for a score: P(IK) of a probe, P(T) of a confidence, or both")
         if self.fusion is not None and (self.confidence is None or not self.uses_probe):
             raise ValueError("a fusion needs both scores: a probe, and what P(T) is read from")
 

@@ -13,12 +13,12 @@ _MEMORY = ("kv_blocks", "kv_blocks_cached", "kv_blocks_available")
 _PRESENT = ("num_running", "num_waiting", "kv_staging_blocks_used", *_MEMORY)
 _START = ("load_seconds", "compile_seconds")
 _OF_CLUSTERS = ("engines", "card_bytes")
-# An engine of a cluster has one rank, and counts nothing of its routers.
-_OF_RANKS = ("dispatch_decisions", "expert_imbalance", "expert_imbalance_worst", "routers")
+# An engine of a cluster has one rank, counts nothing of its routers, and not all of them count their work.
+_OF_ENGINES_ALONE = ("dispatch_decisions", "expert_imbalance", "expert_imbalance_worst", "routers", "work")
 _COUNTERS = tuple(
     field.name
     for field in dataclasses.fields(EngineStats)
-    if field.name not in (*_PRESENT, *_START, *_OF_CLUSTERS, *_OF_RANKS, "restarts")
+    if field.name not in (*_PRESENT, *_START, *_OF_CLUSTERS, *_OF_ENGINES_ALONE, "restarts")
 )
 
 

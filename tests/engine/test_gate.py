@@ -45,6 +45,7 @@ SETTINGS = {
     "short chunks": {"num_kv_blocks": 200, "max_num_batched_tokens": 12},
     "recomputed": {"num_kv_blocks": 13, "max_num_batched_tokens": 24},
     "swapped": {"num_kv_blocks": 13, "preemption_mode": "swap", "host_cache_bytes": 1 << 20},
+    "stored": {"num_kv_blocks": 30, "kv_store": "memory:", "kv_store_capacity_bytes": 1 << 24},
     "no cache": {"num_kv_blocks": 40, "enable_prefix_caching": False, "async_scheduling": False},
 }
 
@@ -280,6 +281,8 @@ def test_p_t_alone_needs_no_probe_and_p_ik_alone_no_letters(probe_file: Path) ->
 
 def test_what_cannot_be_gated_is_refused_with_the_reason(probe_file: Path, tmp_path: Path) -> None:
     prompt, gate = {"prompt_token_ids": [1, 2, 3]}, Gate(CHOICES)
+    with pytest.raises(ValueError, match="asks for a score"):
+        Gate(None, uses_probe=False)
     with pytest.raises(ValueError, match="has no probe"):
         _plain_engine().submit(prompt, gate=gate)
     llm = engine(probe_file)
