@@ -24,7 +24,7 @@ class CascadeMetrics:
         prefix = "jaxdual:cascade_"
         self._requests = Counter(
             f"{prefix}requests",
-            "Requests by the tier that answered, and why it did.",
+            "Requests by the tier that answered, and why it did, or why none has.",
             (*_LABELS, "reason"),
             registry=registry,
         )
@@ -59,8 +59,10 @@ class CascadeMetrics:
             if not answered:
                 self._escalations.labels(self._model, hop.tier, hop.outcome).inc()
             for counter, amount in ((self._flops, hop.spent.flops), (self._price, hop.spent.price)):
+                if amount is None:  # not known, which is not nothing
+                    continue
                 for accounting in ("all_passes", "answering_pass") if answered else ("all_passes",):
-                    counter.labels(self._model, hop.tier, accounting).inc(amount or 0)
+                    counter.labels(self._model, hop.tier, accounting).inc(amount)
             for histogram, p in ((self._p_ik, hop.p_ik), (self._p_t, hop.p_t)):
                 if p is not None:
                     histogram.labels(self._model, hop.tier).observe(p)

@@ -245,6 +245,8 @@ def _local(values: dict[str, Any], folder: Path, engine: EngineConfig, share: fl
         for key in _GATE:
             if key in values:
                 raise ConfigError(f"{key}={values[key]!r}: the last tier answers whatever reaches it and has no gate")
+    if not isinstance(values.get("engine", {}), dict):
+        raise ConfigError(f"engine={values['engine']!r} must be a table, [tier.engine]")
     settings = dict(values.get("engine", {}))
     refuse_unknown(settings, (EngineConfig,))
     for setting, key in _OF_TIERS.items():
@@ -284,8 +286,12 @@ def _local(values: dict[str, Any], folder: Path, engine: EngineConfig, share: fl
 def _external(values: dict[str, Any]) -> ExternalTier:
     _refuse_others(values, _EXTERNAL, "")
     url = _text(values, "url")
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.netloc:
+    try:
+        parts = urlsplit(url)
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # of brackets or ports
+        usable = False
+    if not usable:
         raise ConfigError(f"url={url!r} must be that of an HTTP API, such as 'http://127.0.0.1:8000/v1'")
     given: dict[str, Any] = {key: _above_0(values, key) for key in ("connect_timeout", "timeout") if key in values}
     if "api_key_env" in values:

@@ -12,10 +12,11 @@ from jaxdual.cascade.work import Work
 
 # Why a tier has not answered, without having been asked or in spite of it.
 Failure = Literal["unavailable", "timeout", "queue_full", "too_long", "failed"]
-Outcome = Literal["answered"] | Refusal | Failure
+Outcome = Literal["answered", "aborted"] | Refusal | Failure
 # Why the tier that answered did: its gate has let the prompt pass; it is the last one; the prompt had been handed on as
-# often as may be, or at once for a very low P(IK); no larger one could.
-Reason = Literal["confident", "last", "max_hops", "skip", "fallback"]
+# often as may be, or at once for a very low P(IK); no larger one could. Of a request without an answer: its client has
+# left before there was one, or all tiers have failed.
+Reason = Literal["confident", "last", "max_hops", "skip", "fallback", "aborted", "failed"]
 _DIGITS = 6  # of probabilities as they are shown: more are those of the arithmetic's order
 
 
@@ -65,7 +66,7 @@ class Decision:
     """Who answered a request.
 
     Attributes:
-      tier: name of the tier that did.
+      tier: name of the tier that did; without an answer, of the last one that was asked.
       reason: why it did.
       hops: turns of all tiers, in their order; the last one is that of the answer.
     """

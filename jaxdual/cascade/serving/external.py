@@ -100,25 +100,33 @@ class RemoteTier:
         await self._client.aclose()
 
     async def _read(self, stream: _RemoteStream, url: str, body: Mapping[str, Any]) -> None:
-        """Fills the stream's output until the remote's answer has ended, in one way or the other."""
+        """Fills the stream's output until the remote's answer has ended, in one way or the other: whatever happens, the
+        stream ends.
+        """
+        loop, seconds = asyncio.get_running_loop(), self.config.timeout
         try:
-            async with self._client.stream("POST", url, json=body) as response:
+            # Bytes alone don't count: some gateways keep connections alive with comments.
+            async with (
+                asyncio.timeout(self.config.connect_timeout + seconds) as deadline,
+                self._client.stream("POST", url, json=body) as response,
+            ):
                 if response.status_code != httpx.codes.OK:
                     said = (await response.aread()).decode(errors="replace")[:_SHOWN_CHARS]
                     failure = _FAILURES.get(response.status_code, "failed")
                     stream.fail(failure, f"{url} answers {response.status_code}: {said}")
                     return
                 async for event in _events(response):
-                    stream.take(event)
+                    if stream.take(event):
+                        deadline.reschedule(loop.time() + seconds)
             if stream.reason is None:
                 stream.fail("failed", f"{url} has ended its answer early")
             else:
                 stream.finish(stream.reason)
-        except httpx.TimeoutException as error:
+        except (httpx.TimeoutException, TimeoutError) as error:
             stream.fail("timeout", f"{url}: {type(error).__name__}")
         except httpx.ConnectError as error:
             stream.fail("unavailable", f"{url}: {error}")
-        except (httpx.HTTPError, ValueError, LookupError, TypeError) as error:
+        except Exception as error:  # what a remote says is not ours to foresee, and nobody else would end the stream
             stream.fail("failed", f"{url}: {type(error).__name__}: {error}")
         finally:
             if stream.output.outputs[0].error is not None:
@@ -140,8 +148,9 @@ class _RemoteStream(RequestStream):
         self.failure: Failure = "failed"
         self.reason: str | None = None
 
-    def take(self, event: Mapping[str, Any]) -> None:
-        """Adds what an event of the remote brings."""
+    def take(self, event: Mapping[str, Any]) -> bool:
+        """Adds what an event of the remote brings; returns whether that is anything of the answer."""
+        before = len(self.output.outputs[0].text), self.reason
         if event.get("error") is not None:
             raise ValueError(f"it says {json.dumps(event['error'])[:_SHOWN_CHARS]}")
         if event.get("usage") is not None:
@@ -155,6 +164,7 @@ class _RemoteStream(RequestStream):
                 self.output.outputs[0].text += text
                 self.wake()
             self.reason = choice.get("finish_reason") or self.reason
+        return before != (len(self.output.outputs[0].text), self.reason)
 
     def finish(self, reason: str) -> None:
         """Its answer is whole."""

@@ -89,6 +89,13 @@ class Route:
         name = self._tiers[step.tier]
         return Decision(name, step.reason, (*self._hops, Hop(name, "answered", p_ik, p_t, spent)))
 
+    def ended(self, spent: Spent = NOTHING_SPENT) -> Decision:
+        """There is no answer: the request was ended in this tier's turn, or no tier is left."""
+        if self.step is None:
+            return Decision(self._hops[-1].tier, "failed", tuple(self._hops))
+        name = self._tiers[self.step.tier]
+        return Decision(name, "aborted", (*self._hops, Hop(name, "aborted", spent=spent)))
+
     def _climb(self, tier: int, reason: Reason = "confident") -> Step | None:
         """The turn of this tier or the next larger one that can answer."""
         for number in range(tier, len(self._tiers)):

@@ -330,6 +330,7 @@ class CascadeLLM:
             return await self._answer(question, route, under_way)
         except BaseException:
             self._forget(request_id)
+            self._tell_decision(route.ended())
             raise
 
     def abort(self, request_id: str) -> bool:
@@ -366,14 +367,20 @@ class CascadeLLM:
                 route.refused(verdict, tier.spent(output, seconds, _judged(verdict, step.gate)))
             else:
                 output.metrics.arrival_time = under_way.arrival
-                return CascadeStream(stream, partial(_decided, route, verdict, tier, output, began), self._ended)
+                decide = partial(_decided, route, verdict, tier, output, began)
+                if output.outputs[0].finish_reason == "abort":
+                    decide = partial(_aborted, route, tier, output, began)
+                return CascadeStream(stream, decide, self._ended)
         raise _told(errors)
 
     def _ended(self, stream: CascadeStream) -> None:
         self._forget(stream.output.request_id)
         if stream.output.decision is not None:
-            for listener in self._decision_listeners:
-                listener(stream.output.decision)
+            self._tell_decision(stream.output.decision)
+
+    def _tell_decision(self, decision: Decision) -> None:
+        for listener in self._decision_listeners:
+            listener(decision)
 
     def _forget(self, request_id: str) -> None:
         self._under_way.pop(request_id, None)
@@ -451,6 +458,10 @@ def _judged(verdict: Verdict, gate: Gate | None) -> int:
 
 def _decided(route: Route, verdict: Verdict | None, tier: Tier, output: RequestOutput, began: float) -> Decision:
     return route.answered(verdict, tier.spent(output, time.monotonic() - began))
+
+
+def _aborted(route: Route, tier: Tier, output: RequestOutput, began: float) -> Decision:
+    return route.ended(tier.spent(output, time.monotonic() - began))
 
 
 def _failure_of(error: Exception) -> Failure:

@@ -242,10 +242,15 @@ def test_an_abort_reaches_a_request_while_tiers_are_asked(scores):
         held.hold()
         asking = asyncio.create_task(ask(cascade, request_id="mine"))
         await until(lambda: held.submitted == ["mine"], "the request to be in its tier")
+        heard = []
+        cascade.on_decision(heard.append)
         assert cascade.abort("mine")
         assert not cascade.abort("other")
-        assert (await asking).outputs[0].finish_reason == "abort"
+        output = await asking
+        assert output.outputs[0].finish_reason == "abort"
         assert not cascade.abort("mine")
+        assert heard == [output.decision]
+        assert (output.decision.reason, output.decision.hops[-1].outcome) == ("aborted", "aborted")
 
     test()
 
@@ -426,6 +431,23 @@ def test_a_tier_without_an_engine_is_an_error():
         CascadeLLM(config_of([TierLLM("large")]), {})
 
 
+@in_loop
+async def test_a_request_that_is_given_up_before_its_answer_is_decided_as_such():
+    """What it took until then counts."""
+    _, large, cascade = pair(UNSURE)
+    heard = []
+    cascade.on_decision(heard.append)
+    large.hold()
+    asking = asyncio.create_task(ask(cascade, request_id="mine"))
+    await until(lambda: large.submitted == ["mine"], "the request to be in the second tier")
+    asking.cancel()
+    await asyncio.wait((asking,))
+    (decision,) = heard
+    assert (decision.tier, decision.reason) == ("large", "aborted")
+    assert [hop.outcome for hop in decision.hops] == ["p_t", "aborted"]
+    assert decision.hops[0].spent.prompt_tokens > 0
+
+
 # The external tier.
 
 
@@ -487,6 +509,13 @@ async def test_the_key_is_that_of_the_named_variable():
         (200, [ConnectionError()], "failed"),
         (200, ["not JSON"], "failed"),
         (200, [{"error": {"message": "busy"}}], "failed"),
+        (200, [part for _ in range(60) for part in (": keep-alive", 0.05)], "timeout"),
+        (200, ['{"choices": [{"delta": null}]}'], "failed"),
+        (200, ['{"choices": ["x"]}'], "failed"),
+        (200, ['{"choices": {"a": 1}}'], "failed"),
+        (200, ['{"choices": [], "usage": [1]}'], "failed"),
+        (200, ['{"choices": [], "usage": {"prompt_tokens": 1e999, "completion_tokens": 1}}'], "failed"),
+        (200, ['{"choices": ' + "[" * 20000 + "]" * 20000 + "}"], "failed"),
     ],
 )
 def test_a_remote_that_does_not_answer_is_stood_in_for(status, events, outcome):
@@ -494,7 +523,7 @@ def test_a_remote_that_does_not_answer_is_stood_in_for(status, events, outcome):
     async def test():
         async with Remote().serving() as remote:
             remote.status, remote.events = status, events
-            _, cascade = remote_pair(remote.url, timeout=0.2)
+            _, cascade = remote_pair(remote.url, timeout=0.2, connect_timeout=1.0)
             output = await ask(cascade)
             assert turns(output) == [("small", "p_t"), ("remote", outcome), ("small", "answered")]
             assert output.decision.reason == "fallback"

@@ -171,7 +171,8 @@ class Remote:
 
     Attributes:
       status: of its answers.
-      events: what it sends; a float is a pause in seconds, an exception ends the connection.
+      events: what it sends; a float is a pause in seconds, an exception ends the connection, and text that begins with a
+        colon is a comment, which keeps it alive.
       bodies: of the requests that have come.
       gone: how many connections their clients have closed before the end.
     """
@@ -213,7 +214,8 @@ class Remote:
                     return
                 else:
                     data = event if isinstance(event, str) else json.dumps(event)
-                    writer.write(f"data: {data}\n\n".encode())
+                    line = data if data.startswith(":") else f"data: {data}"
+                    writer.write(f"{line}\n\n".encode())
                 if ended.done():
                     self.gone += 1
                     return
