@@ -171,8 +171,8 @@ class Remote:
 
     Attributes:
       status: of its answers.
-      events: what it sends; a float is a pause in seconds, an exception ends the connection, and text that begins with a
-        colon is a comment, which keeps it alive.
+      events: what it sends; a float is a pause in seconds, an exception ends the connection, and text that begins with
+        a colon is a comment, which keeps it alive.
       bodies: of the requests that have come.
       gone: how many connections their clients have closed before the end.
     """
