@@ -236,6 +236,8 @@ class ObservedStream:
             self._counts[i] += grown
             self._last[i] = now
             fresh += grown
+        if output.finished and output.reported is not None and output.metrics.first_token_time is not None:
+            fresh = output.num_output_tokens  # an answer from elsewhere: tokens are told at its end alone
         if fresh:
             self._metrics.generation_tokens.inc(fresh)
             if not begun:

@@ -20,10 +20,11 @@ from jaxdual.cascade.evaluation.engines import compare, run_engines
 from jaxdual.cascade.evaluation.item_prompts import default_form, prompt_of
 from jaxdual.cascade.evaluation.items import read_items, split_items
 from jaxdual.cascade.evaluation.report import chosen_report, evaluate, format_evaluation, points_text
-from jaxdual.cascade.evaluation.signals import read_signals
+from jaxdual.cascade.evaluation.signals import Header, read_signals
 from jaxdual.cascade.evaluation.thresholds import Goal, Rule, calibrated_gate, choose
 from jaxdual.cascade.evaluation.train import Recipe, probe_of
 from jaxdual.cascade.gate import Gate
+from jaxdual.cascade.letters import confidence_of
 from jaxdual.cascade.probe import check_probe_file, default_tap, read_probe
 from jaxdual.config import ConfigError, EngineConfig
 from jaxdual.model_folder import find_model
@@ -31,6 +32,7 @@ from jaxdual.offline.report import write_report
 from jaxdual.result_files import check_writable, write_whole
 from jaxdual.tokenizer import Tokenizer
 from models import load
+from models.fingerprint import model_fingerprint
 
 
 def run_collect(options: argparse.Namespace) -> int:
@@ -137,6 +139,8 @@ def run_evaluate(options: argparse.Namespace) -> int:
     config = read_cascade(options.cascade)
     _check_rule(options.cascade, config)
     every = chain_of(config, options.signals)
+    for tier, asked, file in zip(config.gated, every.tiers, options.signals, strict=False):
+        _check_confidence(file, asked.signals.header, tier, config)
     test, gates = every.of("test"), gates_of(config, every)
     others = {name: chain_of(config, [Path(file) for file in files]) for name, *files in options.other}
     report = evaluate(test, gates, every.of("validation"), others)
@@ -161,8 +165,21 @@ def chain_of(config: CascadeConfig, files: Sequence[Path]) -> Chain:
             raise ValueError(f"tier {tier.name!r}: signals are of models of one's own, and this one is at {tier.url}")
         probe = None if tier.engine.probe is None else read_probe(Path(tier.engine.probe))
         prices = (0.0, 0.0) if tier.prices is None else (tier.prices.input, tier.prices.output)
-        tiers.append(Tier.of(read_signals(file), probe, price_in=prices[0], price_out=prices[1]))
+        signals = read_signals(file)
+        folder, _ = find_model(tier.engine)
+        if model_fingerprint(folder, signals.header.dtype).hex() != signals.header.fingerprint:
+            raise ConfigError(f"{file}: has signals of {signals.header.model}, and tier {tier.name!r} is {folder}")
+        tiers.append(Tier.of(signals, probe, price_in=prices[0], price_out=prices[1]))
     return Chain(tuple(tiers))
+
+
+def _check_confidence(file: Path, header: Header, tier: LocalTier, config: CascadeConfig) -> None:
+    """Raises `ConfigError` for signals whose P(T) is read from something else than the cascade's."""
+    wanted, (folder, _) = config.confidence, find_model(tier.engine)
+    if header.kind != wanted.kind:
+        raise ConfigError(f"{file}: has signals of {header.kind!r}, and the cascade's confidence is {wanted.kind!r}")
+    if header.tokens != confidence_of(wanted, Tokenizer.from_dir(folder), tier.name).tokens:
+        raise ConfigError(f"{file}: has signals of other letters, or of another opening, than {wanted}")
 
 
 def gates_of(config: CascadeConfig, chain: Chain) -> list[Gate]:

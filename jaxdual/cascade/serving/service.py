@@ -88,7 +88,7 @@ class CascadeLLM:
           ConfigError: a tier can't have a gate, or its tokenizer has no token for a letter.
           ModelError, TokenizerError, EngineDeadError, NotServingError: as for `AsyncLLM.start`.
         """
-        await asyncio.gather(*(engine.start() for engine in self.engines.values()))
+        await asyncio.gather(*(_start(name, engine) for name, engine in self.engines.items()))
         self._resolve()
 
     async def ready(self) -> None:
@@ -454,6 +454,13 @@ def _judged(verdict: Verdict, gate: Gate | None) -> int:
     if verdict.refused_by == "p_ik" or gate is None or gate.confidence is None:
         return 0
     return gate.confidence.positions
+
+
+async def _start(name: str, engine: AsyncLLM) -> None:
+    try:
+        await engine.start()
+    except ValueError as error:
+        raise type(error)(f"tier {name!r}: {error}") from None
 
 
 def _decided(route: Route, verdict: Verdict | None, tier: Tier, output: RequestOutput, began: float) -> Decision:

@@ -134,6 +134,19 @@ def test_only_cascades_of_gates_are_evaluated(made: Path, capsys: pytest.Capture
     assert "max_hops=0 keeps questions from the last tier" in capsys.readouterr().err
 
 
+def test_signals_of_another_model_or_other_letters_are_refused(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    call = ["evaluate", "--cascade", str(made / "cascade.toml"), "--signals"]
+    assert command.main([*call, *(2 * [str(made / "small.npz")])]) == 2
+    assert "has signals of" in capsys.readouterr().err
+    file = made / "letters.toml"
+    text = (made / "cascade.toml").read_text()
+    file.write_text(text.replace('["A", "B", "C", "D"]', '["A", "B", "C"]'))
+    assert file.read_text() != text
+    call[2] = str(file)
+    assert command.main([*call, str(made / "small.npz"), str(made / "large.npz")]) == 2
+    assert "of other letters" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_engines_decide_and_compute_as_the_ledger_says(made: Path, tmp_path: Path) -> None:
     file = tmp_path / "cascade.toml"

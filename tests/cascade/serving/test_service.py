@@ -17,7 +17,9 @@ from jaxdual.decoding.dysco import DyscoParams
 from jaxdual.engine.supervisor import EngineState
 from jaxdual.errors import EngineDeadError, NotServingError, PromptTooLongError, QueueFullError
 from jaxdual.sampling_params import SamplingParams
+from jaxdual.served_models import ServedModels
 from jaxdual.tokenizer import TokenizerError
+from server.metrics import Metrics
 from tests.cascade.serving.tiers import SIZES, Remote, TierLLM, cascade_of, config_of
 from tests.server.grpc.face import in_loop, until
 
@@ -479,6 +481,20 @@ async def test_a_remote_answers_last_with_the_prompt_as_it_came():
         assert remote.paths[-1] == "/v1/completions"
         assert remote.bodies[-1]["prompt"] == "plain"
         assert not {"max_tokens", "temperature"} & set(remote.bodies[-1])
+
+
+@in_loop
+async def test_answers_of_a_remote_count_in_the_usual_metrics():
+    async with Remote("Hel", "lo", usage=(11, 2)).serving() as remote:
+        _, cascade = remote_pair(remote.url)
+        metrics = Metrics(ServedModels(cascade))
+        stream = metrics.observe(await cascade.submit("abc", GREEDY), "auto")
+        async for _ in stream:
+            pass
+        shown = metrics.expose()[0].decode()
+        for name, value in (("prompt_tokens_total", 11), ("generation_tokens_total", 2)):
+            assert f'jaxdual:{name}{{model_name="auto"}} {value}.0' in shown
+        assert 'jaxdual:time_to_first_token_seconds_count{model_name="auto"} 1.0' in shown
 
 
 @in_loop
