@@ -118,7 +118,10 @@ def test_a_tier_that_dies_under_load_costs_no_request_and_changes_no_answer(tmp_
         assert right > 0.75 * tiers.total()
         metrics = server.client.get("/metrics").text
         counted = {
-            tier: float(value) for tier, value in re.findall(r'cascade_requests_total\{.*tier="(\w+)"\} (\S+)', metrics)
+            tier: float(value)
+            for tier, value in re.findall(
+                r'cascade_requests_total\{.*reason="(?:confident|last)",tier="(\w+)"\} (\S+)', metrics
+            )
         }
         given_up = 2 * undisturbed.count(None)
         for tier, count in tiers.items():
