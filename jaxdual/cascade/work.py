@@ -46,7 +46,3 @@ class LayerSizes:
         if not self.tap:
             return 2 * self.lower * work.lower
         return 2 * (self.lower * work.lower + self.upper * work.upper)
-
-    def layer_tokens(self, work: Work) -> int:
-        """Tokens times layers that they went through."""
-        return work.lower * (self.tap or self.layers) + work.upper * (self.layers - self.tap if self.tap else 0)
