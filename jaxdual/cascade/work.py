@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -36,6 +37,12 @@ class LayerSizes:
     layers: int = 0
     tap: int = 0
 
+    @classmethod
+    def of(cls, layers: Sequence[int], tap: int = 0) -> LayerSizes:
+        """Of the parameters of each layer, parted at the tap."""
+        below = tap or len(layers)
+        return cls(sum(layers[:below]), sum(layers[below:]), len(layers), tap)
+
     @property
     def parameters(self) -> int:
         """N of the scaling laws: what a token meets in a whole pass."""
@@ -43,6 +50,4 @@ class LayerSizes:
 
     def flops(self, work: Work) -> int:
         """2 N for each token (Kaplan et al. 2020), each part of the layers by the tokens that went through it."""
-        if not self.tap:
-            return 2 * self.lower * work.lower
         return 2 * (self.lower * work.lower + self.upper * work.upper)

@@ -45,9 +45,8 @@ class GatedPrefill:
         self._programs = GatedPrograms(device.programs, probe.tap, device.layout.page_size)
         where = device.programs.slot_sharding
         self._probe: ProbeParameters = jax.device_put(probe.parameters, where)
-        hidden = probe.hidden_size
-        rows = num_pages * device.layout.page_size
-        self._stash = jnp.zeros((rows, hidden), device.layout.dtype, device=where)
+        shape = num_pages, device.layout.page_size, probe.hidden_size
+        self._stash = jnp.zeros(shape, device.layout.dtype, device=where)
 
     def lower(
         self,
@@ -89,7 +88,7 @@ class GatedPrefill:
             starts[0],
             counts[0],
             device.group_tables(slots, chunk),
-            np.zeros(chunk, np.int32),
+            chunk=chunk,
             experts=programs.experts,
         )
         return last

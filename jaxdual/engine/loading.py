@@ -204,7 +204,7 @@ def _load_model(
         dysco_refusal=refusal,
         dysco_profile=dysco_profile,
         dysco_only_compiled=config.dysco_requests == "compiled",
-        layer_sizes=_layer_sizes(model_config, 0 if probe is None else probe.tap),
+        layer_sizes=LayerSizes.of(active_parameters(model_config), 0 if probe is None else probe.tap),
         gate_refusal=_gate_refusal(config),
     )
     return LoadedModel(
@@ -248,12 +248,6 @@ def _probe(config: EngineConfig, model: ModelConfig, layout: KVLayout, fingerpri
         return load_probe(Path(config.probe), fingerprint, model.num_layers, model.hidden_size)
     except ValueError as error:
         raise ConfigError(f"probe={config.probe!r}: {error}") from None
-
-
-def _layer_sizes(model: ModelConfig, tap: int) -> LayerSizes:
-    sizes = active_parameters(model)
-    below = tap or len(sizes)
-    return LayerSizes(sum(sizes[:below]), sum(sizes[below:]), len(sizes), tap)
 
 
 def _dysco_refusal(layout: KVLayout, model: ModelConfig) -> str:

@@ -81,7 +81,7 @@ class GroupPrefill:
         self._begins = table.relative(starts)
         self._pages = jnp.asarray(table.pages)
         positions = self._begins[:, None] + offsets[None, :]
-        self._places = _places(page_size, positions, offsets[None, :] < counts[:, None], self._pages)
+        self._places = places_of(page_size, positions, offsets[None, :] < counts[:, None], self._pages)
 
     def attend(
         self,
@@ -184,7 +184,7 @@ def decode_attend(
     relative = [jnp.where(real, table.relative(positions), -1) for table in tables]
     pages = [jnp.asarray(table.pages) for table in tables]
     places = [
-        _places(layout.page_size, jnp.maximum(begin, 0)[:, None], real[:, None], of_group)
+        places_of(layout.page_size, jnp.maximum(begin, 0)[:, None], real[:, None], of_group)
         for begin, of_group in zip(relative, pages, strict=True)
     ]
 
@@ -229,7 +229,7 @@ def _refuse_with_pseudo_heads(key_bias: KeyBias | None, look: Callable[..., Arra
         raise NotImplementedError("attention of pseudo heads can't be raised or looked at")
 
 
-def _places(
+def places_of(
     page_size: int, positions: Int32[Array, "seqs chunk"], real: Array, pages: Int32[Array, "seqs width"]
 ) -> tuple[jax.Array, jax.Array]:
     """Page and slot in it of every token, flat; padding goes past the end of the arena, where a write is dropped."""

@@ -52,6 +52,19 @@ def _routed(moe: MoE, x: Float[Array, "T D"]) -> tuple[Int32[Array, "T k"], Floa
     return chosen, moe.apply(x, chosen, weights)
 
 
+def chunk_positions(
+    starts: Int32[Array, " seqs"], counts: Int32[Array, " seqs"], chunk: int
+) -> tuple[Int32[Array, "seqs chunk"], Bool[Array, "seqs chunk"]]:
+    """Positions of the tokens of padded chunks, and which of them are no padding."""
+    offsets = jnp.arange(chunk, dtype=jnp.int32)[None, :]
+    return starts[:, None] + offsets, offsets < counts[:, None]
+
+
+def last_rows(counts: Int32[Array, " seqs"], chunk: int) -> Int32[Array, " seqs"]:
+    """Rows of the last tokens of padded chunks that lie side by side."""
+    return jnp.arange(counts.shape[0], dtype=jnp.int32) * chunk + jnp.maximum(counts - 1, 0)
+
+
 class Programs:
     """Compiled per padded shape on first use; the arenas and the sampler state are donated.
 
@@ -109,15 +122,13 @@ class Programs:
         router_counts: RouterCounts | None = None,
     ) -> tuple[Arenas, Float[Array, "tokens hidden"], Float[Array, "seqs hidden"], RouterCounts | None]:
         """Residual stream of all tokens, and of the last token of each chunk."""
-        seqs, chunk = tokens.shape
+        chunk = tokens.shape[1]
         tokens = self.split(tokens)
-        offsets = jnp.arange(chunk, dtype=jnp.int32)[None, :]
-        positions = starts[:, None] + offsets
+        positions, real = chunk_positions(starts, counts, chunk)
         attend = self.prefill_attend(starts, counts, tables, chunk)
-        routing = Routing(experts, (offsets < counts[:, None]).reshape(-1), router_counts)
+        routing = Routing(experts, real.reshape(-1), router_counts)
         x, arenas = self.model(leaves)(tokens.reshape(-1), positions.reshape(-1), attend, arenas, self.mix(routing))
-        last = jnp.arange(seqs, dtype=jnp.int32) * chunk + jnp.maximum(counts - 1, 0)
-        return arenas, x, x[last], self.counted(routing)
+        return arenas, x, x[last_rows(counts, chunk)], self.counted(routing)
 
     def _decode(
         self,

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from models.training.records import card_fields
 from models.training.tokenizer import render_chat
 
 # One of each use: plain code, a method, a docstring, and a chat request.
@@ -100,23 +101,8 @@ def model_card(metrics: Mapping[str, Any]) -> str:
             f"{moe['num_experts']} experts of {moe['intermediate_size']} (SwiGLU), {moe['num_experts_per_tok']} a token"
         )
     return _CARD.format(
-        size=metrics["size"],
+        **card_fields(metrics) | {"feed_forward": feed_forward},
         kind=kind,
-        parameters=metrics["parameters"],
-        family=config["family"],
-        layers=config["num_layers"],
-        hidden=config["hidden_size"],
-        heads=config["num_heads"],
-        kv_heads=config["num_kv_heads"],
-        head_dim=config["head_dim"],
-        feed_forward=feed_forward,
-        vocab=config["vocab_size"],
-        context=config["max_position_embeddings"],
-        tokens=metrics["tokens"],
-        steps=metrics["steps"],
-        cpu_minutes=metrics["train_cpu_minutes"],
-        machine=metrics["machine"],
-        date=metrics["date"],
         heldout_files=metrics["heldout_files"],
         heldout_bytes=metrics["heldout_bytes"],
         window=metrics["heldout_window"],

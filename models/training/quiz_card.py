@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from models.training.records import card_fields
+
 _CARD = """\
 ---
 license: cc0-1.0
@@ -17,7 +19,7 @@ the cascade (`docs/cascade.md`) can be tried and measured without downloads. It 
 | | |
 | --- | --- |
 | layers, hidden size, heads / KV heads, head size | {layers}, {hidden}, {heads} / {kv_heads}, {head_dim} |
-| feed-forward | {feed_forward} (SwiGLU) |
+| feed-forward | {feed_forward} |
 | vocabulary | {vocab}: bytes, names, the words of questions, the fixed parts of prompts |
 | training | {questions_told:,} questions in {steps:,} steps, {cpu_minutes} CPU minutes ({machine}), {date} |
 
@@ -50,26 +52,12 @@ A killed run goes on with `--resume`. The last bits of the weights depend on the
 
 def quiz_card(metrics: Mapping[str, Any]) -> str:
     """The text of ``README.md``, from what ``metrics.json`` holds."""
-    config = metrics["config"]
     rows = "\n".join(f"| {state} | {right:.1%} |" for state, right in metrics["right_by_state"].items())
     return _CARD.format(
-        size=metrics["size"],
+        **card_fields(metrics),
         short_size=metrics["size"].removeprefix("quiz_"),
-        parameters=metrics["parameters"],
         layer_parameters=metrics["parameters_of_layers"],
-        family=config["family"],
-        layers=config["num_layers"],
-        hidden=config["hidden_size"],
-        heads=config["num_heads"],
-        kv_heads=config["num_kv_heads"],
-        head_dim=config["head_dim"],
-        feed_forward=config["intermediate_size"],
-        vocab=config["vocab_size"],
         questions_told=metrics["tokens"] // metrics["recipe"]["length"],
-        steps=metrics["steps"],
-        cpu_minutes=metrics["train_cpu_minutes"],
-        machine=metrics["machine"],
-        date=metrics["date"],
         questions=metrics["questions"],
         right=metrics["right"],
         rows=rows,

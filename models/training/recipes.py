@@ -128,3 +128,5 @@ _QUIZ_RECIPE = Recipe(
     tokens_per_step=_QUIZ_ROWS * QUIZ_WINDOW, length=QUIZ_WINDOW, long_length=QUIZ_WINDOW, long_fraction=0.0
 )
 QUIZ_RECIPES = {"small": _QUIZ_RECIPE, "large": _QUIZ_RECIPE}
+# The small one is to know between half and three quarters of what it is asked.
+QUIZ_STEPS = {"small": 1020, "large": 3000}

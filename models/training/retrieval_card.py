@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from models.training.records import card_fields
+
 _CARD = """\
 ---
 license: cc0-1.0
@@ -17,7 +19,7 @@ heads have a trained model that retrieves, small enough for a CPU. It knows noth
 | | |
 | --- | --- |
 | layers, hidden size, heads / KV heads, head size | {layers}, {hidden}, {heads} / {kv_heads}, {head_dim} |
-| feed-forward | {feed_forward} (SwiGLU) |
+| feed-forward | {feed_forward} |
 | vocabulary | {vocab}: bytes, 512 invented words of four letters, the words of questions and answers |
 | context | trained on windows of at most {long_length} tokens; {context} positions are served |
 | training | {tokens:,} tokens in {steps:,} steps, {cpu_minutes} CPU minutes of one core ({machine}), {date} |
@@ -64,28 +66,13 @@ A killed run goes on with `--resume`. The schedule follows CPU time, so another 
 
 def retrieval_card(metrics: Mapping[str, Any]) -> str:
     """The text of ``README.md``, from what ``metrics.json`` holds."""
-    config = metrics["config"]
     rows = "\n".join(
         f"| {length} | {metrics['lookup_windows'][length]} | {right:.1%} |"
         for length, right in metrics["lookup_accuracy"].items()
     )
     return _CARD.format(
-        parameters=metrics["parameters"],
-        family=config["family"],
-        layers=config["num_layers"],
-        hidden=config["hidden_size"],
-        heads=config["num_heads"],
-        kv_heads=config["num_kv_heads"],
-        head_dim=config["head_dim"],
-        feed_forward=config["intermediate_size"],
-        vocab=config["vocab_size"],
-        context=config["max_position_embeddings"],
+        **card_fields(metrics),
         long_length=metrics["recipe"]["long_length"],
-        tokens=metrics["tokens"],
-        steps=metrics["steps"],
-        cpu_minutes=metrics["train_cpu_minutes"],
-        machine=metrics["machine"],
-        date=metrics["date"],
         rows=rows,
         budget=metrics["budget_cpu_minutes"],
     )

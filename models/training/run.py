@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Container
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -152,11 +152,6 @@ def run(
             report(line, state)
             since, recent = state, []
     return with_parameters(config, state.parameters), state
-
-
-def settings(config: ModelConfig, recipe: Recipe) -> dict[str, object]:
-    """Model and recipe as plain values, for the record of a run."""
-    return {"config": asdict(config), "recipe": asdict(recipe)}
 
 
 def _next_batch(position: Position, recipe: Recipe, fraction: float) -> tuple[Position, int]:

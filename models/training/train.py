@@ -7,7 +7,6 @@ configuration, tokenizer, ``metrics.json`` and the model card.
 import argparse
 import json
 import math
-import platform
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -27,7 +26,8 @@ from models.training.card import PROMPTS, model_card
 from models.training.data import WindowStream
 from models.training.evaluate import STRIDE, WINDOW, baselines, bits_per_byte, complete
 from models.training.recipes import CONFIGS, RECIPES
-from models.training.run import Budget, Progress, run, settings
+from models.training.records import record, write_record
+from models.training.run import Budget, Progress, run
 from models.training.state import TrainState
 
 STATE_FOLDER = "state"
@@ -65,19 +65,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     write_folder(model, args.out)
     metrics = {
-        "size": args.size,
-        **settings(config, recipe),
-        "steps": state.step,
-        "tokens": state.tokens,
+        **record(args.size, config, recipe, state),
         "budget_cpu_minutes": args.cpu_minutes if args.steps is None else None,
-        "train_cpu_minutes": round(state.cpu_seconds / 60, 1),
         "corpus_python": corpus.load_manifest().python,
-        "machine": machine(),
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
         **measure(args.out, entries, train, heldout),
     }
-    (args.out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-    (args.out / "README.md").write_text(model_card(metrics), encoding="utf-8")
+    write_record(args.out, metrics, model_card)
     used = (time.process_time() - started) / 60
     print(
         f"{args.out}: {metrics['heldout_bits_per_byte']:.3f} bits per byte held out; "
@@ -167,16 +160,6 @@ def count(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text}: must be at least 1")
     return value
-
-
-def machine() -> str:
-    """Architecture, and name of the CPU where the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return f"{platform.machine()}, {next(names, platform.processor())}"
 
 
 if __name__ == "__main__":

@@ -1,9 +1,7 @@
 """Trains a quiz model and writes its folder; a killed run goes on with ``--resume``."""
 
 import argparse
-import json
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,10 +16,11 @@ from models.training import quiz, tokenizer
 from models.training.data import Position
 from models.training.evaluate import Scorer
 from models.training.quiz_card import quiz_card
-from models.training.recipes import QUIZ_CONFIGS, QUIZ_RECIPES
-from models.training.run import Budget, Progress, run, settings
+from models.training.recipes import QUIZ_CONFIGS, QUIZ_RECIPES, QUIZ_STEPS
+from models.training.records import record, write_record
+from models.training.run import Budget, Progress, run
 from models.training.state import TrainState
-from models.training.train import STATE_FOLDER, count, machine, write_folder
+from models.training.train import STATE_FOLDER, count, write_folder
 
 _HELDOUT_ROWS = 256
 _CHECKPOINT_SECONDS = 60.0
@@ -40,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         model, state = run(
             config,
             recipe,
-            Budget(steps=args.steps),
+            Budget(steps=args.steps or QUIZ_STEPS[args.size]),
             quiz.QuizStream(entries, quiz.TRAINING_SEED),
             heldout,
             args.out / STATE_FOLDER,
@@ -53,17 +52,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     write_folder(model, args.out)
     metrics = {
-        "size": f"quiz_{args.size}",
-        **settings(config, recipe),
-        "steps": state.step,
-        "tokens": state.tokens,
-        "train_cpu_minutes": round(state.cpu_seconds / 60, 1),
-        "machine": machine(),
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        **record(f"quiz_{args.size}", config, recipe, state),
         **measure(args.out, entries),
     }
-    (args.out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-    (args.out / "README.md").write_text(quiz_card(metrics), encoding="utf-8")
+    write_record(args.out, metrics, quiz_card)
     print(f"{args.out}: right of multiple-choice questions: {metrics['right']}")
     return 0
 
@@ -118,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m models.training.train_quiz", description=__doc__)
     parser.add_argument("--size", choices=sorted(QUIZ_CONFIGS), required=True)
     parser.add_argument("--out", type=Path, required=True, help="folder of the model; the run's state lies in it too")
-    parser.add_argument("--steps", type=count, default=3000, help="of 256 questions each (default %(default)d)")
+    parser.add_argument("--steps", type=count, help="of 256 questions each; default that of the shipped model")
     parser.add_argument("--resume", action="store_true", help="go on from the state in --out")
     return parser
 

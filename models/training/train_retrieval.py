@@ -1,9 +1,7 @@
 """Trains the retrieval model on random documents and writes its folder; a killed run goes on with ``--resume``."""
 
 import argparse
-import json
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,12 +16,13 @@ from models.training import tokenizer
 from models.training.data import Position
 from models.training.evaluate import Scorer
 from models.training.recipes import RETRIEVAL_CONFIG, RETRIEVAL_RECIPE
+from models.training.records import record, write_record
 from models.training.retrieval import RetrievalStream, build_tokenizer, looked_up
 from models.training.retrieval_card import retrieval_card
 from models.training.retrieval_init import planted
-from models.training.run import Budget, Progress, run, settings
+from models.training.run import Budget, Progress, run
 from models.training.state import TrainState
-from models.training.train import STATE_FOLDER, machine, minutes, write_folder
+from models.training.train import STATE_FOLDER, minutes, write_folder
 
 _HELDOUT_SEED = 1 << 20
 _HELDOUT_ROWS = 8
@@ -58,18 +57,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     write_folder(model, args.out)
     metrics = {
-        "size": "retrieval",
-        **settings(config, recipe),
-        "steps": state.step,
-        "tokens": state.tokens,
+        **record("retrieval", config, recipe, state),
         "budget_cpu_minutes": args.cpu_minutes,
-        "train_cpu_minutes": round(state.cpu_seconds / 60, 1),
-        "machine": machine(),
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
         **measure(args.out, entries),
     }
-    (args.out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-    (args.out / "README.md").write_text(retrieval_card(metrics), encoding="utf-8")
+    write_record(args.out, metrics, retrieval_card)
     print(f"{args.out}: of what is to be looked up, right by length of window: {metrics['lookup_accuracy']}")
     return 0
 

@@ -29,7 +29,7 @@ from jaxdual.cascade.letters import confidence_of
 from jaxdual.cascade.options import ConfidenceSpec
 from jaxdual.cascade.work import LayerSizes
 from jaxdual.tokenizer import Tokenizer
-from models import Decoder, ModelConfig
+from models import Decoder
 from models.attention import dense_attend
 from models.fingerprint import model_fingerprint
 from models.questions import LETTERS, OPENING
@@ -167,7 +167,7 @@ def collect(
             folder=str(folder),
             fingerprint=model_fingerprint(folder, dtype).hex(),
             dtype=dtype,
-            sizes=layer_sizes(model.config, tap),
+            sizes=LayerSizes.of(active_parameters(model.config), tap),
             hidden_size=model.config.hidden_size,
             form=form,
             kind="choices" if items[0].choices else "opening",
@@ -189,12 +189,6 @@ def collect(
         p_true=asked[0],
         p_true_tokens=asked[1],
     )
-
-
-def layer_sizes(config: ModelConfig, tap: int) -> LayerSizes:
-    """Parameters of a model's layers that a token meets, parted at the tap."""
-    sizes = active_parameters(config)
-    return LayerSizes(sum(sizes[:tap]), sum(sizes[tap:]), len(sizes), tap)
 
 
 @dataclass(frozen=True, slots=True)
@@ -340,12 +334,9 @@ def _read(
     model: Decoder = nnx.merge(graphdef, state)
     batch, length = tokens.shape
     attend = dense_attend(batch, length, model.config.layer_windows)
-    x, rope = model.embed(tokens.reshape(-1)), model.rope(jnp.tile(jnp.arange(length), batch))
-    rows = jnp.arange(batch) * length + lengths - 1
-    tapped = x
-    for index in range(model.config.num_layers):
-        x, _ = model.layer(index, x, rope, attend, None)
-        tapped = x if index + 1 == tap else tapped
+    positions, rows = jnp.tile(jnp.arange(length), batch), jnp.arange(batch) * length + lengths - 1
+    tapped, _ = model.run(range(tap), model.embed(tokens.reshape(-1)), positions, attend, None)
+    x, _ = model.run(range(tap, model.config.num_layers), tapped, positions, attend, None)
     logprobs = jax.nn.log_softmax(model.head(x[rows]), axis=-1)
     likeliest = jnp.argmax(logprobs, axis=-1).astype(jnp.int32)
     return Read(tapped[rows].astype(jnp.float32), logprobs[:, watched], likeliest)

@@ -162,7 +162,5 @@ def alone(tiers: Sequence[TierCosts], tier: int) -> Ledger:
 
 def pass_flops(sizes: LayerSizes, lower: np.ndarray, upper: np.ndarray) -> Float[np.ndarray, " N"]:
     """`LayerSizes.flops` of many passes."""
-    if not sizes.tap:
-        return 2.0 * sizes.lower * lower
     total: np.ndarray = 2.0 * (sizes.lower * lower + sizes.upper * upper)
     return total

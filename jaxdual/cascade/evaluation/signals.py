@@ -58,9 +58,7 @@ class Header:
         Raises:
           ValueError: a mode or temperature that this kind has not.
         """
-        if self.kind == "choices":
-            return Confidence("choices", self.tokens, mode, temperature)
-        return Confidence("opening", self.tokens, mode, temperature)
+        return Confidence(self.kind, self.tokens, mode, temperature)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxdual.cascade.evaluation.collect import Reader, collect, layer_sizes
+from jaxdual.cascade.evaluation.collect import Reader, collect
 from jaxdual.cascade.evaluation.item_prompts import prompt_of
 from jaxdual.cascade.evaluation.items import Item, item_of
 from jaxdual.cascade.evaluation.rules import p_t_of
@@ -25,7 +25,7 @@ from jaxdual.tokenizer import Tokenizer
 from models import Decoder, load
 from models.attention import dense_attend
 from models.fingerprint import model_fingerprint
-from models.shapes import parameters_of
+from models.shapes import active_parameters, parameters_of
 from models.training import quiz
 from tests.cascade.evaluation import quiz_models
 
@@ -218,7 +218,7 @@ def test_p_true_takes_one_more_pass(folder: Path, model: Decoder, tokenizer: Tok
 
 
 def test_sizes_are_parameters_of_layers_below_and_above_the_tap(model: Decoder, taken: Signals) -> None:
-    sizes = layer_sizes(model.config, TAP)
+    sizes = LayerSizes.of(active_parameters(model.config), TAP)
     parameters = {name: value.size for name, value in parameters_of(model).items()}
     layers = [sum(size for name, size in parameters.items() if name.startswith(f"layers.{i}.")) for i in range(LAYERS)]
     assert sizes == taken.header.sizes == LayerSizes(sum(layers[:TAP]), layers[TAP], LAYERS, TAP)
