@@ -9,32 +9,29 @@ import hashlib
 import itertools
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
 from jaxdual.async_api import AsyncLLM
 from jaxdual.cascade.config import CascadeConfig, ExternalTier, LocalTier
-from jaxdual.cascade.decision import Decision, Failure
-from jaxdual.cascade.gate import Gate, Verdict
+from jaxdual.cascade.decision import Decision
+from jaxdual.cascade.gate import Gate
 from jaxdual.cascade.options import CascadeOptions, CascadeRequestError, ConfidenceSpec
+from jaxdual.cascade.serving.asking import ask, told
 from jaxdual.cascade.serving.external import RemoteTier
 from jaxdual.cascade.serving.prompt import CascadePrompt, ChatPrompt, PlainPrompt
 from jaxdual.cascade.serving.route import Route
-from jaxdual.cascade.serving.stream import CascadeStream, UnderWay, first_verdict
+from jaxdual.cascade.serving.stream import CascadeStream, UnderWay
 from jaxdual.cascade.serving.tiers import EngineTier, Question, Tier
 from jaxdual.config import MAX_QUEUED_REQUESTS, ConfigError, EngineConfig
 from jaxdual.engine.supervisor import EngineState
-from jaxdual.errors import EngineDeadError, NotServingError, PromptTooLongError, QueueFullError
+from jaxdual.errors import NotServingError, QueueFullError
 from jaxdual.front import Prompt, TokenizedPrompt
-from jaxdual.outputs import RequestOutput
 from jaxdual.sampling_params import RECOMMENDED_SAMPLING, SamplingParams
 from jaxdual.tokenizer import Tokenizer, TokenizerError
 
 # Of several engines' states, the first of these is that of all together.
 _WORST_FIRST = (EngineState.STARTING, EngineState.RESTARTING, EngineState.WARMING, EngineState.DRAINING)
-# What a request is told that no tier answers: the first of these that one of them gave as its reason.
-_TOLD_FIRST = (QueueFullError, NotServingError, PromptTooLongError)
 
 
 class CascadeLLM:
@@ -279,7 +276,7 @@ class CascadeLLM:
                 return tier.check_door(outputs)
             except (ValueError, QueueFullError, NotServingError) as error:
                 errors.append(error)
-        raise _told(errors)
+        raise told(errors)
 
     async def submit(
         self,
@@ -327,7 +324,7 @@ class CascadeLLM:
         under_way = self._under_way[request_id] = UnderWay(time.monotonic())
         self._idle.clear()
         try:
-            return await self._answer(question, route, under_way)
+            return await ask(self._tiers, question, route, under_way, self._ended)
         except BaseException:
             self._forget(request_id)
             self._tell_decision(route.ended())
@@ -342,36 +339,6 @@ class CascadeLLM:
         return True
 
     # The way of a request.
-
-    async def _answer(self, question: Question, route: Route, under_way: UnderWay) -> CascadeStream:
-        errors: list[Exception] = []
-        while (step := route.step) is not None:
-            tier, began = self._tiers[step.tier], time.monotonic()
-            try:
-                stream = await tier.begin(question, step.gate)
-            except (QueueFullError, NotServingError, PromptTooLongError) as error:
-                errors.append(error)
-                route.lost(_failure_of(error))
-                continue
-            under_way.enter(stream)
-            try:
-                verdict = await first_verdict(stream, step.gate)
-            except BaseException:
-                stream.close()
-                raise
-            output, seconds = stream.output, time.monotonic() - began
-            if output.outputs[0].finish_reason == "error":
-                errors.append(EngineDeadError(f"tier {tier.name!r}: {output.outputs[0].error or 'it failed'}"))
-                route.lost(tier.failure(stream), tier.spent(output, seconds))
-            elif verdict is not None and not verdict.passed:
-                route.refused(verdict, tier.spent(output, seconds, _judged(verdict, step.gate)))
-            else:
-                output.metrics.arrival_time = under_way.arrival
-                decide = partial(_decided, route, verdict, tier, output, began)
-                if output.outputs[0].finish_reason == "abort":
-                    decide = partial(_aborted, route, tier, output, began)
-                return CascadeStream(stream, decide, self._ended)
-        raise _told(errors)
 
     def _ended(self, stream: CascadeStream) -> None:
         self._forget(stream.output.request_id)
@@ -449,32 +416,11 @@ class CascadeLLM:
             listener(self.state)
 
 
-def _judged(verdict: Verdict, gate: Gate | None) -> int:
-    """Output tokens that a refusal has taken: a model by the token bills them, whether or not anybody sees them."""
-    if verdict.refused_by == "p_ik" or gate is None or gate.confidence is None:
-        return 0
-    return gate.confidence.positions
-
-
 async def _start(name: str, engine: AsyncLLM) -> None:
     try:
         await engine.start()
     except ValueError as error:
         raise type(error)(f"tier {name!r}: {error}") from None
-
-
-def _decided(route: Route, verdict: Verdict | None, tier: Tier, output: RequestOutput, began: float) -> Decision:
-    return route.answered(verdict, tier.spent(output, time.monotonic() - began))
-
-
-def _aborted(route: Route, tier: Tier, output: RequestOutput, began: float) -> Decision:
-    return route.ended(tier.spent(output, time.monotonic() - began))
-
-
-def _failure_of(error: Exception) -> Failure:
-    if isinstance(error, PromptTooLongError):
-        return "too_long"
-    return "queue_full" if isinstance(error, QueueFullError) else "unavailable"
 
 
 def _engine_of(tier: LocalTier, max_queued_requests: int) -> AsyncLLM:
@@ -488,15 +434,6 @@ def _tokenizer_name(engine: AsyncLLM) -> str:
         return engine.get_tokenizer().fingerprint
     except TokenizerError:
         return f"none, of {engine.info.vocab_size} tokens"
-
-
-def _told(errors: Sequence[Exception]) -> Exception:
-    """What a request is told whose tiers have all failed."""
-    for kind in _TOLD_FIRST:
-        for error in errors:
-            if isinstance(error, kind):
-                return error
-    return errors[-1]
 
 
 def _least(*values: int | None) -> int | None:

@@ -19,6 +19,7 @@ from jaxdual.cascade.config import read_cascade
 from jaxdual.cascade.options import CascadeOptions
 from jaxdual.cascade.probe import ConfidenceProbe, Probe
 from jaxdual.cascade.serving.service import CascadeLLM
+from jaxdual.cascade.work import Work
 from jaxdual.model_folder import shipped_model
 from models import load_config
 from models.fingerprint import model_fingerprint
@@ -77,6 +78,11 @@ def test_a_request_goes_through_both_engines_and_survives_the_death_of_one(casca
             sizes = cascade.engines["small"].info.layer_sizes
             assert small.spent.flops == 2 * sizes.parameters * tokens
             assert (base.spent.output_tokens, base.spent.work.lower) == (6, tokens + 5)
+            # What decisions say that tiers computed is what their engines have counted, all of it.
+            more = [await ask() for _ in range(3)]
+            for place, name in enumerate(("small", "base")):
+                spent = sum((one.decision.hops[place].spent.work for one in (output, *more)), Work())
+                assert (await cascade.engines[name].stats()).work == spent
             alone = [one async for one in cascade.engines["base"].generate(PROMPT, GREEDY)][-1]
             assert output.outputs[0].token_ids == alone.outputs[0].token_ids
             # P(T) is at least what the model itself says of one of these letters.
