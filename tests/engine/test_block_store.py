@@ -108,12 +108,17 @@ def test_what_one_engine_computed_the_next_one_reads(stored: Callable[[str], Sto
     first.close()
     assert first.stats().store_blocks_lost == 0
     second = pair.engine(kv_landing=landing)
-    for prompt, output in zip(prompts, pair.check(second, prompts), strict=True):
-        assert output.num_cached_tokens == (len(prompt) - 1) // BLOCK * BLOCK
+    # As many as fit side by side: which sequence would have to give way, and compute again, depends on whose blocks
+    # come first.
+    fitting = prompts[1:5]
+    hits = [(len(prompt) - 1) // BLOCK * BLOCK for prompt in fitting]
+    for hit, output in zip(hits, pair.check(second, fitting), strict=True):
+        assert output.num_cached_tokens == hit
     stats = second.stats()
-    assert stats.store_cache_hits == sum((len(prompt) - 1) // BLOCK * BLOCK for prompt in prompts)
-    # More than the rest only where a sequence had to give way.
-    assert stats.computed_prompt_tokens < stats.store_cache_hits / 4
+    assert (stats.store_cache_hits, stats.preemptions) == (sum(hits), 0)
+    # A prompt's last token alone is a row as those of decoding are, and isn't counted.
+    rests = [len(prompt) - hit for prompt, hit in zip(fitting, hits, strict=True)]
+    assert stats.computed_prompt_tokens == sum(rest for rest in rests if rest > 1)
     # A conversation goes on from the stored answer.
     answers = [list(output.outputs[0].token_ids) for output in pair.check(second, prompts)]
     talk = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
