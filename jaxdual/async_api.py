@@ -360,7 +360,7 @@ class AsyncLLM(ServedModel):
             self._text.resume(_MOST_ENGINES_LOST, keep=self._engine.waiting)
         ended = self._text.fail(reason, keep=self._engine.waiting)
         if ended:
-            _logger.error("%d requests end with an error: %s", len(ended), reason)
+            _logger.error("%s: %d requests end with an error: %s", self.served_model_name, len(ended), reason)
         self._deliver(ended)
 
     # Streams.

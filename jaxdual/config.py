@@ -100,6 +100,8 @@ class EngineConfig:
       user_ttl: seconds from a user's last request within which "gimbal" sends the next to the same rank; inf for ever.
       async_scheduling: plans the next step while the device works on this one; False is the plain loop that it must
         agree with.
+      compile_ahead: whether an engine's process compiles all padded shapes from its start on, between requests; False
+        leaves each to the first step that needs it: the process has less to do, and single requests wait longer.
       seed: of the seeds drawn for requests that bring none; None for a random one.
       compilation_cache_dir: JAX's persistent compilation cache; None for `$JAX_COMPILATION_CACHE_DIR`, else
         `jaxdual/xla` in the user's cache folder; "" for none.
@@ -153,6 +155,7 @@ class EngineConfig:
     theta_load: int = 3000
     user_ttl: float = 600.0
     async_scheduling: bool = True
+    compile_ahead: bool = True
     seed: int | None = None
     compilation_cache_dir: str | None = None
 

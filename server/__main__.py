@@ -27,6 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_arguments(parser, ServerConfig, ClusterConfig, EngineConfig)
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # else a line for each request to a cascade's remote tier
     try:
         engine_config, server_config = read_config(EngineConfig, options), read_config(ServerConfig, options)
         cluster_config = read_config(ClusterConfig, options)

@@ -116,11 +116,13 @@ class Verdict:
     Attributes:
       refused_by: which half of the gate has refused it; None where the model answers.
       p_ik, p_t: as the gate compares them, calibrated where it is; None where it did not come to that.
+      judged: output tokens that P(T) was read from.
     """
 
     refused_by: Refusal | None
     p_ik: float | None
     p_t: float | None
+    judged: int = 0
 
     @property
     def passed(self) -> bool:
@@ -161,19 +163,20 @@ class Gate:
             return Verdict("p_ik", p_ik, None)
         return None if self.confidence is not None else Verdict(None, p_ik, None)
 
-    def after_answer(self, p_ik: float | None, p_t: float) -> Verdict:
+    def after_answer(self, p_ik: float | None, p_t: float, judged: int = 1) -> Verdict:
         """The verdict once P(T) is known, of a prompt that P(IK) has not refused.
 
         Args:
           p_ik: as the probe gives it, None without one.
           p_t: as `Confidence.p_t` gives it.
+          judged: output tokens that it was read from.
         """
         p_ik = p_ik if p_ik is None or self.platt_ik is None else self.platt_ik(p_ik)
         p_t = p_t if self.platt_t is None else self.platt_t(p_t)
         if self.fusion is not None:
             fused = 0.0 if p_ik is None else self.fusion(p_ik, p_t)
-            return Verdict(None if fused >= self.fusion.tau else "fusion", p_ik, p_t)
-        return Verdict(None if p_t >= self.tau_t else "p_t", p_ik, p_t)
+            return Verdict(None if fused >= self.fusion.tau else "fusion", p_ik, p_t, judged)
+        return Verdict(None if p_t >= self.tau_t else "p_t", p_ik, p_t, judged)
 
 
 def _logit(p: float) -> float:

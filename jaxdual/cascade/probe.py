@@ -21,7 +21,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Float32
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 WIDTHS = (256, 128, 64)
 FORMAT_VERSION = 1
@@ -152,7 +152,8 @@ class Probe:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}.{os.getpid()}")
         values = {name: np.asarray(value, np.float32) for name, value in tensors.items()}
-        save_file(values, partial, metadata={"format": "np", _KEY: json.dumps(about)})
+        # Not `save_file`, which makes files that only their owner can read.
+        partial.write_bytes(save(values, metadata={"format": "np", _KEY: json.dumps(about)}))
         partial.replace(path)
 
 

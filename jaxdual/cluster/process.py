@@ -137,8 +137,8 @@ class Member:
 
     def _on_message(self, message: Any) -> None:
         match message:
-            case Ready(info, stats):
-                self.info, self.figures.now = info, stats
+            case Ready(info, stats, warm):
+                self.info, self.figures.now, self.warm = info, stats, warm
                 mode = self._part.cluster.path_mode
                 if mode != self._started_mode:  # it was told meanwhile, and the process was not there yet
                     self.send(UseMode(-1, mode))
@@ -386,7 +386,7 @@ class ClusterProcess(asyncio.Protocol):
         )
         for member in self._members:
             self._join(self._cluster, member)
-        self._send(Ready(info, self._stats()))
+        self._send(Ready(info, self._stats(), warm=all(one.warm for one in self._members)))
 
     def _limits(self, info: EngineInfo) -> PrefillPlacement:
         """When a prefill engine or its node has enough to do. What it computes in a second is not known: an engine is

@@ -55,4 +55,4 @@ class Judge:
         self._logprobs.append(logprobs)
         if len(self._logprobs) < confidence.positions and not left and not last:
             return None
-        return self.gate.after_answer(self.p_ik, confidence.p_t(self._logprobs))
+        return self.gate.after_answer(self.p_ik, confidence.p_t(self._logprobs), len(self._logprobs))

@@ -63,13 +63,15 @@ class EngineLoop:
     Args:
       built: the engine.
       channel: to the front.
+      compile_ahead: whether there are shapes to compile.
     """
 
-    def __init__(self, built: Built[Any], channel: MessageSocket) -> None:
+    def __init__(self, built: Built[Any], channel: MessageSocket, *, compile_ahead: bool = True) -> None:
         self._built = built
         self._engine = built.engine
         self._channel = channel
-        self._warm_ups: Iterator[tuple[str, Callable[[], float]]] = built.engine.warm_ups()
+        shapes: Iterator[tuple[str, Callable[[], float]]] = built.engine.warm_ups()
+        self._warm_ups = shapes if compile_ahead else iter(())
         self._next_warm_up = next(self._warm_ups, None)
         self._warm_up_due = 0.0
         self._stats_due = 0.0
@@ -192,9 +194,9 @@ def _serve(channel: MessageSocket) -> int:
         return 1
     if built.info.device == "cpu":
         _give_way()
-    channel.send(Ready(built.info, built.stats()))
+    channel.send(Ready(built.info, built.stats(), warm=not start.config.compile_ahead))
     try:
-        EngineLoop(built, channel).run()
+        EngineLoop(built, channel, compile_ahead=start.config.compile_ahead).run()
         built.engine.close()
     except ConnectionError:
         raise

@@ -69,6 +69,7 @@ class EngineSupervisor:
         self._ready = False  # whether the process takes requests
         self._started: asyncio.Future[None] | None = None
         self._warm = asyncio.Event()
+        self._proved = False  # that the process works
         self._why_stopped = "the engine was shut down"
         self._failed_starts = 0
         self._restart: asyncio.Task[None] | None = None
@@ -233,27 +234,34 @@ class EngineSupervisor:
         match message:
             case Events(events, stats):
                 self._stats = stats or self._stats
+                if events and self._warm.is_set():  # before, a shape may still be too much for the device
+                    self._works()
                 self._on_events(events)
             case Compiled(name, seconds, last):
                 self._compile_seconds[name] = seconds
                 if last:
+                    self._works()
+                if last and self._ready:
                     self._warm.set()
-                    self._failed_starts = 0
                     self._set_state(EngineState.SERVING)
             case Answer(number):
                 question = self._questions.pop(number, None)
                 if question is not None and not question.done():
                     question.set_result(message)
-            case Ready(info, stats):
+            case Ready(info, stats, warm):
                 self._stats = stats
-                self._take_requests(info)
+                self._take_requests(info, warm=warm)
             case StartFailed(kind, text):
                 if self._info is None:
                     self._give_up(_start_error(kind, text))
                 else:
-                    _logger.error("the engine can't be started again: %s: %s", kind, text)
+                    name = self._info.served_model_name
+                    _logger.error("the engine of %s can't be started again: %s: %s", name, kind, text)
 
-    def _take_requests(self, info: EngineInfo) -> None:
+    def _works(self) -> None:
+        self._proved, self._failed_starts = True, 0
+
+    def _take_requests(self, info: EngineInfo, *, warm: bool) -> None:
         try:
             self._on_ready(info)
         except ValueError as error:
@@ -263,7 +271,9 @@ class EngineSupervisor:
         self._ready = True
         if self._started is not None and not self._started.done():
             self._started.set_result(None)
-        self._set_state(EngineState.WARMING)
+        if warm:
+            self._warm.set()
+        self._set_state(EngineState.SERVING if warm else EngineState.WARMING)
         waiting, self._waiting = self._waiting, {}
         for request in waiting.values():
             self.add(request)
@@ -278,9 +288,10 @@ class EngineSupervisor:
         if self._info is None:  # never started: the caller of `start` is told
             self._give_up(EngineDeadError(reason))
             return
-        self._failed_starts += not self._warm.is_set()
+        self._failed_starts += not self._proved
+        self._proved = False
         self._warm.clear()
-        _logger.error("%s", reason)
+        _logger.error("%s: %s", self._info.served_model_name, reason)
         if self._failed_starts >= _MOST_FAILED_STARTS:
             self._give_up(EngineDeadError(f"{reason}; it has failed {self._failed_starts} times in a row"))
             return

@@ -136,10 +136,11 @@ class Stop(Message, frozen=True, tag=True):
 
 
 class Ready(Message, frozen=True, tag=True):
-    """Requests are served from now on; shapes that are not compiled yet are compiled between them."""
+    """Requests are served from now on; unless it is `warm`, shapes are compiled between them."""
 
     info: EngineInfo
     stats: EngineStats
+    warm: bool
 
 
 class StartFailed(Message, frozen=True, tag=True):

@@ -197,7 +197,7 @@ def test_every_answer_is_whole_and_nothing_is_left_behind(
         kv_store_capacity_bytes=1 << 30,
         kv_load_timeout=1.0,
         kv_transport=CARRIER,  # type: ignore[arg-type]
-        **SETTINGS,
+        **SETTINGS | {"compile_ahead": True},
     )
     began = time.monotonic()
 

@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("shared_programs")]
 
 @contextlib.asynccontextmanager
 async def cluster(case: str, **settings: Any) -> AsyncIterator[AsyncLLM]:
-    config = EngineConfig(model=str(FIXTURES / case), **SETTINGS | settings)
+    config = EngineConfig(model=str(FIXTURES / case), **SETTINGS | settings, compile_ahead=False)
     async with AsyncLLM.from_config(config, cluster=ClusterConfig(prefill=1, decode=1)) as llm:
         yield llm
 

@@ -238,14 +238,14 @@ def test_an_opening_is_judged_over_all_its_tokens_and_nothing_is_decoded_before(
             (output,) = run(llm, [prompt], [Gate(confidence, tau_ik=0, tau_t=tau)], tokens=7)
             assert output.verdict is not None
             assert output.verdict.p_t == pytest.approx(expected, rel=1e-4)
-            assert output.verdict.passed == passed
+            assert (output.verdict.passed, output.verdict.judged) == (passed, 2)
             assert output.outputs[0].token_ids == (ungated(tuple(prompt))[:7] if passed else [])
             assert output.work.upper == len(prompt) - output.num_cached_tokens + (6 if passed else 1)
         # One that opens otherwise is judged where it leaves the opening.
         other = Confidence("opening", ((opening[0] ^ 1,), (opening[1],)))
         (output,) = run(llm, [prompt], [Gate(other, tau_ik=0, tau_t=0.9)], tokens=7)
         assert output.verdict is not None
-        assert not output.verdict.passed
+        assert (output.verdict.passed, output.verdict.judged) == (False, 1)
         assert output.work.upper == len(prompt) - output.num_cached_tokens
 
 

@@ -104,6 +104,45 @@ def prompts(count: int) -> list[list[int]]:
     return [[3 + (7 * i + 5 * j) % 300 for j in range(3 + 5 * i)] for i in range(count)]
 
 
+def test_shapes_that_are_not_compiled_ahead_are_when_a_step_needs_them(run: Loop, shared: AsyncLLM) -> None:
+    async def main() -> None:
+        (prompt,) = prompts(1)
+        async with AsyncLLM(MODEL, **SETTINGS, compile_ahead=False) as llm:
+            assert llm.state is EngineState.SERVING
+            await llm.warmed_up()
+            assert llm.startup_report()["compile_seconds_by_shape"] == {}
+            output = await last(llm.generate(prompt, GREEDY))
+            assert output.outputs[0].token_ids == (await last(shared.generate(prompt, GREEDY))).outputs[0].token_ids
+            assert (llm.state, llm.startup_report()["compile_seconds_by_shape"]) == (EngineState.SERVING, {})
+
+    run(main())
+
+
+def test_an_engine_that_compiles_nothing_ahead_has_proved_itself_by_an_answer(
+    run: Loop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def kill(llm: AsyncLLM) -> None:
+        assert llm.engine_pid is not None
+        os.kill(llm.engine_pid, signal.SIGKILL)
+        while llm.state is EngineState.SERVING:
+            await asyncio.sleep(0.01)
+
+    async def main() -> None:
+        (prompt,) = prompts(1)
+        async with AsyncLLM(MODEL, **SETTINGS, compile_ahead=False) as llm:
+            for _ in range(2):
+                await last(llm.generate(prompt, GREEDY))
+                await kill(llm)
+                await llm.ready()
+                while llm.state is not EngineState.SERVING:
+                    await asyncio.sleep(0.01)
+            await kill(llm)  # nothing was asked of this one
+            assert llm.state is EngineState.STOPPED
+
+    monkeypatch.setattr(supervisor, "_MOST_FAILED_STARTS", 1)
+    run(main())
+
+
 def test_concurrent_requests_give_what_sequential_ones_give(run: Loop, shared: AsyncLLM) -> None:
     async def main() -> None:
         alone = [(await last(shared.generate(prompt, GREEDY))).outputs[0].token_ids for prompt in prompts(6)]

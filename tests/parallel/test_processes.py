@@ -37,7 +37,7 @@ from tests.parallel.test_expert_balancer import prompts
 from tests.parallel.test_mesh_programs import assert_close, tokens_of
 
 SETTINGS: dict[str, Any] = {"block_size": 8, "max_num_seqs": 4, "max_num_batched_tokens": 32, "max_model_len": 96}
-PROCESSES: dict[str, Any] = {"num_processes": 2, "join_timeout": 120}
+PROCESSES: dict[str, Any] = {"num_processes": 2, "join_timeout": 120, "compile_ahead": False}
 DEADLINE = 600.0  # seconds; reached only by a failing test
 
 

@@ -21,7 +21,8 @@ _END_SECONDS = 60
 
 def environment(**variables):
     """Variables of this process without settings of jaxdual, and with these."""
-    return {name: value for name, value in os.environ.items() if not name.startswith("JAXDUAL_")} | variables
+    others = {name: value for name, value in os.environ.items() if not name.startswith("JAXDUAL_")}
+    return others | {"JAXDUAL_COMPILE_AHEAD": "false"} | variables  # most shapes would be compiled for nothing
 
 
 def until(condition, what, seconds=60.0):

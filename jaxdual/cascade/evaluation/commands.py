@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -236,6 +237,13 @@ def _chain(tiers: Sequence[Sequence[str]], prices: Sequence[tuple[float, float]]
         probe = read_probe(Path(files[1])) if len(files) > 1 else None
         price_in, price_out = prices[place] if prices else (0.0, 0.0)
         made.append(Tier.of(read_signals(Path(files[0])), probe, price_in=price_in, price_out=price_out))
+    for before, tier in itertools.pairwise(made):
+        sizes = before.costs.sizes.parameters, tier.costs.sizes.parameters
+        if sizes[0] > sizes[1]:
+            raise ValueError(
+                f"--tier: {before.name}, whose layers have {sizes[0]:,} parameters, comes before {tier.name} with "
+                f"{sizes[1]:,}; tiers go from the smallest to the largest"
+            )
     return Chain(tuple(made))
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from jaxdual.cascade.decision import Decision, Failure
-from jaxdual.cascade.gate import Gate, Verdict
+from jaxdual.cascade.gate import Verdict
 from jaxdual.cascade.serving.route import Route
 from jaxdual.cascade.serving.stream import CascadeStream, UnderWay, first_verdict
 from jaxdual.cascade.serving.tiers import Question, Tier
@@ -60,7 +60,7 @@ async def ask(
             errors.append(EngineDeadError(f"tier {tier.name!r}: {output.outputs[0].error or 'it failed'}"))
             route.lost(tier.failure(stream), tier.spent(output, seconds))
         elif verdict is not None and not verdict.passed:
-            route.refused(verdict, tier.spent(output, seconds, _judged(verdict, step.gate)))
+            route.refused(verdict, tier.spent(output, seconds, verdict.judged))
         else:
             output.metrics.arrival_time = under_way.arrival
             decide = partial(_decided, route, verdict, tier, output, began)
@@ -77,13 +77,6 @@ def told(errors: Sequence[Exception]) -> Exception:
             if isinstance(error, kind):
                 return error
     return errors[-1]
-
-
-def _judged(verdict: Verdict, gate: Gate | None) -> int:
-    """Output tokens that a refusal has taken: a model by the token bills them, whether or not anybody sees them."""
-    if verdict.refused_by == "p_ik" or gate is None or gate.confidence is None:
-        return 0
-    return gate.confidence.positions
 
 
 def _decided(route: Route, verdict: Verdict | None, tier: Tier, output: RequestOutput, began: float) -> Decision:

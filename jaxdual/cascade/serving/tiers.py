@@ -75,7 +75,7 @@ class Tier(Protocol):
         Args:
           output: of it.
           seconds: since its turn began.
-          judged: tokens that its gate has looked at and that nobody was given.
+          judged: tokens that its gate has looked at and that nobody was given; a model by the token bills them.
         """
 
 

@@ -63,6 +63,7 @@ def test_trained_probe_is_of_the_model(made: Path) -> None:
     assert len(report["epochs"]) == 3
     assert report["base_rate"]["train"] == pytest.approx(np.mean(read_signals(made / "small.npz").of("train").correct))
     assert 0 <= report["test"]["quality"]["auroc"] <= 1
+    assert (made / "small.safetensors").stat().st_mode == (made / "train.json").stat().st_mode
 
 
 def test_calibrated_cascade_is_one_that_the_server_reads(made: Path) -> None:
@@ -194,6 +195,10 @@ def test_engines_decide_and_compute_as_the_ledger_says(made: Path, tmp_path: Pat
         ),
         (["calibrate", "--tier", "{made}/small.npz", "--out", "{tmp}/c.toml"], "1 tiers; a chain has at least 2"),
         (["calibrate", "--tier", "{made}/small.npz", "--out", "{tmp}/c.json"], "must end with .toml"),
+        (
+            ["calibrate", "--tier", "{made}/large.npz", "--tier", "{made}/small.npz", "--out", "{tmp}/c.toml"],
+            "tiers go from the smallest to the largest",
+        ),
         (
             [
                 *("calibrate", "--tier", "{made}/large.npz", "{made}/small.safetensors"),

@@ -49,6 +49,7 @@ def cascade_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     probe.save(folder / "small.safetensors")
     file = folder / "cascade.toml"
     engine = "[tier.engine]\nmax_num_seqs = 2\nmax_model_len = 128\nmax_num_batched_tokens = 64\nblock_size = 16\n"
+    engine += "compile_ahead = false\n"
     file.write_text(
         f'[[tier]]\nname = "small"\nmodel = "{shipped_model("small")}"\nprobe = "small.safetensors"\n'
         f"tau_ik = 0.0\ntau_t = 1.0\nprice_in = 1.0\n{engine}"

@@ -14,7 +14,7 @@ from server.proto.jaxdual.v1 import inference_pb2 as pb
 from tests.server.grpc.face import read_all, serving, status, until
 
 PROMPTS = ["def fibonacci(n):\n", "import os\n", "class Stack:\n    def push(self, item):\n", "for i in range("]
-SETTINGS = {"max_model_len": 256, "max_num_seqs": 8, "seed": 0}
+SETTINGS = {"max_model_len": 256, "max_num_seqs": 8, "seed": 0, "compile_ahead": False}
 
 
 def request(prompt, max_tokens):
