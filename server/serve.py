@@ -143,9 +143,9 @@ class Server:
     def _report(self, seconds: float) -> None:
         report = self._llm.startup_report()
         shapes = report["compile_seconds_by_shape"]
-        lines = "\n".join(f"  {shape_seconds:7.2f} s  {name}" for name, shape_seconds in shapes.items())
+        lines = "".join(f"\n  {shape_seconds:7.2f} s  {name}" for name, shape_seconds in shapes.items())
         _logger.info(
-            "serving %s after %.1f s: %.1f s loading, %.1f s compiling\n%s",
+            "serving %s after %.1f s: %.1f s loading, %.1f s compiling%s",
             report["model"],
             seconds,
             report["load_seconds"],
