@@ -20,9 +20,10 @@ SETTINGS = {
     "max_model_len": 256,
     "block_size": BLOCK,
     "num_kv_blocks": 40,
-    # Few shapes: an emulated processor takes long to compile.
+    # Few shapes, and only those that are needed: an emulated processor takes long to compile.
     "max_num_seqs": 1,
     "max_num_batched_tokens": 32,
+    "compile_ahead": False,
 }
 GREEDY = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True)
 
