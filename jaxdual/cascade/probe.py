@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
+
+from jaxdual.result_files import write_whole
 
 WIDTHS = (256, 128, 64)
 FORMAT_VERSION = 1
@@ -149,12 +150,9 @@ class Probe:
             "hidden_size": self.hidden_size,
             "training": dict(self.training),
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
         values = {name: np.asarray(value, np.float32) for name, value in tensors.items()}
         # Not `save_file`, which makes files that only their owner can read.
-        partial.write_bytes(save(values, metadata={"format": "np", _KEY: json.dumps(about)}))
-        partial.replace(path)
+        write_whole(path, save(values, metadata={"format": "np", _KEY: json.dumps(about)}))
 
 
 def check_probe_file(path: Path) -> None:

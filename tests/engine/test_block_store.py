@@ -108,16 +108,16 @@ def test_what_one_engine_computed_the_next_one_reads(stored: Callable[[str], Sto
     first.close()
     assert first.stats().store_blocks_lost == 0
     second = pair.engine(kv_landing=landing)
-    # As many as fit side by side: which sequence would have to give way, and compute again, depends on whose blocks
-    # come first.
-    fitting = prompts[1:5]
-    hits = [(len(prompt) - 1) // BLOCK * BLOCK for prompt in fitting]
-    for hit, output in zip(hits, pair.check(second, fitting), strict=True):
-        assert output.num_cached_tokens == hit
-    stats = second.stats()
-    assert (stats.store_cache_hits, stats.preemptions) == (sum(hits), 0)
-    # A prompt's last token alone is a row as those of decoding are, and isn't counted.
-    rests = [len(prompt) - hit for prompt, hit in zip(fitting, hits, strict=True)]
+    hits = [(len(prompt) - 1) // BLOCK * BLOCK for prompt in prompts]
+    assert [output.num_cached_tokens for output in pair.check(second, prompts)] == hits
+    assert second.stats().store_cache_hits == sum(hits)
+    # As many as fit side by side: which sequence has to give way otherwise, and computes again, depends on whose
+    # blocks come first. A prompt's last token alone is a row as those of decoding are, and isn't counted.
+    fitting = pair.engine(kv_landing=landing)
+    pair.check(fitting, prompts[1:5])
+    rests = [len(prompt) - hit for prompt, hit in zip(prompts[1:5], hits[1:5], strict=True)]
+    stats = fitting.stats()
+    assert (stats.store_cache_hits, stats.preemptions) == (sum(hits[1:5]), 0)
     assert stats.computed_prompt_tokens == sum(rest for rest in rests if rest > 1)
     # A conversation goes on from the stored answer.
     answers = [list(output.outputs[0].token_ids) for output in pair.check(second, prompts)]

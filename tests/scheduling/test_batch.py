@@ -349,7 +349,7 @@ def run_random(
     ],
 )
 @pytest.mark.parametrize("windows", [(None,), (5,), (None, 4), (None, 1, 6)])
-@settings(max_examples=50, derandomize=True, deadline=None)
+@settings(max_examples=100, derandomize=True, deadline=None)
 @given(seed=st.integers(0, 2**32))
 def test_every_sequence_gets_its_tokens(
     late: bool,
@@ -375,7 +375,7 @@ def test_every_sequence_gets_its_tokens(
     [("recompute", 0), ("recompute", 3), ("swap", 12)],
 )
 @pytest.mark.parametrize("windows", [(None,), (5,), (None, 4)])
-@settings(max_examples=80, derandomize=True, deadline=None)
+@settings(max_examples=200, derandomize=True, deadline=None)
 @given(seed=st.integers(0, 2**32))
 def test_tokens_that_are_computed_one_at_a_time_are_nobody_else_s(
     late: bool,
